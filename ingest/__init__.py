@@ -1,0 +1,1 @@
+"""The way of the data, one stage per file: schedule, sources, wire, archive, log, validate, sinks, ledger."""

@@ -1,0 +1,363 @@
+"""The nouns of the way of the data; identity, version and digest are defined here and nowhere else.
+
+* **Identity** of a series is 128 bits of blake2b over its canonical labels (`series_id`).
+* **Version** of a sample is one 64-bit integer, revision over observed_at (`version_of`). Landing keeps the maximum
+  of (version, value): commutative, associative, idempotent, so duplication, reordering, replay and a second
+  collection all end in the same table.
+* **Digest** of a set of points is a sum modulo 2**64, so it does not depend on their order or how they were
+  split into batches (`digest_of`).
+
+Times: `*_s` are whole seconds, `*_ms` milliseconds, both since the epoch, UTC. Intervals are half-open.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from enum import StrEnum
+from hashlib import blake2b
+from typing import NewType
+
+import numpy as np
+from numpy.typing import NDArray
+
+BatchId = NewType("BatchId", bytes)
+"""16 bytes: blake2b-128 of a batch's record value, as it stands in the archive and in Kafka."""
+
+SeriesIds = NDArray[np.uint64]
+"""Shape (n, 2): the high and the low half of each series id."""
+
+REVISION_MAX = 127
+"""128 would set the sign bit of a 64-bit version."""
+
+OBSERVED_AT_MS_MAX = 2**56 - 1
+
+_LENGTH = struct.Struct(">I")
+_U64 = (1 << 64) - 1
+
+
+# --- identity -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class SeriesKey:
+    """What makes a series the one it is. `dimensions` is sorted by name; names are unique."""
+
+    account: str
+    region: str
+    namespace: str
+    metric: str
+    dimensions: tuple[tuple[str, str], ...]
+    stat: str
+    period_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A series and what is known about it beyond its identity."""
+
+    key: SeriesKey
+    unit: str = ""
+
+
+def series_id(key: SeriesKey) -> bytes:
+    """128 bits that name a series, for ever and on every machine.
+
+    Each field is written as UTF-8 behind its length (32 bits, big-endian), the dimensions behind their number, so that no two
+    keys share a canonical form. A unit or an alias is not part of it: AWS may learn a unit later.
+    """
+    parts: list[bytes] = []
+    for text in (key.account, key.region, key.namespace, key.metric, key.stat, str(key.period_s)):
+        raw = text.encode()
+        parts += (_LENGTH.pack(len(raw)), raw)
+    parts.append(_LENGTH.pack(len(key.dimensions)))
+    for pair in key.dimensions:
+        for text in pair:
+            raw = text.encode()
+            parts += (_LENGTH.pack(len(raw)), raw)
+    return blake2b(b"".join(parts), digest_size=16).digest()
+
+
+def series_ids(series: tuple[Series, ...]) -> SeriesIds:
+    """The ids of many series, as (n, 2) unsigned 64-bit halves."""
+    raw = b"".join(series_id(one.key) for one in series)
+    return np.frombuffer(raw, dtype=">u8").reshape(-1, 2).astype(np.uint64)
+
+
+# --- version --------------------------------------------------------------------------------------------------
+
+
+def version_of(revision: int, observed_at_ms: int) -> int:
+    """One positive 64-bit integer that orders looks: a revision beats any time, then the later look wins.
+
+    Raises ValueError outside 0 ≤ revision ≤ 127, 0 ≤ observed_at_ms < 2**56.
+    """
+    if not 0 <= revision <= REVISION_MAX:
+        raise ValueError(f"revision {revision} is not in 0..{REVISION_MAX}")
+    if not 0 <= observed_at_ms <= OBSERVED_AT_MS_MAX:
+        raise ValueError(f"observed_at_ms {observed_at_ms} is not in 0..2**56-1")
+    return revision << 56 | observed_at_ms
+
+
+def split_version(version: int) -> tuple[int, int]:
+    """(revision, observed_at_ms) of a version."""
+    return version >> 56, version & OBSERVED_AT_MS_MAX
+
+
+# --- digest ---------------------------------------------------------------------------------------------------
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64's finalizer (Steele, Lea and Flood, 2014), on each element."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def point_hashes(
+    ids: SeriesIds, timestamps_s: NDArray[np.int64], values: NDArray[np.float64]
+) -> NDArray[np.uint64]:
+    """A 64-bit hash of each (series, timestamp, value); `ids` has one row a point. −0 counts as 0."""
+    with np.errstate(over="ignore"):
+        bits = (values + 0.0).view(np.uint64)
+        h = _mix(ids[:, 0] + np.uint64(0x9E3779B97F4A7C15))
+        h = _mix(h ^ ids[:, 1])
+        h = _mix(h ^ timestamps_s.astype(np.uint64))
+        return _mix(h ^ bits)
+
+
+def digest_of(ids: SeriesIds, timestamps_s: NDArray[np.int64], values: NDArray[np.float64]) -> int:
+    """The digest of a set of points: the sum of their hashes modulo 2**64. Order and splitting do not matter."""
+    return int(np.add.reduce(point_hashes(ids, timestamps_s, values), dtype=np.uint64))
+
+
+def add_digests(*digests: int) -> int:
+    """The digest of a disjoint union."""
+    return sum(digests) & _U64
+
+
+# --- windows, tasks, looks ------------------------------------------------------------------------------------
+
+
+class SourceName(StrEnum):
+    CLOUDWATCH = "cloudwatch"
+    EXPOSITION = "exposition"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Target:
+    """The unit of sharding: one account and region of one source."""
+
+    source: str
+    account: str
+    region: str
+
+    def __str__(self) -> str:
+        return f"{self.source}/{self.account}/{self.region}"
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """The inverse of `str`. Raises ValueError where the text is not source/account/region."""
+        source, account, region = text.split("/")
+        return cls(source, account, region)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Window:
+    """[start_s, end_s) on the poll grid of a target's service: the unit of the ledger."""
+
+    start_s: int
+    end_s: int
+
+    def __str__(self) -> str:
+        return f"[{self.start_s}, {self.end_s})"
+
+
+@dataclass(frozen=True, slots=True)
+class TaskItem:
+    """One service's part of a task: look at all of [start_s, end_s), which is whole windows of `grid_s`."""
+
+    service: str
+    start_s: int
+    end_s: int
+    grid_s: int
+
+    def windows(self) -> list[Window]:
+        return [Window(t, t + self.grid_s) for t in range(self.start_s, self.end_s, self.grid_s)]
+
+
+class TaskKind(StrEnum):
+    LIVE = "live"
+    BACKLOG = "backlog"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One poll of one target. Its id is made from what it asks for, so planning it twice is one task.
+
+    A task whose `expires_s` has passed is not executed but declared expired (an exposition endpoint has no past).
+    0 means that it never expires.
+    """
+
+    task_id: str
+    target: Target
+    config_revision: str
+    tick_s: int
+    attempt: int
+    kind: str
+    expires_s: int
+    items: tuple[TaskItem, ...]
+
+
+def task_id_of(target: Target, config_revision: str, attempt: int, items: tuple[TaskItem, ...]) -> str:
+    """32 hexadecimal digits over what a task asks for."""
+    text = "\n".join(
+        [str(target), config_revision, str(attempt)]
+        + [f"{i.service} {i.start_s} {i.end_s} {i.grid_s}" for i in sorted(items, key=lambda i: i.service)]
+    )
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class WindowCount:
+    """What one batch, or one look, holds of one window. `digest` is `digest_of` its points."""
+
+    start_s: int
+    end_s: int
+    points: int
+    digest: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Up to about 500 series of one look at one service of one target, in columns. The unit of landing.
+
+    `counts[i]` points belong to `series[i]`; `timestamps_s` and `values` hold them one series after the other.
+    A timestamp may repeat within a series (AWS does that): landing keeps the greatest value.
+    All series have the account, region and period of the batch... of OAM the owner's account stands in the key.
+    """
+
+    task_id: str
+    target: Target
+    service: str
+    observed_at_ms: int
+    revision: int
+    grid_s: int
+    series: tuple[Series, ...]
+    counts: NDArray[np.int32]
+    timestamps_s: NDArray[np.int64]
+    values: NDArray[np.float64]
+    ids: SeriesIds = field(repr=False)
+
+    @property
+    def version(self) -> int:
+        return version_of(self.revision, self.observed_at_ms)
+
+    @property
+    def points(self) -> int:
+        return len(self.values)
+
+    def point_ids(self) -> SeriesIds:
+        """The series id of each point, shape (points, 2)."""
+        return np.repeat(self.ids, self.counts, axis=0)
+
+
+def window_counts(
+    ids: SeriesIds, timestamps_s: NDArray[np.int64], values: NDArray[np.float64], grid_s: int
+) -> tuple[WindowCount, ...]:
+    """Points and digest by window of the epoch-aligned grid, oldest first; windows without points are left out."""
+    if not len(values):
+        return ()
+    hashes = point_hashes(ids, timestamps_s, values)
+    starts = timestamps_s // grid_s * grid_s
+    order = np.argsort(starts, kind="stable")
+    unique, first, counts = np.unique(starts[order], return_index=True, return_counts=True)
+    sums = np.add.reduceat(hashes[order], first)
+    return tuple(
+        WindowCount(int(s), int(s) + grid_s, int(c), int(d))
+        for s, c, d in zip(unique, counts, sums, strict=True)
+    )
+
+
+class LookStatus(StrEnum):
+    """How a look at one item ended. Only COMPLETE closes a window (COMPLETE without points: it was empty)."""
+
+    COMPLETE = "complete"
+    PARTIAL = "partial"
+    """Some series did not answer within the attempts; what did is kept, the windows stay open."""
+    FORBIDDEN = "forbidden"
+    FAILED = "failed"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a look at one item ended; yielded by a source last, and exactly once.
+
+    `observed_at_ms` is the source's own clock at the earliest answer of the look (0 where there was none); `series` were asked about.
+    `requests` counts requests by API name; `metrics_billed` is what GetMetricData bills (metrics requested).
+    """
+
+    status: LookStatus
+    detail: str
+    observed_at_ms: int
+    series: int
+    requests: dict[str, int]
+    metrics_billed: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptItem:
+    """What a task did for one item. `batches` are the ids of the record values that were archived and published."""
+
+    item: TaskItem
+    outcome: Outcome
+    points: int
+    windows: tuple[WindowCount, ...]
+    batches: tuple[BatchId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a task did: the last thing that a task writes, failures included. Also the archive's manifest."""
+
+    task_id: str
+    target: Target
+    shard: str
+    tick_s: int
+    started_at_ms: int
+    finished_at_ms: int
+    archive_key: str
+    items: tuple[ReceiptItem, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordPosition:
+    """Where a record stands in Kafka. `offset` is the record's own, not the next one's."""
+
+    topic: str
+    partition: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """What was put aside. Writing it twice gives the same record: `identity` is made from reason, origin and content.
+
+    `payload` is the whole record value where it did not decode, else one point as JSON.
+    """
+
+    reason: str
+    detail: str
+    origin: RecordPosition
+    batch_id: BatchId
+    series: str
+    payload: bytes
+
+    @property
+    def identity(self) -> str:
+        h = blake2b(digest_size=16)
+        for part in (self.reason.encode(), self.batch_id, self.series.encode(), self.payload):
+            h.update(_LENGTH.pack(len(part)))
+            h.update(part)
+        return h.hexdigest()

@@ -1,0 +1,139 @@
+"""What each stage needs of the outside, as Protocols. The real ones and the fakes of the tests pass one contract suite."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ingest.model import (
+    Batch,
+    BatchId,
+    Outcome,
+    Receipt,
+    RecordPosition,
+    Target,
+    TaskItem,
+)
+
+
+class Source(Protocol):
+    """Something that answers looks: CloudWatch, or endpoints in Prometheus' text format."""
+
+    def look(
+        self, task_id: str, target: Target, item: TaskItem, deadline_s: float
+    ) -> AsyncIterator[Batch | Outcome]:
+        """Look at one item, until `deadline_s` on the clock's monotonic time at the latest.
+
+        Yields batches as they are ready and, last and exactly once, an Outcome: never an empty success where there was an
+        error, and never an exception for what the source or the network did (that is an Outcome).
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A batch as it travels: one Kafka record value, and the same bytes in the archive."""
+
+    batch_id: BatchId
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ArchivedTask:
+    """What the archive holds of one task: its receipt, and the payloads in the receipt's order."""
+
+    receipt: Receipt
+    payloads: tuple[Payload, ...]
+
+
+class Archive(Protocol):
+    """The raw archive. What is in it is never changed."""
+
+    async def put(self, task: ArchivedTask) -> ArchivedTask:
+        """Put if absent under `task.receipt.archive_key`; returns what *is* archived.
+
+        That is `task`, or, where another run of the same task came first, what that one wrote: publish that, not yours.
+        Raises Transient.
+        """
+        ...
+
+    async def get(self, archive_key: str) -> ArchivedTask | None:
+        """What is archived under a key, or None. Raises Transient; Rejected where the object is spoilt."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One Kafka record, as consumers see it."""
+
+    position: RecordPosition
+    key: bytes
+    value: bytes
+    timestamp_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """A partition's position moving on: compare-and-set from `expected_next` to `next`.
+
+    `last_value_id` is blake2b-128 of the value of record `next - 1`; on assignment that record is read again and must match, for
+    Kafka's clients do not notice that a topic was created again.
+    """
+
+    topic: str
+    partition: int
+    expected_next: int
+    next: int
+    last_value_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPosition:
+    """Where a sink goes on in a partition. `last_value_id` is empty at position 0."""
+
+    next: int
+    last_value_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Landable:
+    """An accepted batch on its way into a sink."""
+
+    batch_id: BatchId
+    batch: Batch
+    dead_points: int
+    """Points of this batch that validation put aside: the balance needs them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """What one landing did. `points` were in the batches; `skipped` of them were known by batch id and not touched."""
+
+    batches: int
+    points: int
+    skipped_batches: int
+    copied: bool
+    """True where plain COPY did; False where a conflict sent the rows through staging."""
+
+
+class Sink(Protocol):
+    """Where samples land. One consumer group per sink."""
+
+    async def positions(self, topic: str, partitions: Sequence[int]) -> Mapping[int, StoredPosition]:
+        """Stored positions; a partition without one is left out (and that is an error of whoever created the topic)."""
+        ...
+
+    async def init_positions(self, topic: str, partitions: Sequence[int]) -> None:
+        """Store position 0 where there is none. Called by whoever created the topic, right after."""
+        ...
+
+    async def land(self, advances: Sequence[Advance], batches: Sequence[Landable]) -> Landed:
+        """Land the batches and move the positions in one transaction, keeping the maximum of (version, value).
+
+        Raises Transient (try the same again), Fatal where a position is not the expected one (another consumer owns the
+        partition now: drop everything in memory and rejoin).
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Where samples land. Each implements `ingest.ports.Sink`."""

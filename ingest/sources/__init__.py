@@ -1,0 +1,1 @@
+"""Sources of metrics: `cloudwatch` and `exposition`. Each implements `ingest.ports.Source`."""

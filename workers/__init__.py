@@ -1,0 +1,1 @@
+"""One process per file: wiring and lifecycle, nothing else."""
