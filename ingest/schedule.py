@@ -1,0 +1,178 @@
+"""Which windows are due: configuration × time → tasks. Pure.
+
+Guarantees, each with a test of its name:
+
+* *Every window is planned*: over any sequence of calls, each window that closed since the first start is in a task.
+* *Same question, same task*: a task's id is made from what it asks for, so two coordinators, or one that forgot, write the same
+  ids. An overdue stretch is cut at fixed, epoch-aligned blocks for that reason.
+* *Settled before left*: a live task looks back far enough that each window is looked at once more after it has settled.
+* *An outage is not paid for tick by tick*: overdue windows coalesce into blocks of at most `BLOCK_POINTS_MAX` points a
+  series, one call's worth, newest first; live tasks come before them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ingest.model import SourceName, Target, Task, TaskItem, TaskKind, task_id_of
+from shard_config.model import Config
+
+BLOCK_POINTS_MAX = 201
+"""500 series of 201 points are within GetMetricData's 100,800 datapoints a call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How one service of one target is polled.
+
+    CloudWatch's windows are looked at when they have ended. An exposition endpoint has no past (`has_past` is False): its
+    window is looked at while it lasts, its samples carry the window's start, and afterwards it has expired.
+    """
+
+    service: str
+    poll_interval_s: int
+    period_s: int
+    settling_s: int
+    has_past: bool = True
+
+    @property
+    def lookback_s(self) -> int:
+        """The settling time, rounded up to whole windows."""
+        return -(-self.settling_s // self.poll_interval_s) * self.poll_interval_s
+
+    @property
+    def block_s(self) -> int:
+        """Length of a coalesced block: whole windows, at most BLOCK_POINTS_MAX points a series (one window at least)."""
+        windows = BLOCK_POINTS_MAX * self.period_s // self.poll_interval_s
+        return max(1, windows) * self.poll_interval_s
+
+    def floor(self, time_s: int) -> int:
+        return time_s // self.poll_interval_s * self.poll_interval_s
+
+    def ceil(self, time_s: int) -> int:
+        return -(-time_s // self.poll_interval_s) * self.poll_interval_s
+
+
+def grids_of(config: Config) -> dict[Target, tuple[Grid, ...]]:
+    """Every target of a configuration with the grids of its services, both sorted."""
+    found: dict[Target, list[Grid]] = defaultdict(list)
+    profiles = config.service_by_name
+    for account in config.accounts:
+        for region in account.regions:
+            target = Target(SourceName.CLOUDWATCH.value, account.id, region)
+            for name in account.services:
+                p = profiles[name]
+                found[target].append(Grid(name, p.poll_interval_s, p.period_s, p.settling_s))
+    for job in config.exposition:
+        target = Target(SourceName.EXPOSITION.value, job.account, job.region)
+        found[target].append(Grid(job.name, job.interval_s, job.interval_s, 0, has_past=False))
+    return {t: tuple(sorted(found[t], key=lambda g: g.service)) for t in sorted(found)}
+
+
+def due(
+    target: Target,
+    grids: Sequence[Grid],
+    planned_until_s: Mapping[str, int],
+    now_s: int,
+    config_revision: str,
+    startup_lookback_s: int,
+) -> list[Task]:
+    """The tasks that a target owes at `now_s`: the live one first, then overdue blocks, newest first.
+
+    `planned_until_s` has, by service, the end of the newest window that is planned already; a service that is missing is planned for
+    the first time, `startup_lookback_s` back.
+    """
+    live: list[TaskItem] = []
+    others: dict[tuple[TaskKind, int, int], list[TaskItem]] = defaultdict(list)
+    for grid in grids:
+        until_s = planned_until_s.get(grid.service)
+        if grid.has_past:
+            here, overdue = _due_with_past(grid, until_s, now_s, startup_lookback_s)
+            live += here
+            for item in overdue:
+                others[(TaskKind.BACKLOG, item.end_s, 0)].append(item)
+        else:
+            for item in _due_without_past(grid, until_s, now_s):
+                kind = TaskKind.LIVE if item.end_s > now_s else TaskKind.BACKLOG
+                others[(kind, item.end_s, item.end_s)].append(item)
+    tasks = [_task(target, config_revision, TaskKind.LIVE, live, 0)] if live else []
+    by_urgency = sorted(others, key=lambda k: (k[0] is TaskKind.BACKLOG, -k[1], k[2]))
+    return tasks + [_task(target, config_revision, k[0], others[k], k[2]) for k in by_urgency]
+
+
+def horizon(
+    target: Target, grids: Sequence[Grid], from_s: int, to_s: int, now_s: int, config_revision: str
+) -> list[Task]:
+    """Tasks that look once at every window that touches [from_s, to_s), oldest first; without a past, at the current window."""
+    by_end: dict[tuple[int, int], list[TaskItem]] = defaultdict(list)
+    for grid in grids:
+        if grid.has_past:
+            for item in blocks(grid, grid.floor(from_s), grid.ceil(to_s)):
+                by_end[(item.end_s, 0)].append(item)
+        else:
+            for item in _due_without_past(grid, None, now_s):
+                by_end[(item.end_s, item.end_s)].append(item)
+    return [
+        _task(target, config_revision, TaskKind.BACKLOG, items, expires_s)
+        for (_, expires_s), items in sorted(by_end.items())
+    ]
+
+
+def blocks(grid: Grid, from_s: int, to_s: int) -> list[TaskItem]:
+    """[from_s, to_s) cut at the multiples of the grid's block length, newest first. Both must be on the grid."""
+    items: list[TaskItem] = []
+    end = to_s
+    while end > from_s:
+        start = max(from_s, (end - 1) // grid.block_s * grid.block_s)
+        items.append(TaskItem(grid.service, start, end, grid.poll_interval_s))
+        end = start
+    return items
+
+
+def _due_with_past(
+    grid: Grid, planned_until_s: int | None, now_s: int, startup_lookback_s: int
+) -> tuple[list[TaskItem], list[TaskItem]]:
+    """The live item, and overdue blocks before it."""
+    tick = grid.floor(now_s)
+    if planned_until_s is not None and planned_until_s >= tick:
+        return [], []
+    live_from = tick - grid.poll_interval_s - grid.lookback_s
+    live = TaskItem(grid.service, live_from, tick, grid.poll_interval_s)
+    if planned_until_s is None:
+        resume_s = grid.floor(now_s - startup_lookback_s)
+    elif planned_until_s < tick - grid.poll_interval_s:
+        # What was planned last before the outage has not been looked at since it settled.
+        resume_s = planned_until_s - grid.lookback_s
+    else:
+        resume_s = live_from
+    return [live], blocks(grid, min(resume_s, live_from), live_from)
+
+
+def _due_without_past(grid: Grid, planned_until_s: int | None, now_s: int) -> list[TaskItem]:
+    """The window that lasts now, then those that were missed: planned all the same, for they must show as expired."""
+    start = grid.floor(now_s)
+    end = start + grid.poll_interval_s
+    if planned_until_s is None:
+        planned_until_s = start
+    if planned_until_s >= end:
+        return []
+    now = TaskItem(grid.service, start, end, grid.poll_interval_s)
+    return [now, *blocks(grid, planned_until_s, start)] if planned_until_s < start else [now]
+
+
+def _task(
+    target: Target, config_revision: str, kind: TaskKind, items: list[TaskItem], expires_s: int
+) -> Task:
+    ordered = tuple(sorted(items, key=lambda i: i.service))
+    return Task(
+        task_id=task_id_of(target, config_revision, 0, ordered),
+        target=target,
+        config_revision=config_revision,
+        tick_s=max(i.end_s for i in ordered),
+        attempt=0,
+        kind=kind.value,
+        expires_s=expires_s,
+        items=ordered,
+    )
