@@ -90,9 +90,10 @@ class Producer:
 
     async def _drop(self, client: AIOKafkaProducer) -> None:
         async with self._building:
-            if self._client is client:
-                self._client = None
-                await _quietly(client.stop())
+            if self._client is not client:
+                return  # another send noticed first
+            self._client = None
+        await _quietly(client.stop())
 
     async def close(self) -> None:
         """Send what is buffered and close, bounded."""
@@ -108,8 +109,9 @@ Assigned = Callable[[Sequence[int]], Awaitable[Mapping[int, int]]]
 class Consumer:
     """One member of one consumer group on one topic.
 
-    `assigned` is awaited with the partitions of each new assignment and returns where each starts (partition → next offset). `revoked` is
-    awaited before all of them go (rebalancing is eager): drain there, within `drain_s`. With `instance_id` the member is static: a restart within the session timeout keeps its partitions.
+    `assigned` is awaited with the partitions of each new assignment and returns where each starts (partition → next offset).
+    `revoked` is awaited before all of them go (rebalancing is eager): drain there, within `drain_s`. With `instance_id` the
+    member is static: a restart within the session timeout keeps its partitions.
     """
 
     def __init__(
