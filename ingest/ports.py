@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ingest.errors import Rejected
 from ingest.model import (
     Batch,
     BatchId,
@@ -116,11 +117,33 @@ class Landed:
     points: int
     skipped_batches: int
     copied: bool
-    """True where plain COPY did; False where a conflict sent the rows through staging."""
+    """True where plain COPY did; False where rows went through staging, for fear of a conflict or because of one."""
+    staged_points: int = 0
+
+
+class SeriesRejected(Rejected):
+    """A sink refuses some series of a landing, and has landed nothing.
+
+    Write their points to the dead-letter topic, take them out of their batches (as dead points), and land again: in this
+    order a crash loses no dead letter.
+    """
+
+    def __init__(self, where: str, reason: str, what: str, series: Sequence[tuple[BatchId, int]]) -> None:
+        super().__init__(where, reason, what)
+        self.series = tuple(series)
+        """Batch id, and index in that batch's `series`."""
 
 
 class Sink(Protocol):
     """Where samples land. One consumer group per sink."""
+
+    async def claim(self, topic: str, partitions: Sequence[int]) -> None:
+        """Record that these partitions are ours now, called at each assignment before `positions`.
+
+        Ends what a previous owner still has open in the sink for them, so that a consumer that was stopped halfway
+        does not block its successor. Raises Transient.
+        """
+        ...
 
     async def positions(self, topic: str, partitions: Sequence[int]) -> Mapping[int, StoredPosition]:
         """Stored positions; a partition without one is left out (and that is an error of whoever created the topic)."""
@@ -134,6 +157,8 @@ class Sink(Protocol):
         """Land the batches and move the positions in one transaction, keeping the maximum of (version, value).
 
         Raises Transient (try the same again), Fatal where a position is not the expected one (another consumer owns the
-        partition now: drop everything in memory and rejoin).
+        partition now: drop everything in memory and rejoin), SeriesRejected where an id has landed with other labels.
         """
         ...
+
+    async def close(self) -> None: ...
