@@ -90,9 +90,11 @@ class Producer:
 
     async def _drop(self, client: AIOKafkaProducer) -> None:
         async with self._building:
-            if self._client is not client:
-                return  # another send noticed first
-            self._client = None
+            first_to_notice = self._client is client
+            if first_to_notice:
+                self._client = None
+        if not first_to_notice:
+            return
         await _quietly(client.stop())
 
     async def close(self) -> None:
