@@ -1,0 +1,195 @@
+"""The servers that tests run against: containers where a Docker engine answers, else processes of this machine.
+
+Either way they are real, start once a run and only if a selected test needs them, and are gone at its end.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import botocore.session
+import pytest
+
+from ingest.errors import Fatal
+from workers.servers import (
+    LOCAL_AWS_ENVIRONMENT,
+    KafkaServer,
+    PostgresServer,
+    S3Server,
+    Server,
+    local_environment,
+)
+
+
+def _docker_answers() -> bool:
+    if not (os.environ.get("DOCKER_HOST") or Path("/var/run/docker.sock").exists()):
+        return False
+    import docker  # type: ignore[import-untyped]  # it ships no types
+
+    try:
+        client = docker.from_env(timeout=2)
+        try:
+            return bool(client.ping())
+        finally:
+            client.close()
+    except docker.errors.DockerException:
+        return False
+
+
+DOCKER = _docker_answers()
+
+FIXTURES = ("kafka_bootstrap", "postgres_dsn", "s3_endpoint")
+
+
+def pytest_configure() -> None:
+    """No test may find real credentials, whatever it does."""
+    ours = local_environment(os.environ)
+    for name in set(os.environ) - set(ours):
+        del os.environ[name]
+    os.environ.update(ours)
+
+
+def pytest_report_header() -> str:
+    return "servers: " + ("containers (Docker answers)" if DOCKER else "processes (no Docker engine answers)")
+
+
+@pytest.fixture(scope="session")
+def _servers(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
+    """The addresses, by fixture, of those servers that the selected tests ask for; started side by side."""
+    needed = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    wanted = [name for name in FIXTURES if name in needed]
+    start = _start_containers if DOCKER else _start_processes
+    addresses, stop = start(wanted, tmp_path_factory.mktemp("servers"))
+    try:
+        yield addresses
+    finally:
+        stop()
+
+
+def _start_processes(wanted: list[str], home: Path) -> tuple[dict[str, str], Callable[[], None]]:
+    kafka, postgres, s3 = KafkaServer(home), PostgresServer(home, durable=False), S3Server(home)
+    servers: dict[str, Server] = dict(zip(FIXTURES, (kafka, postgres, s3), strict=True))
+    started = [servers[name] for name in wanted]
+
+    def stop() -> None:
+        with ThreadPoolExecutor(len(FIXTURES)) as pool:
+            list(pool.map(Server.stop, started))
+
+    try:
+        with ThreadPoolExecutor(len(FIXTURES)) as pool:
+            list(pool.map(lambda server: server.prepare(), started))
+        # Launched from this thread: what is launched dies with the thread that did it.
+        for server in started:
+            server.launch()
+        for server in started:
+            server.wait_ready()
+    except BaseException as error:
+        stop()
+        if isinstance(error, Fatal):
+            pytest.fail(str(error), pytrace=False)
+        raise
+    return dict(zip(FIXTURES, (kafka.bootstrap, postgres.dsn(), s3.endpoint_url), strict=True)), stop
+
+
+def _start_containers(wanted: list[str], _: Path) -> tuple[dict[str, str], Callable[[], None]]:
+    from testcontainers.community.kafka import KafkaContainer
+    from testcontainers.community.postgres import PostgresContainer
+    from testcontainers.core.container import DockerContainer
+    from testcontainers.core.wait_strategies import HttpWaitStrategy
+
+    kafka = (
+        KafkaContainer("confluentinc/cp-kafka:8.1.0")
+        .with_kraft()
+        .with_env("KAFKA_AUTO_CREATE_TOPICS_ENABLE", "false")
+        .with_env("KAFKA_TRANSACTION_STATE_LOG_REPLICATION_FACTOR", "1")
+        .with_env("KAFKA_TRANSACTION_STATE_LOG_MIN_ISR", "1")
+        .with_env("KAFKA_GROUP_MIN_SESSION_TIMEOUT_MS", "1000")
+    )
+    postgres = PostgresContainer(
+        "postgres:16", username="headgate", password="headgate", dbname="postgres", driver=None
+    )
+    s3 = (
+        DockerContainer("minio/minio:RELEASE.2025-09-07T16-13-09Z")
+        .with_command("server /data")
+        .with_env("MINIO_ROOT_USER", LOCAL_AWS_ENVIRONMENT["AWS_ACCESS_KEY_ID"])
+        .with_env("MINIO_ROOT_PASSWORD", LOCAL_AWS_ENVIRONMENT["AWS_SECRET_ACCESS_KEY"])
+        .with_exposed_ports(9000)
+        .waiting_for(HttpWaitStrategy(9000, "/minio/health/live"))
+    )
+    containers: dict[str, Any] = dict(zip(FIXTURES, (kafka, postgres, s3), strict=True))
+    started: list[Any] = []
+
+    def stop() -> None:
+        for container in started:
+            container.stop()
+
+    try:
+        for name in wanted:
+            started.append(containers[name])
+            containers[name].start()
+    except BaseException:
+        stop()
+        raise
+    address: dict[str, Callable[[], str]] = {
+        "kafka_bootstrap": kafka.get_bootstrap_server,
+        "postgres_dsn": postgres.get_connection_url,
+        "s3_endpoint": lambda: f"http://{s3.get_container_host_ip()}:{s3.get_exposed_port(9000)}",
+    }
+    return {name: address[name]() for name in wanted}, stop
+
+
+@pytest.fixture(scope="session")
+def kafka_bootstrap(_servers: dict[str, str]) -> str:
+    """host:port of a Kafka broker. Topics are not created by use."""
+    return _servers["kafka_bootstrap"]
+
+
+@pytest.fixture(scope="session")
+def postgres_dsn(_servers: dict[str, str]) -> str:
+    """DSN of a PostgreSQL 16, as a superuser, with the database `postgres`."""
+    return _servers["postgres_dsn"]
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(_servers: dict[str, str]) -> str:
+    """URL of an S3; credentials are in the environment."""
+    return _servers["s3_endpoint"]
+
+
+@pytest.fixture
+async def database(postgres_dsn: str) -> AsyncIterator[str]:
+    """DSN of an empty database; dropped afterwards, with whoever is still connected."""
+    name = f"t_{uuid.uuid4().hex[:12]}"
+    server = await asyncpg.connect(postgres_dsn)
+    try:
+        await server.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+        yield postgres_dsn.rpartition("/")[0] + "/" + name
+        await server.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    finally:
+        await server.close()
+
+
+@pytest.fixture
+def topic_prefix() -> str:
+    """A slug that no other test's topics and groups begin with."""
+    return f"t-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str) -> str:
+    """The name of an empty bucket. It goes with the server."""
+    name = f"t-{uuid.uuid4().hex[:12]}"
+    client = botocore.session.get_session().create_client("s3", endpoint_url=s3_endpoint)
+    try:
+        client.create_bucket(Bucket=name)
+    finally:
+        client.close()
+    return name
