@@ -1,0 +1,85 @@
+# Everything that a checkout can do. `make` alone lists it.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check bench scale down clean
+.SUFFIXES:
+MAKEFLAGS += --no-print-directory --no-builtin-rules
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+help: ## List what there is to do
+	@awk -F ':[^#]*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' Makefile
+
+setup: .venv/.complete .headgate/kafka-libs/.complete ## Install everything into this folder; instant where it is done
+
+run: setup ## Run it all here: ONCE=1, TRACES=DIR, OUT=DIR, SHARDS=n, SEED=n
+	@$(BIN)/python -m workers.cli run $(if $(ONCE),--once) $(if $(TRACES),--traces "$(TRACES)") \
+	  $(if $(OUT),--out "$(OUT)") $(if $(SHARDS),--shards $(SHARDS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+scale: setup ## Change the number of exporters of what runs here: SHARDS=n
+	@$(if $(SHARDS),,echo "say how many: make scale SHARDS=4" >&2; exit 2)
+	@$(BIN)/python -m workers.cli scale $(SHARDS)
+
+down: ## Stop what runs here, whatever state it is in
+	@if [ -e .venv/.complete ]; then $(BIN)/python -m workers.cli down; else echo "nothing runs here"; fi
+
+test: setup ## Run the tests; ARGS goes to pytest
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+check: setup ## Lint, format and types, as CI does
+	@$(BIN)/python -m ruff check
+	@$(BIN)/python -m ruff format --check
+	@$(BIN)/python -m mypy
+
+bench: setup ## Measure: ONLY=group,group, JSON=FILE
+	@$(BIN)/python -m tests.bench.run $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--json "$(JSON)") $(ARGS)
+
+clean: ## Stop what runs here; remove .headgate and .venv
+	@$(MAKE) down
+	@rm -rf .headgate .venv
+	@echo "removed .headgate and .venv"
+
+# Each missing one is a line, and all are named before anything is downloaded.
+define PREREQUISITES
+missing=0; \
+need() { echo "missing: $$1: $$2" >&2; missing=1; }; \
+if ! command -v $(PYTHON) >/dev/null; then \
+  need "python3 3.11 or 3.12" "apt-get install python3 python3-venv | brew install python@3.12, then PYTHON=python3.12"; \
+elif ! $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; then \
+  need "python3 3.11 or 3.12 ($(PYTHON) is another)" "install one of them and call make with PYTHON=python3.12"; \
+elif ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+  need "python3's venv" "apt-get install python3-venv"; \
+fi; \
+if [ "$$(uname -s)-$$(uname -m)" = Linux-aarch64 ]; then \
+  need "an x86-64 machine, or macOS" "the package that brings PostgreSQL (pgserver) has no wheel for Linux on ARM"; \
+fi; \
+java=$$(java -version 2>&1 </dev/null | sed -n 's/.* version "\([0-9]*\).*/\1/p' || true); \
+if [ "$${java:-0}" -lt 17 ]; then \
+  need "java, 17 or newer" "apt-get install default-jre-headless | brew install openjdk"; \
+fi; \
+if ! command -v mvn >/dev/null; then \
+  need "mvn" "apt-get install maven | brew install maven"; \
+fi; \
+exit $$missing
+endef
+
+.venv/.complete: requirements/dev.txt pyproject.toml
+	@$(PREREQUISITES)
+	@echo "setup: Python packages into .venv (a minute or two the first time)"
+	@$(PYTHON) -m venv .venv </dev/null
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-input --require-hashes -r requirements/dev.txt </dev/null
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-input --no-deps --no-build-isolation -e . </dev/null
+	@touch $@
+
+.headgate/kafka-libs/.complete: workers/kafka/pom.xml
+	@$(PREREQUISITES)
+	@echo "setup: Kafka's jars into .headgate/kafka-libs (43 MB)"
+	@mkdir -p .headgate
+	@rm -rf .headgate/kafka-libs .headgate/kafka-libs.new
+	@mvn -q -B -Dstyle.color=never -f workers/kafka/pom.xml dependency:copy-dependencies \
+	  "-DoutputDirectory=$(CURDIR)/.headgate/kafka-libs.new" </dev/null
+	@mv .headgate/kafka-libs.new .headgate/kafka-libs
+	@touch $@
