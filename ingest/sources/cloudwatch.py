@@ -1,0 +1,275 @@
+"""Looks at CloudWatch.
+
+Guarantees:
+
+* every series that was listed is asked for, and counts as answered only when CloudWatch says `Complete`: an Id that is
+  missing, cut off (`PartialData`) or failed (`InternalError`) is asked for again, and past the attempts the look is PARTIAL;
+* a failure never looks like an empty answer, and never throws away what was answered before it;
+* points are as served; a batch's `observed_at_ms` is the `Date` of the first page of the call that its points are from;
+* requests, pages, rounds and time are bounded; calls in flight per look are `CALLS_IN_FLIGHT`;
+* no exception for what AWS or the network did: it is in the Outcome.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import structlog
+
+from ingest.clock import Clock
+from ingest.errors import HeadgateError, Transient
+from ingest.model import Batch, LookStatus, Outcome, Target, TaskItem
+from ingest.sources.aws import Access, Aws, Denied, Tally
+from ingest.sources.columns import Look, batch_of, columns_of
+from ingest.sources.discovery import Discovery, Listing
+from ingest.sources.look import Emit, relay
+from ingest.sources.metric_data import (
+    Answer,
+    Call,
+    GetMetricData,
+    Page,
+    Points,
+    check,
+    page_of,
+    plan,
+    retention_s,
+)
+from shard_config.model import Account, Config, ServiceProfile
+
+log = structlog.get_logger()
+
+CALLS_IN_FLIGHT = 4
+ROUNDS_MAX = 4
+"""How often an Id is asked for. AWS bills every round."""
+ROUND_PAUSE_S = (0.2, 1.0, 3.0)
+GIVE_UP_AFTER = 3
+"""Calls in a row that used up their attempts: then the look stops asking, for there is an outage."""
+CONTINUATION_PAGES_BILLED = False
+"""Whether a page by NextToken is billed like a call of its own: disputed among users. Retries and rounds always are."""
+EMITTING_S = 1.0
+"""Asking ends this long before the look's deadline, so that what was answered still gets out."""
+NOTES_MAX = 6
+
+
+@dataclass(slots=True)
+class _Run:
+    """A look on its way: what is settled so far."""
+
+    look: Look
+    account: Account
+    profile: ServiceProfile
+    emit: Emit
+    ask_deadline_s: float
+    tally: Tally = field(default_factory=Tally)
+    listing: Listing | None = None
+    queries: int = 0
+    complete: int = 0
+    forbidden: int = 0
+    points: int = 0
+    observed_at_ms: int = 0
+    denied: bool = False
+    failures_in_a_row: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        if text and text not in self.notes and len(self.notes) < NOTES_MAX:
+            self.notes.append(text)
+
+    def fail(self, failure: HeadgateError) -> None:
+        self.note(str(failure))
+        self.denied = self.denied or isinstance(failure, Denied)
+        self.failures_in_a_row += 1
+
+    @property
+    def given_up(self) -> bool:
+        return self.denied or self.failures_in_a_row >= GIVE_UP_AFTER
+
+    def status(self) -> LookStatus:
+        """Only what was answered in full is COMPLETE."""
+        if self.listing is not None and self.complete == self.queries:
+            return LookStatus.COMPLETE
+        if self.complete or self.points:
+            return LookStatus.PARTIAL
+        if self.denied or (self.queries and self.forbidden == self.queries):
+            return LookStatus.FORBIDDEN
+        return LookStatus.PARTIAL if self.forbidden else LookStatus.FAILED
+
+
+class CloudWatchSource:
+    """`ingest.ports.Source` over GetMetricData. One per process: it owns the clients, the quotas and the listings."""
+
+    def __init__(self, config: Config, clock: Clock, get_metric_data: GetMetricData | None = None) -> None:
+        self._clock = clock
+        self._accounts = {account.id: account for account in config.accounts}
+        self._profiles = config.service_by_name
+        self._aws = Aws(config, clock)
+        self._discovery = Discovery(self._aws, clock)
+        self._get = get_metric_data or self._get_by_botocore
+
+    async def close(self) -> None:
+        await self._aws.close()
+
+    def look(
+        self, task_id: str, target: Target, item: TaskItem, deadline_s: float
+    ) -> AsyncGenerator[Batch | Outcome, None]:
+        """See `ingest.ports.Source.look`. A consumer that may stop early wraps it into `contextlib.aclosing`."""
+        return relay(partial(self._look, Look(task_id, target, item), deadline_s))
+
+    async def _look(self, look: Look, deadline_s: float, emit: Emit) -> Outcome:
+        account = self._accounts.get(look.target.account)
+        profile = self._profiles.get(look.item.service)
+        if account is None or profile is None:
+            missing = f"account {look.target.account}" if account is None else f"service {look.item.service}"
+            return Outcome(LookStatus.FAILED, f"{missing} is not in the configuration", 0, 0, {}, 0)
+        left_s = max(0.0, deadline_s - self._clock.monotonic_s())
+        run = _Run(look, account, profile, emit, deadline_s - min(EMITTING_S, left_s / 10))
+        try:
+            async with asyncio.timeout(left_s):
+                await self._collect(run)
+        except TimeoutError:
+            run.note("the deadline passed")
+        except HeadgateError as failure:
+            run.fail(failure)
+        except Exception as error:
+            log.exception("look_broke", target=str(look.target), service=look.item.service)
+            run.note(f"broke: {type(error).__name__}: {error}")
+        return self._outcome(run)
+
+    async def _collect(self, run: _Run) -> None:
+        target, item = run.look.target, run.look.item
+        run.listing = listing = await self._discovery.listing(
+            run.account, target, run.profile, run.ask_deadline_s, run.tally
+        )
+        run.note(listing.note)
+        calls = plan(listing.tables, item.start_s, item.end_s, run.profile.period_s)
+        run.queries = sum(call.queries for call in calls)
+        rest = iter(calls)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(CALLS_IN_FLIGHT, len(calls))):
+                group.create_task(self._work(run, rest))
+
+    async def _work(self, run: _Run, rest: Iterator[Call]) -> None:
+        for call in rest:
+            if run.given_up:
+                return
+            await self._ask(run, call)
+
+    async def _ask(self, run: _Run, call: Call) -> None:
+        """One call, and again what it left open."""
+        open_rows: list[int] = list(range(call.queries))
+        partly: dict[int, tuple[int, Points]] = {}
+        for pause_s in (*ROUND_PAUSE_S, None):
+            answer = await self._pages(run, call, open_rows)
+            complete, forbidden = answer.rows("Complete"), answer.rows("Forbidden")
+            await self._emit(run, call, answer.observed_at_ms, {row: answer.points[row] for row in complete})
+            run.complete += len(complete)
+            run.forbidden += len(forbidden)
+            settled = {*complete, *forbidden}
+            open_rows = [row for row in open_rows if row not in settled]
+            for row in settled:
+                partly.pop(row, None)
+            partly |= {r: (answer.observed_at_ms, answer.points[r]) for r in open_rows if r in answer.points}
+            if forbidden:
+                run.note(f"{len(forbidden)} of {call.queries} series of a call are forbidden")
+            if answer.failure is not None:
+                run.fail(answer.failure)
+                break
+            run.failures_in_a_row = 0
+            if not open_rows:
+                return
+            if pause_s is None or self._clock.monotonic_s() + pause_s >= run.ask_deadline_s:
+                run.note(f"{len(open_rows)} of {call.queries} series of a call stayed without a whole answer")
+                break
+            await self._clock.sleep(pause_s)
+        for observed_at_ms in sorted({observed for observed, _ in partly.values()}):
+            points = {row: points for row, (observed, points) in partly.items() if observed == observed_at_ms}
+            await self._emit(run, call, observed_at_ms, points)
+
+    async def _pages(self, run: _Run, call: Call, rows: Sequence[int]) -> Answer:
+        """All pages for some rows of a call. What fails ends it, and is in the answer's `failure`."""
+        answer = Answer(frozenset(rows))
+        request = call.request(rows)
+        tokens: set[str] = set()
+
+        async def send(access: Access) -> Page:
+            return check(await self._get(access, request), answer.asked)
+
+        points = call.points(run.profile.period_s)
+        # On average a page must bring a hundred points: AWS fills pages, and a source that does not must not hold us for ever.
+        for number in range(10 + points // 100):
+            try:
+                page = await self._aws.call(
+                    run.account,
+                    run.look.target.region,
+                    "GetMetricData",
+                    send,
+                    cost_s=1 / run.account.calls_per_s,
+                    deadline_s=run.ask_deadline_s,
+                    tally=run.tally,
+                )
+            except HeadgateError as failure:
+                answer.failure = failure
+                return answer
+            answer.add(page)
+            if number == 0:
+                answer.observed_at_ms = self._observed(run, page)
+            if number == 0 or CONTINUATION_PAGES_BILLED:
+                run.tally.metrics_billed += len(rows)
+            for message in page.messages:
+                log.warning("cloudwatch_message", target=str(run.look.target), message=message)
+                run.note(f"CloudWatch says {message}")
+            if not page.next_token:
+                return answer
+            if page.next_token in tokens:
+                answer.failure = Transient("aws GetMetricData", "the same NextToken came twice")
+                return answer
+            tokens.add(page.next_token)
+            request = {**request, "NextToken": page.next_token}
+        answer.failure = Transient("aws GetMetricData", "pages without end")
+        return answer
+
+    def _observed(self, run: _Run, page: Page) -> int:
+        observed_at_ms = page.date_ms
+        if observed_at_ms is None:
+            log.warning("date_header_unreadable", target=str(run.look.target))
+            observed_at_ms = self._clock.now_ms()
+        run.observed_at_ms = min(run.observed_at_ms or observed_at_ms, observed_at_ms)
+        return observed_at_ms
+
+    async def _emit(self, run: _Run, call: Call, observed_at_ms: int, points: Mapping[int, Points]) -> None:
+        none: Points = ([], [])
+        columns = columns_of([points.get(row - call.first, none) for row in range(len(call.table))])
+        batch = batch_of(run.look, call.table, columns, observed_at_ms)
+        if batch is not None:
+            await run.emit(batch)
+            run.points += batch.points
+
+    def _outcome(self, run: _Run) -> Outcome:
+        status, item = run.status(), run.look.item
+        listing = run.listing
+        if status is LookStatus.COMPLETE and listing is not None and not listing.series:
+            # Nothing was asked, since there is nothing. The source's clock is the listing's, carried on.
+            age_s = self._clock.monotonic_s() - listing.listed_at_s
+            run.observed_at_ms = listing.observed_at_ms + int(age_s) * 1000
+            run.note(f"the listing of {int(age_s)} s ago names no metrics")
+        kept_s = retention_s(run.profile.period_s)
+        nothing = status is LookStatus.COMPLETE and run.queries and not run.points
+        if nothing and item.start_s < run.observed_at_ms // 1000 - kept_s:
+            status = LookStatus.EXPIRED
+            run.note(f"periods of {run.profile.period_s} s are kept for {kept_s // 3600} h")
+        return Outcome(
+            status,
+            "; ".join(run.notes),
+            run.observed_at_ms,
+            listing.series if listing is not None else 0,
+            dict(run.tally.requests),
+            run.tally.metrics_billed,
+        )
+
+    async def _get_by_botocore(self, access: Access, request: Mapping[str, Any]) -> Page:
+        async with self._aws.client("cloudwatch", access) as client:
+            return page_of(await client.get_metric_data(**request))
