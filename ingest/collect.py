@@ -157,6 +157,9 @@ class Collector:
                 outcome = answer
         if outcome is None:
             return _failed(item, LookStatus.FAILED, "the source ended without an outcome"), []
+        if outcome.status is LookStatus.COMPLETE and not outcome.observed_at_ms:
+            # Nothing to ask about, so no answer carries a date: our own clock says when we knew that.
+            outcome = replace(outcome, observed_at_ms=self._clock.now_ms())
         batches = tuple(p.batch_id for p in payloads)
         return ReceiptItem(item, outcome, points, merge_counts(counts), batches), payloads
 

@@ -13,17 +13,23 @@ A window's state, first match: sealed, landed, collected, else open with the las
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import asyncpg
 import orjson
 
 from ingest import wire
-from ingest.errors import Fatal, Rejected, Transient
+from ingest.errors import Fatal, Rejected
 from ingest.landing import value_id
-from ingest.model import LookStatus, Receipt, ReceiptItem, Task
+from ingest.model import LookStatus, Receipt, ReceiptItem, Task, TaskItem
 from ingest.ports import Record
+from ingest.sinks.connection import open_connection, translated
+from shard_config.model import Postgres
 
 SINK = "ledger"
 """The projection's name in `positions`."""
@@ -49,12 +55,11 @@ _LOOK = """INSERT INTO looks (task_id, service, finished_at, target, shard, star
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18)
 ON CONFLICT DO NOTHING"""
 
-_ATTEMPTED = """UPDATE windows SET last_status = $5, last_detail = $6, last_finished_at = $7,
-    collected_as_of = CASE WHEN $5 = 'complete' THEN greatest(collected_as_of, $8) ELSE collected_as_of END
+_ATTEMPTED = """UPDATE windows SET last_status = $5, last_detail = $6, last_finished_at = $7
 WHERE target = $1 AND service = $2 AND window_start >= $3 AND window_start < $4
     AND (last_finished_at IS NULL OR last_finished_at <= $7)"""
 
-_COLLECTED_EARLIER = """UPDATE windows SET collected_as_of = greatest(collected_as_of, $5)
+_COLLECTED = """UPDATE windows SET collected_as_of = greatest(collected_as_of, $5)
 WHERE target = $1 AND service = $2 AND window_start >= $3 AND window_start < $4"""
 
 _NEWLY_LANDED = """UPDATE looks SET landed_at = $2
@@ -77,74 +82,119 @@ WHERE v.target = $1 AND v.service = $2 AND v.window_start >= $3 AND v.window_sta
 _ADVANCE = """UPDATE positions SET next = $4, last_value_id = $5
 WHERE sink = $1 AND topic = $2 AND partition = $3 AND next = $6"""
 
+_PLANNED_UNTIL = """SELECT target, service, extract(epoch FROM max(window_end))::bigint AS until_s
+FROM windows GROUP BY target, service"""
+
+_WEIGHTS = """SELECT target, sum(series) AS weight FROM (
+    SELECT DISTINCT ON (target, service) target, service, series FROM looks
+    WHERE status = 'complete' ORDER BY target, service, finished_at DESC) AS newest
+GROUP BY target"""
+
+_REMEMBER = """INSERT INTO targets (target, slot, weight, planned_at) VALUES ($1, $2, $3, $4)
+ON CONFLICT (target) DO UPDATE SET slot = excluded.slot, weight = excluded.weight, planned_at = excluded.planned_at"""
+
+STATEMENTS_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class PlannersMemory:
+    """What the ledger knows of earlier planning. Targets are written source/account/region.
+
+    `weights` are series asked about at the newest complete looks; `task_ids` are the newest 100,000.
+    """
+
+    planned_until_s: Mapping[str, Mapping[str, int]]
+    slots: Mapping[str, int]
+    weights: Mapping[str, float]
+    task_ids: frozenset[str]
+
 
 class Ledger:
-    """Folds the ledger topic into PostgreSQL. One per process; `settling_s` has, by service, its settling time."""
+    """One process's connection to the ledger's tables. `settling_s` has, by service, its settling time.
 
-    def __init__(self, connection: asyncpg.Connection, settling_s: Mapping[str, int]) -> None:
-        self._connection = connection
+    Not for concurrent use. After an error the connection is closed; the next call opens another.
+    """
+
+    def __init__(self, postgres: Postgres, application_name: str, settling_s: Mapping[str, int]) -> None:
+        self._postgres = postgres
+        self._application_name = application_name
         self._settling_s = settling_s
+        self._connection: asyncpg.Connection | None = None
+
+    @contextlib.asynccontextmanager
+    async def _connected(self) -> AsyncIterator[asyncpg.Connection]:
+        if self._connection is None or self._connection.is_closed():
+            self._connection = await open_connection(self._postgres, self._application_name)
+        connection = self._connection
+        try:
+            with translated("ledger"):
+                async with asyncio.timeout(STATEMENTS_TIMEOUT_S):
+                    yield connection
+        except BaseException:
+            # Cancelling a query would make asyncpg open further connections (its #1326).
+            connection.terminate()
+            raise
+
+    async def close(self) -> None:
+        """Close the connection, bounded."""
+        if self._connection is not None:
+            self._connection.terminate()
 
     async def project(self, records: Sequence[Record], expected: Mapping[int, int], now_s: int) -> None:
         """Fold records and move the positions, in one transaction.
 
-        `expected` is, by partition, the stored position. A record that does not decode is Rejected by name: only we write this topic, so
-        it is a bug or an attack and worth stopping for. Raises Fatal where a position is not the expected one, Transient.
+        `expected` is, by partition, the stored position. Raises Fatal where a position is not the expected one (another process
+        projects the partition now), and for a record that does not decode: only Headgate writes this topic. Raises Transient.
         """
-        facts = [self._decode(r) for r in records]
+        facts = [_decode(r) for r in records]
         last = {r.position.partition: r for r in records}
-        try:
-            async with self._connection.transaction():
-                for partition, record in sorted(last.items()):
-                    await self._advance(record, expected[partition])
-                for fact in facts:
-                    if isinstance(fact, Task):
-                        await self._planned(fact, _at(now_s))
-                for fact in facts:
-                    if isinstance(fact, Receipt):
-                        for item in fact.items:
-                            await self._receipt(fact, item)
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-            raise Transient("ledger", f"not projected: {error}") from error
+        async with self._connected() as connection, connection.transaction():
+            for partition, record in sorted(last.items()):
+                await _advance(connection, record, expected[partition])
+            for fact in facts:
+                if isinstance(fact, Task):
+                    await self._planned(connection, fact, _at(now_s))
+                else:
+                    for item in fact.items:
+                        await self._receipt(connection, fact, item, _at(now_s))
 
     async def fold_landed(self, sink: str, now_s: int) -> int:
-        """Mark the looks whose batches have all landed in `sink`, and their windows. Returns how many looks. Raises Transient."""
-        try:
-            async with self._connection.transaction():
-                rows = await self._connection.fetch(_NEWLY_LANDED, sink, _at(now_s))
-                # One order for all processes, so that two of them never wait for each other.
-                for row in sorted(rows, key=lambda r: (r["target"], r["service"], r["window_start"])):
-                    if row["status"] == LookStatus.COMPLETE:
-                        await self._landed(row, _at(now_s))
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-            raise Transient("ledger", f"landed looks not folded: {error}") from error
+        """Mark up to 500 looks whose batches have all landed in `sink`, and their windows; returns how many. Raises Transient."""
+        async with self._connected() as connection, connection.transaction():
+            rows = await connection.fetch(_NEWLY_LANDED, sink, _at(now_s))
+            # One order for all processes, so that no two wait for each other.
+            for row in sorted(rows, key=lambda r: (r["target"], r["service"], r["window_start"])):
+                if row["status"] == LookStatus.COMPLETE:
+                    await _landed(connection, row, _at(now_s))
         return len(rows)
 
-    def _decode(self, record: Record) -> Task | Receipt:
-        try:
-            return wire.decode_ledger(record.value)
-        except Rejected as error:
-            raise Fatal(
-                f"record {record.position.topic}/{record.position.partition}@{record.position.offset}",
-                f"is no ledger record: {error.what}",
-                "only Headgate may write this topic: check its ACLs, and that consumers were rolled before exporters",
-            ) from error
-
-    async def _advance(self, record: Record, expected: int) -> None:
-        at = record.position
-        done = await self._connection.execute(
-            _ADVANCE, SINK, at.topic, at.partition, at.offset + 1, value_id(record.value), expected
+    async def memory(self) -> PlannersMemory:
+        """What a coordinator that starts needs to know of what was planned before. Raises Transient."""
+        async with self._connected() as connection, connection.transaction(readonly=True):
+            planned = await connection.fetch(_PLANNED_UNTIL)
+            slots = await connection.fetch("SELECT target, slot FROM targets")
+            weights = await connection.fetch(_WEIGHTS)
+            tasks = await connection.fetch("SELECT task_id FROM tasks ORDER BY planned_at DESC LIMIT 100000")
+        until: dict[str, dict[str, int]] = defaultdict(dict)
+        for row in planned:
+            until[row["target"]][row["service"]] = row["until_s"]
+        return PlannersMemory(
+            planned_until_s=until,
+            slots={row["target"]: row["slot"] for row in slots},
+            weights={row["target"]: float(row["weight"]) for row in weights},
+            task_ids=frozenset(row["task_id"] for row in tasks),
         )
-        if done != "UPDATE 1":
-            raise Fatal(
-                f"ledger {at.topic}/{at.partition}",
-                f"its position is not {expected}: another process projects this partition",
-                "this process rejoins the group",
-            )
 
-    async def _planned(self, task: Task, now: datetime) -> None:
+    async def remember_plan(self, slots: Mapping[str, int], weights: Mapping[str, float], now_s: int) -> None:
+        """Keep the plan, so that the next one moves little. Raises Transient."""
+        rows = [(t, s, weights[t], _at(now_s)) for t, s in sorted(slots.items())]
+        async with self._connected() as connection, connection.transaction():
+            await connection.executemany(_REMEMBER, rows)
+            await connection.execute("DELETE FROM targets WHERE NOT target = ANY($1)", list(slots))
+
+    async def _planned(self, connection: asyncpg.Connection, task: Task, now: datetime) -> None:
         target = str(task.target)
-        await self._connection.execute(
+        await connection.execute(
             _TASK,
             task.task_id,
             target,
@@ -155,23 +205,31 @@ class Ledger:
             now,
         )
         for item in task.items:
-            await self._connection.execute(
-                _PLANNED,
-                target,
-                item.service,
-                _at(item.start_s),
-                _at(item.end_s),
-                _seconds(item.grid_s),
-                _seconds(self._settling_s.get(item.service, 0)),
-                now,
-            )
+            await self._windows(connection, target, item, now)
 
-    async def _receipt(self, receipt: Receipt, done: ReceiptItem) -> None:
+    async def _windows(
+        self, connection: asyncpg.Connection, target: str, item: TaskItem, now: datetime
+    ) -> None:
+        await connection.execute(
+            _PLANNED,
+            target,
+            item.service,
+            _at(item.start_s),
+            _at(item.end_s),
+            timedelta(seconds=item.grid_s),
+            timedelta(seconds=self._settling_s.get(item.service, 0)),
+            now,
+        )
+
+    async def _receipt(
+        self, connection: asyncpg.Connection, receipt: Receipt, done: ReceiptItem, now: datetime
+    ) -> None:
         target, item, outcome = str(receipt.target), done.item, done.outcome
+        await self._windows(connection, target, item, now)
         span = (target, item.service, _at(item.start_s), _at(item.end_s))
         finished_at = _at(receipt.finished_at_ms / 1000)
         observed_at = _at(outcome.observed_at_ms / 1000) if outcome.observed_at_ms else None
-        await self._connection.execute(
+        await connection.execute(
             _LOOK,
             receipt.task_id,
             item.service,
@@ -191,26 +249,49 @@ class Ledger:
             list(done.batches),
             orjson.dumps([[w.start_s, w.points, w.digest] for w in done.windows]).decode(),
         )
-        await self._connection.execute(
-            _ATTEMPTED, *span, outcome.status, outcome.detail, finished_at, observed_at
-        )
+        await connection.execute(_ATTEMPTED, *span, outcome.status, outcome.detail, finished_at)
         if outcome.status is LookStatus.COMPLETE:
-            await self._connection.execute(_COLLECTED_EARLIER, *span, observed_at)
+            await connection.execute(_COLLECTED, *span, observed_at)
 
-    async def _landed(self, look: asyncpg.Record, now: datetime) -> None:
-        counts = orjson.loads(look["windows"])
-        await self._connection.execute(
-            _LANDED,
-            look["target"],
-            look["service"],
-            look["window_start"],
-            look["window_end"],
-            look["observed_at"],
-            now,
-            [_at(c[0]) for c in counts],
-            [c[1] for c in counts],
-            [signed(c[2]) for c in counts],
+
+def _decode(record: Record) -> Task | Receipt:
+    try:
+        return wire.decode_ledger(record.value)
+    except Rejected as error:
+        raise Fatal(
+            f"record {record.position.topic}/{record.position.partition}@{record.position.offset}",
+            f"is no ledger record: {error.what}",
+            "only Headgate may write this topic: check its ACLs, and that consumers were rolled before exporters",
+        ) from error
+
+
+async def _advance(connection: asyncpg.Connection, record: Record, expected: int) -> None:
+    at = record.position
+    done = await connection.execute(
+        _ADVANCE, SINK, at.topic, at.partition, at.offset + 1, value_id(record.value), expected
+    )
+    if done != "UPDATE 1":
+        raise Fatal(
+            f"ledger {at.topic}/{at.partition}",
+            f"its position is not {expected}: another process projects this partition",
+            "this process rejoins the group",
         )
+
+
+async def _landed(connection: asyncpg.Connection, look: asyncpg.Record, now: datetime) -> None:
+    counts = orjson.loads(look["windows"])
+    await connection.execute(
+        _LANDED,
+        look["target"],
+        look["service"],
+        look["window_start"],
+        look["window_end"],
+        look["observed_at"],
+        now,
+        [_at(c[0]) for c in counts],
+        [c[1] for c in counts],
+        [signed(c[2]) for c in counts],
+    )
 
 
 def signed(digest: int) -> int:
@@ -220,7 +301,3 @@ def signed(digest: int) -> int:
 
 def _at(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
-
-
-def _seconds(seconds: int) -> timedelta:
-    return timedelta(seconds=seconds)

@@ -13,6 +13,8 @@ class OffsetTracker:
         self._next = next_offset
         self._open: set[int] = set()
         self._begun = next_offset
+        self.committed = next_offset
+        """What its owner has committed."""
 
     def begin(self, offset: int) -> None:
         """A record was taken up. Offsets begin in ascending order (Kafka's), with gaps allowed."""

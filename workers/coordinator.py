@@ -1,0 +1,163 @@
+"""The coordinator: plans targets onto slots, and puts the tasks that are due on `collect`.
+
+* *Planned before work*: a task goes on `ledger` before it goes on `collect`.
+* While it is down nothing is lost: on its return it plans what it missed, from the ledger. Two at once do no harm: a task's id is
+  made from what it asks for.
+* While PostgreSQL is down it goes on from memory; only at its start does it wait for the ledger, for `MEMORY_WAIT_S`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import structlog
+from prometheus_client import Counter, Gauge
+from shard_config.plan import plan
+
+from ingest import wire
+from ingest.clock import Clock, SystemClock
+from ingest.collect import Sender
+from ingest.errors import Transient
+from ingest.ledger import Ledger, PlannersMemory
+from ingest.log import Producer
+from ingest.model import Target, Task
+from ingest.schedule import Grid, due, grids_of, horizon
+from shard_config.model import Config
+from workers import local
+from workers.lifecycle import Lifecycle, run_worker
+
+_log = structlog.get_logger()
+
+TICK_S = 1.0
+MEMORY_WAIT_S = 60.0
+
+PLANNED = Counter("headgate_tasks_planned_total", "Tasks put on `collect`.", ["kind"])
+TARGETS = Gauge("headgate_targets", "Targets in the configuration.")
+
+
+class Coordinator:
+    """Plans for one configuration."""
+
+    def __init__(self, config: Config, sender: Sender, clock: Clock, memory: PlannersMemory) -> None:
+        self._config = config
+        self._sender = sender
+        self._clock = clock
+        self._grids: Mapping[Target, tuple[Grid, ...]] = grids_of(config)
+        self._until_s = {t: dict(memory.planned_until_s.get(str(t), {})) for t in self._grids}
+        self._known = memory.task_ids
+        self.weights = {
+            str(t): max(1.0, memory.weights.get(str(t), float(len(grids))))
+            for t, grids in self._grids.items()
+        }
+        """By target: series asked about, as the ledger has learned; before that, its number of services."""
+        self.slots = plan(
+            self.weights, config.slots, {t: s for t, s in memory.slots.items() if t in self.weights}
+        )
+        TARGETS.set(len(self._grids))
+
+    def due(self) -> list[Task]:
+        """What is due now and not planned yet, live tasks first."""
+        now_s = self._clock.now_s()
+        tasks: list[Task] = []
+        for target, grids in self._grids.items():
+            if self._config.run.horizon_s is not None:
+                tasks += self._horizon(target, grids, now_s)
+            else:
+                tasks += due(
+                    target,
+                    grids,
+                    self._until_s[target],
+                    now_s,
+                    self._config.revision,
+                    self._config.startup_lookback_s,
+                )
+        return sorted((t for t in tasks if t.task_id not in self._known), key=lambda t: t.kind, reverse=True)
+
+    def _horizon(self, target: Target, grids: tuple[Grid, ...], now_s: int) -> list[Task]:
+        if self._until_s[target]:
+            return []
+        from_s, to_s = self._config.run.horizon_s or (0, 0)
+        return horizon(target, grids, from_s, to_s, now_s, self._config.revision)
+
+    async def announce(self, task: Task) -> None:
+        """Put a task on `ledger`, then on `collect`. Raises Transient: it is due again then."""
+        value = wire.encode_task(task)
+        key = str(task.target).encode()
+        kafka = self._config.kafka
+        await self._sender.send(kafka.topic("ledger"), key, value)
+        await self._sender.send(kafka.topic("collect"), key, value, self.slots[str(task.target)])
+        until_s = self._until_s[task.target]
+        for item in task.items:
+            until_s[item.service] = max(until_s.get(item.service, 0), item.end_s)
+        PLANNED.labels(kind=task.kind).inc()
+
+    async def run(self, lifecycle: Lifecycle) -> None:
+        """Until told to stop: plan what is due, each second."""
+        lifecycle.ready = True
+        while not lifecycle.stop.is_set():
+            try:
+                tasks = self.due()
+                for task in tasks:
+                    await self.announce(task)
+                if tasks:
+                    _log.info("tasks_planned", tasks=len(tasks))
+            except Transient as error:
+                _log.warning("planning_retries", error=str(error))
+            await lifecycle.pause(TICK_S)
+
+
+async def serve(config: Config, lifecycle: Lifecycle) -> None:
+    """Wire the coordinator and run it until told to stop."""
+    clock = SystemClock(config.run.clock_offset_s)
+    producer = Producer(config.kafka.bootstrap, "coordinator")
+    ledger = Ledger(config.postgres, "headgate coordinator", {})
+    try:
+        memory = await _remember(ledger, clock, lifecycle)
+        coordinator = Coordinator(config, producer, clock, memory)
+        try:
+            await ledger.remember_plan(coordinator.slots, coordinator.weights, clock.now_s())
+        except Transient as error:
+            _log.warning("plan_not_remembered", error=str(error))
+        await coordinator.run(lifecycle)
+    finally:
+        await ledger.close()
+        await producer.close()
+
+
+async def _remember(ledger: Ledger, clock: Clock, lifecycle: Lifecycle) -> PlannersMemory:
+    deadline_s = clock.monotonic_s() + MEMORY_WAIT_S
+    while True:
+        try:
+            return await ledger.memory()
+        except Transient as error:
+            if clock.monotonic_s() > deadline_s or await lifecycle.pause(error.retry_after_s):
+                _log.error("planning_without_the_ledger", error=str(error))
+                return PlannersMemory({}, {}, {}, frozenset())
+            _log.warning("ledger_not_reachable", error=str(error))
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "coordinator",
+        help="run the coordinator",
+        description="Runs the coordinator: it packs targets into slots, writes what is due to the ledger, then to the exporters' queue. "
+        "Two at once do no harm.",
+    )
+    parser.add_argument("--config", type=Path, help="headgate.yaml; default: the running local stack's")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address of /metrics, /healthz, /readyz (%(default)s)"
+    )
+    parser.add_argument("--metrics-port", type=int, default=0, help="their port; 0: none")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = local.find_config(args.config)
+    return run_worker(
+        "coordinator",
+        lambda lifecycle: serve(config, lifecycle),
+        host=args.host,
+        metrics_port=args.metrics_port,
+    )

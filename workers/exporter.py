@@ -1,0 +1,275 @@
+"""An exporter shard: takes tasks from its slots, executes them, commits what has a receipt.
+
+* At most `tasks_in_flight` tasks run at once; a partition's committed offset never passes a task without a receipt.
+* At a rebalance it drains for up to `DRAIN_S`, commits, and cancels the rest: its next owner takes those again, from the archive
+  where they are there already.
+* A task that cannot write its receipt (Kafka is away) is tried again until it can, or until the slot goes away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import structlog
+from ingest.sources.exposition import ExpositionSource
+from prometheus_client import Counter, Gauge, Histogram
+
+from ingest import wire
+from ingest.archive import open_archive
+from ingest.clock import Clock, SystemClock
+from ingest.collect import Collector, Topics
+from ingest.errors import Fatal, Rejected, Transient
+from ingest.log import Consumer, Producer
+from ingest.model import LookStatus, Receipt, SourceName
+from ingest.offsets import OffsetTracker
+from ingest.ports import Record
+from ingest.sources.cloudwatch import CloudWatchSource
+from shard_config.model import Config
+from workers import local
+from workers.lifecycle import Lifecycle, run_worker
+from workers.names import exporter_group
+
+_log = structlog.get_logger()
+
+DRAIN_S = 10
+RECENT_TASKS_MAX = 10_000
+
+TASKS = Counter(
+    "headgate_tasks_total", "Tasks that ended with a receipt; by how their looks went.", ["status"]
+)
+POINTS = Counter("headgate_points_collected_total", "Points in archived and published batches.")
+BILLED = Counter(
+    "headgate_metrics_billed_total", "Metrics requested, as GetMetricData bills them.", ["account"]
+)
+REQUESTS = Counter("headgate_requests_total", "Requests sent to a source, retries included.", ["api"])
+TASK_SECONDS = Histogram(
+    "headgate_task_seconds",
+    "From taking a task to its receipt. Above the poll interval, this shard falls behind: add shards.",
+    buckets=(0.1, 0.3, 1, 3, 10, 30, 60, 120, 300),
+)
+IN_FLIGHT = Gauge("headgate_tasks_in_flight", "Tasks being executed now.")
+SLOTS = Gauge("headgate_slots_owned", "Slots (partitions of `collect`) that this shard owns now.")
+LAG = Gauge(
+    "headgate_tasks_waiting", "Tasks in this shard's slots that it has not taken up. High: add shards."
+)
+
+
+class Exporter:
+    """Executes the tasks of one shard. `consumer` is set by whoever wires it."""
+
+    consumer: Consumer
+
+    def __init__(self, collector: Collector, clock: Clock, tasks_in_flight: int) -> None:
+        self._collector = collector
+        self._clock = clock
+        self._cap = tasks_in_flight
+        self._trackers: dict[int, OffsetTracker] = {}
+        self._second_try_below: dict[int, int] = {}
+        self._running: dict[asyncio.Task[None], int] = {}
+        self._recent: OrderedDict[str, None] = OrderedDict()
+
+    async def assigned(self, partitions: Sequence[int]) -> dict[int, int]:
+        """Open partitions where the group's committed offsets say."""
+        starts = await self.consumer.committed(partitions)
+        bounds = await self.consumer.bounds(partitions)
+        for p, start in starts.items():
+            first, end = bounds[p]
+            if start < first:
+                # Tasks that nobody executed in the retention of `collect`: the ledger shows their windows open.
+                _log.error("tasks_expired_unexecuted", partition=p, committed=start, first=first)
+                starts[p] = first
+        self._trackers = {p: OffsetTracker(s) for p, s in starts.items()}
+        # Whoever owned these slots may have executed what is written by now.
+        self._second_try_below = {p: bounds[p][1] for p in starts}
+        SLOTS.set(len(starts))
+        _log.info("slots_assigned", slots=sorted(starts))
+        return starts
+
+    async def revoked(self, partitions: Sequence[int]) -> None:
+        """Drain, commit, and let go."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=DRAIN_S)
+        cancelled = [t for t in self._running if not t.done()]
+        for task in cancelled:
+            task.cancel()
+        if cancelled:
+            await asyncio.wait(cancelled, timeout=DRAIN_S)
+        await self._commit()
+        self._trackers = {}
+        SLOTS.set(0)
+        _log.info("slots_revoked", slots=list(partitions), handed_back=len(cancelled))
+
+    async def run(self, lifecycle: Lifecycle) -> None:
+        """Until told to stop: poll, execute, commit."""
+        async with asyncio.TaskGroup() as group:
+            while not lifecycle.stop.is_set():
+                try:
+                    await self._step(group, lifecycle)
+                except Transient as error:
+                    _log.warning("exporter_retries", error=str(error))
+                    await lifecycle.pause(error.retry_after_s)
+            if self._trackers:
+                await self.revoked(sorted(self._trackers))
+
+    async def _step(self, group: asyncio.TaskGroup, lifecycle: Lifecycle) -> None:
+        room = self._cap - len(self._running)
+        if room <= 0:
+            await asyncio.wait(self._running, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+        else:
+            for record in await self.consumer.poll(room, 0.25):
+                self._begin(group, record)
+        lifecycle.ready = bool(self._trackers)
+        LAG.set(self.consumer.lag())
+        await self._commit()
+
+    def _begin(self, group: asyncio.TaskGroup, record: Record) -> None:
+        tracker = self._trackers.get(record.position.partition)
+        if tracker is None:
+            return
+        tracker.begin(record.position.offset)
+        running = group.create_task(self._execute(record, tracker))
+        self._running[running] = record.position.partition
+        running.add_done_callback(self._ended)
+        IN_FLIGHT.set(len(self._running))
+
+    def _ended(self, running: asyncio.Task[None]) -> None:
+        self._running.pop(running, None)
+        IN_FLIGHT.set(len(self._running))
+
+    async def _execute(self, record: Record, tracker: OffsetTracker) -> None:
+        at = record.position
+        try:
+            task = wire.decode_task(record.value)
+        except Rejected as error:
+            # Only the coordinator writes here. Whatever this is, its windows are not planned by it.
+            _log.error("task_not_readable", partition=at.partition, offset=at.offset, error=str(error))
+            tracker.done(at.offset)
+            return
+        second = at.offset < self._second_try_below.get(at.partition, 0) or task.task_id in self._recent
+        self._remember(task.task_id)
+        started_s = self._clock.monotonic_s()
+        while True:
+            try:
+                receipt = await self._collector.collect(task, maybe_second_try=second)
+            except Transient as error:
+                _log.warning(
+                    "receipt_not_written", task=task.task_id, target=str(task.target), error=str(error)
+                )
+                second = True
+                await self._clock.sleep(error.retry_after_s)
+            else:
+                break
+        tracker.done(at.offset)
+        TASK_SECONDS.observe(self._clock.monotonic_s() - started_s)
+        self._count(receipt)
+
+    def _remember(self, task_id: str) -> None:
+        self._recent[task_id] = None
+        if len(self._recent) > RECENT_TASKS_MAX:
+            self._recent.popitem(last=False)
+
+    def _count(self, receipt: Receipt) -> None:
+        statuses = {i.outcome.status for i in receipt.items}
+        status = (
+            LookStatus.COMPLETE
+            if statuses == {LookStatus.COMPLETE}
+            else min(statuses - {LookStatus.COMPLETE})
+        )
+        TASKS.labels(status=status).inc()
+        for item in receipt.items:
+            POINTS.inc(item.points)
+            BILLED.labels(account=receipt.target.account).inc(item.outcome.metrics_billed)
+            for api, count in item.outcome.requests.items():
+                REQUESTS.labels(api=api).inc(count)
+            if item.outcome.status is not LookStatus.COMPLETE:
+                _log.warning(
+                    "look_not_complete",
+                    target=str(receipt.target),
+                    service=item.item.service,
+                    status=item.outcome.status,
+                    detail=item.outcome.detail,
+                )
+
+    async def _commit(self) -> None:
+        moved = {p: t.next for p, t in self._trackers.items() if t.next > t.committed}
+        await self.consumer.commit(moved)
+        for p, offset in moved.items():
+            self._trackers[p].committed = offset
+
+
+async def serve(config: Config, shard: str, lifecycle: Lifecycle) -> None:
+    """Wire one shard and run it until told to stop."""
+    clock = SystemClock(config.run.clock_offset_s)
+    kafka = config.kafka
+    producer = Producer(kafka.bootstrap, shard)
+    cloudwatch = CloudWatchSource(config, clock)
+    exposition = ExpositionSource(config, clock)
+    try:
+        async with open_archive(config.s3) as archive:
+            collector = Collector(
+                shard,
+                {SourceName.CLOUDWATCH: cloudwatch, SourceName.EXPOSITION: exposition},
+                archive,
+                producer,
+                Topics(kafka.topic("raw"), kafka.topic("ledger")),
+                clock,
+                archive_prefix=config.s3.prefix,
+                deadline_s=config.task_deadline_s,
+            )
+            exporter = Exporter(collector, clock, config.tasks_in_flight)
+            exporter.consumer = Consumer(
+                kafka.bootstrap,
+                kafka.topic("collect"),
+                exporter_group(kafka),
+                client_id=shard,
+                instance_id=shard,
+                clock=clock,
+                session_timeout_s=kafka.session_timeout_s,
+                drain_s=2 * DRAIN_S,
+                assigned=exporter.assigned,
+                revoked=exporter.revoked,
+            )
+            await exporter.consumer.start()
+            try:
+                await exporter.run(lifecycle)
+            finally:
+                await exporter.consumer.stop()
+    finally:
+        await producer.close()
+        await cloudwatch.close()
+        await exposition.close()
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "exporter",
+        help="run one exporter shard",
+        description="Runs one exporter shard: it takes tasks from its slots, queries CloudWatch and exposition endpoints, writes S3, then Kafka, "
+        "then the receipt. Its name is its identity in the consumer group: never run two with one name.",
+    )
+    parser.add_argument("--config", type=Path, help="headgate.yaml; default: the running local stack's")
+    parser.add_argument(
+        "--shard", default=os.environ.get("HEADGATE_SHARD"), help="its stable name, as exporter-1"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address of /metrics, /healthz, /readyz (%(default)s)"
+    )
+    parser.add_argument("--metrics-port", type=int, default=0, help="their port; 0: none")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.shard:
+        raise Fatal("exporter", "has no name", "give --shard NAME or set HEADGATE_SHARD")
+    config = local.find_config(args.config)
+    return run_worker(
+        args.shard,
+        lambda lifecycle: serve(config, args.shard, lifecycle),
+        host=args.host,
+        metrics_port=args.metrics_port,
+    )

@@ -1,0 +1,125 @@
+"""What every worker process has: logs, signals, /metrics /healthz /readyz.
+
+* Logs are one JSON object a line on stderr (console form on a terminal).
+* SIGTERM and SIGINT set `stop`; a worker then drains and returns. A second signal ends it at once.
+* `/healthz` answers while the event loop turns, `/readyz` when the worker has what it needs. Nothing else is served, and nothing
+  changes state.
+* An unexpected error ends the process with its traceback in the log and exit code 1; the process manager starts it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import structlog
+import uvloop
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+
+from ingest.errors import Fatal, HeadgateError
+
+_log = structlog.get_logger()
+
+
+class Lifecycle:
+    """Handed to a worker's main: when to stop, and where to say that it is ready."""
+
+    def __init__(self) -> None:
+        self.stop = asyncio.Event()
+        self.ready = False
+
+    async def pause(self, seconds: float) -> bool:
+        """Wait, or be woken by `stop`; True where it is time to stop."""
+        try:
+            await asyncio.wait_for(self.stop.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+
+def run_worker(
+    name: str, main: Callable[[Lifecycle], Awaitable[None]], *, host: str = "127.0.0.1", metrics_port: int = 0
+) -> int:
+    """Run one worker until it ends or is told to stop; returns the process's exit code."""
+    configure_logs(name)
+    try:
+        uvloop.run(_serve(main, host, metrics_port))
+    except Fatal as error:
+        _log.critical("worker_stopped_for_safety", where=error.where, what=error.what, remedy=error.remedy)
+        return 3
+    except HeadgateError as error:
+        _log.error("worker_failed", error=str(error))
+        return 1
+    except Exception:
+        _log.exception("worker_crashed")
+        return 1
+    return 0
+
+
+async def _serve(main: Callable[[Lifecycle], Awaitable[None]], host: str, metrics_port: int) -> None:
+    lifecycle = Lifecycle()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if lifecycle.stop.is_set():
+            os._exit(130)
+        lifecycle.stop.set()
+
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sig, on_signal)
+    runner = web.AppRunner(_application(lifecycle), access_log=None)
+    await runner.setup()
+    try:
+        if metrics_port:
+            await web.TCPSite(runner, host, metrics_port).start()
+        _log.info("worker_started", metrics_port=metrics_port)
+        await main(lifecycle)
+        _log.info("worker_stopped")
+    finally:
+        await runner.cleanup()
+
+
+def _application(lifecycle: Lifecycle) -> web.Application:
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(REGISTRY), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def healthz(_: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def readyz(_: web.Request) -> web.Response:
+        return (
+            web.Response(text="ready\n") if lifecycle.ready else web.Response(text="not ready\n", status=503)
+        )
+
+    app = web.Application()
+    app.add_routes([web.get("/metrics", metrics), web.get("/healthz", healthz), web.get("/readyz", readyz)])
+    return app
+
+
+def configure_logs(worker: str) -> None:
+    """Structured logs on stderr, this process's name in each."""
+    renderer: Any = (
+        structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.bind_contextvars(worker=worker)
+    # Libraries log by the standard module: their warnings go to the same place, in their own form.
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+    logging.getLogger("aiokafka").setLevel(logging.ERROR)

@@ -1,0 +1,146 @@
+"""`headgate setup`: topics, positions, the store's schema and the bucket. Safe to run at any time, any number of times.
+
+A topic that is there keeps its partitions: their number never changes within a topic's name, for keys would move.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from aiobotocore.session import get_session
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+from botocore.exceptions import BotoCoreError, ClientError
+from ingest.sinks.postgres import PostgresSink
+
+from ingest import ledger
+from ingest.clock import SystemClock
+from ingest.errors import Fatal, Transient
+from ingest.log import commit_start
+from ingest.sinks.migrate import migrate
+from shard_config.model import S3, Config, Kafka
+from workers import local
+from workers.names import exporter_group
+
+RETENTION_MS = {
+    "collect": 3 * 86_400_000,
+    "raw": 7 * 86_400_000,
+    "ledger": 30 * 86_400_000,
+    "dead": 30 * 86_400_000,
+}
+"""How long Kafka keeps what. The archive keeps raw data for ever."""
+
+
+async def setup(config: Config) -> list[str]:
+    """Create what is missing; returns what was done, a line each. Raises Transient, Fatal."""
+    clock = SystemClock(config.run.clock_offset_s)
+    done = [f"migration {name}" for name in await migrate(config.postgres)]
+    async with _admin(config.kafka) as admin:
+        partitions = {
+            "collect": config.slots,
+            "raw": config.kafka.raw_partitions,
+            "ledger": config.kafka.ledger_partitions,
+            "dead": 1,
+        }
+        for name, count in partitions.items():
+            topic = f"{config.kafka.prefix}.{name}"
+            if await _create_topic(admin, topic, count, config.kafka.replication, RETENTION_MS[name]):
+                done.append(f"topic {topic} with {count} partitions")
+    kafka = config.kafka
+    await commit_start(kafka.bootstrap, kafka.topic("collect"), exporter_group(kafka), config.slots)
+    for sink_name, topic, count in (
+        ("postgres", kafka.topic("raw"), kafka.raw_partitions),
+        (ledger.SINK, kafka.topic("ledger"), kafka.ledger_partitions),
+    ):
+        sink = await PostgresSink.connect(config.postgres, sink_name=sink_name, clock=clock)
+        try:
+            await sink.init_positions(topic, range(count))
+        finally:
+            await sink.close()
+    if await _create_bucket(config.s3):
+        done.append(f"bucket {config.s3.bucket}")
+    return done
+
+
+@contextlib.asynccontextmanager
+async def _admin(kafka: Kafka) -> AsyncIterator[AIOKafkaAdminClient]:
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
+    try:
+        await admin.start()
+        yield admin
+    except (KafkaError, OSError) as error:
+        raise Transient(f"kafka {kafka.bootstrap}", f"{type(error).__name__} {error}") from error
+    finally:
+        await admin.close()
+
+
+async def _create_topic(
+    admin: AIOKafkaAdminClient, topic: str, partitions: int, replication: int, retention_ms: int
+) -> bool:
+    """True where it was created. Raises Fatal where it is there with another number of partitions."""
+    new = NewTopic(
+        topic,
+        partitions,
+        replication,
+        topic_configs={"retention.ms": str(retention_ms), "max.message.bytes": "1048588"},
+    )
+    try:
+        answer = await admin.create_topics([new])
+    except TopicAlreadyExistsError:
+        created = False
+    else:
+        code = answer.topic_errors[0][1]
+        created = code == 0
+        if code not in (0, TopicAlreadyExistsError.errno):
+            raise for_code(code)(f"topic {topic}: {answer.topic_errors[0]}")
+    if not created:
+        described = await admin.describe_topics([topic])
+        there = len(described[0]["partitions"])
+        if there != partitions:
+            raise Fatal(
+                f"topic {topic}",
+                f"has {there} partitions, and the configuration says {partitions}",
+                "the number never changes within a name: set it back, or choose another kafka.prefix",
+            )
+    return created
+
+
+async def _create_bucket(s3: S3) -> bool:
+    session = get_session()
+    endpoint = s3.endpoint_url or None
+    try:
+        async with session.create_client("s3", region_name=s3.region, endpoint_url=endpoint) as client:
+            try:
+                await client.head_bucket(Bucket=s3.bucket)
+            except ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] != 404:
+                    raise
+                await client.create_bucket(Bucket=s3.bucket)
+                return True
+    except (ClientError, BotoCoreError) as error:
+        raise Transient(
+            f"bucket {s3.bucket}", str(error), "check s3.* and the permissions on the bucket"
+        ) from error
+    return False
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "setup",
+        help="create topics, positions, the store's schema and the bucket",
+        description="Creates what is missing in Kafka, PostgreSQL and S3, and says what it did. Run it before the first start and at each "
+        "upgrade (the Helm chart does); running it again changes nothing.",
+    )
+    parser.add_argument("--config", type=Path, help="headgate.yaml; default: the running local stack's")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = local.find_config(args.config)
+    for line in asyncio.run(setup(config)) or ["everything is there"]:
+        print(line)
+    return 0
