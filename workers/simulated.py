@@ -1,0 +1,323 @@
+"""What a CloudWatch answers about a truth: the rules of ListMetrics and GetMetricData, pure.
+
+The rules are AWS's, as far as they are known: at most 500 queries and 100,800 points a call, paging by NextToken,
+retention by age, the errors' codes. A page series is answered as of the time of its first page, which the token
+carries, so that its pages are one look.
+
+No network, no clock, no faults: those are `simulator`'s.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from hashlib import blake2b
+from typing import Any, Final
+
+import orjson
+
+from workers.world import Answer, Metric, Question, Truth, known_statistic
+
+QUERIES_MAX: Final = 500
+DATAPOINTS_MAX: Final = 100_800
+LIST_PAGE: Final = 500
+DAY_S: Final = 86_400
+KEPT_S: Final = 455 * DAY_S
+"""Points older than this are gone at any resolution."""
+
+_ID = re.compile(r"[a-z][A-Za-z0-9_]{0,254}")
+
+
+class AwsError(Exception):
+    """An error answer: AWS's code, the message, the HTTP status, and, for CloudWatch, the code of old query clients."""
+
+    def __init__(self, code: str, message: str, status: int = 400, query_code: str = "") -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+        self.status = status
+        self.query_code = query_code
+
+
+def invalid(message: str) -> AwsError:
+    return AwsError("ValidationError", message, query_code="ValidationError")
+
+
+def _invalid_token() -> AwsError:
+    return AwsError("InvalidNextToken", "Request token is invalid", query_code="InvalidNextToken")
+
+
+# --- requests -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One query of a GetMetricData call."""
+
+    id: str
+    label: str
+    question: Question
+    return_data: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DataRequest:
+    """A GetMetricData call as it was asked."""
+
+    queries: tuple[Query, ...]
+    start_s: int
+    end_s: int
+    descending: bool
+    datapoints_max: int
+    token: str
+
+    def fingerprint(self) -> str:
+        """Over everything but the token: a token belongs to one request."""
+        return _fingerprint(replace(self, token=""))
+
+    def datapoints(self) -> int:
+        """What AWS charges against the datapoints quota: range ÷ period, whatever there is."""
+        span_s = self.end_s - self.start_s
+        return sum(max(1, span_s // q.question.period_s) for q in self.queries)
+
+
+def parse_data_request(body: Mapping[str, Any]) -> DataRequest:
+    """A GetMetricData request's body → what it asks. Raises AwsError, as AWS would refuse it."""
+    for name in ("MetricDataQueries", "StartTime", "EndTime"):
+        if body.get(name) is None:
+            raise AwsError(
+                "MissingRequiredParameterException",
+                f"The parameter {name} is required.",
+                query_code="MissingParameter",
+            )
+    raw = body["MetricDataQueries"]
+    if not isinstance(raw, list):
+        raise AwsError("SerializationException", "MetricDataQueries is not a list")
+    if len(raw) > QUERIES_MAX:
+        raise invalid(f"The collection MetricDataQueries must not have a size greater than {QUERIES_MAX}.")
+    start_s, end_s = _seconds(body["StartTime"], "StartTime"), _seconds(body["EndTime"], "EndTime")
+    if start_s == end_s:
+        raise invalid("The parameter StartTime must not equal parameter EndTime.")
+    if start_s > end_s:
+        raise invalid("The parameter StartTime must be less than the parameter EndTime.")
+    queries = tuple(_query(n, q) for n, q in enumerate(raw, 1))
+    if len({q.id for q in queries}) < len(queries):
+        raise invalid("The values for parameter id in MetricDataQueries are not unique.")
+    scan = body.get("ScanBy") or "TimestampDescending"
+    if scan not in ("TimestampDescending", "TimestampAscending"):
+        raise invalid(f"The value {scan} for parameter ScanBy is not supported.")
+    datapoints_max = int(body.get("MaxDatapoints") or DATAPOINTS_MAX)
+    if not 1 <= datapoints_max <= DATAPOINTS_MAX:
+        raise invalid(f"The parameter MaxDatapoints must be between 1 and {DATAPOINTS_MAX}.")
+    return DataRequest(
+        queries=queries,
+        start_s=start_s,
+        end_s=end_s,
+        descending=scan == "TimestampDescending",
+        datapoints_max=datapoints_max,
+        token=body.get("NextToken") or "",
+    )
+
+
+def _query(number: int, raw: Mapping[str, Any]) -> Query:
+    at = f"MetricDataQueries.member.{number}"
+    name = raw.get("Id") or ""
+    if not _ID.fullmatch(name):
+        raise invalid(
+            f'The value "{name}" for parameter {at}.Id is not matching the expected pattern ^[a-z][a-zA-Z0-9_]*$.'
+        )
+    stat = raw.get("MetricStat")
+    if not isinstance(stat, dict) or raw.get("Expression"):
+        raise invalid(f"{at}: this simulation knows MetricStat only, no metric math and no Metrics Insights.")
+    metric, period_s, statistic = stat.get("Metric") or {}, stat.get("Period"), stat.get("Stat") or ""
+    if not isinstance(period_s, int) or not (
+        period_s in (1, 5, 10, 20, 30) or (period_s > 0 and period_s % 60 == 0)
+    ):
+        raise invalid(
+            f"The value {period_s} for parameter {at}.MetricStat.Period is not 1, 5, 10, 20, 30 or a multiple of 60."
+        )
+    if not known_statistic(statistic):
+        raise invalid(f"The value {statistic} for parameter {at}.MetricStat.Stat is not supported.")
+    if not metric.get("Namespace") or not metric.get("MetricName"):
+        raise invalid(f"The parameters {at}.MetricStat.Metric.Namespace and MetricName are required.")
+    return Query(
+        id=name,
+        label=raw.get("Label") or metric["MetricName"],
+        question=Question(
+            metric["Namespace"],
+            metric["MetricName"],
+            tuple(sorted([(d["Name"], d["Value"]) for d in metric.get("Dimensions") or ()])),
+            statistic,
+            period_s,
+            stat.get("Unit") or "",
+        ),
+        return_data=raw.get("ReturnData") is not False,
+    )
+
+
+def _seconds(value: Any, name: str) -> int:
+    """A timestamp of any of the protocols (number, tagged number, ISO text) → seconds, rounded down."""
+    try:
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+        if isinstance(value, datetime):
+            value = (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+        if isinstance(value, int | float) and 0 <= value < 1 << 38:
+            return int(value // 1)
+    except ValueError:
+        pass
+    raise AwsError("SerializationException", f"{name} {value!r} is not a timestamp")
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------
+
+
+def _fingerprint(request: object) -> str:
+    return blake2b(repr(request).encode(), digest_size=8).hexdigest()
+
+
+def _token(as_of_s: int, index: int, skip: int, fingerprint: str) -> str:
+    """Where a page series goes on: item `index`, after `skip` of its points; all as of `as_of_s`."""
+    return base64.urlsafe_b64encode(orjson.dumps([as_of_s, index, skip, fingerprint])).decode()
+
+
+def _resume(token: str, fingerprint: str) -> tuple[int, int, int]:
+    try:
+        as_of_s, index, skip, of = orjson.loads(base64.urlsafe_b64decode(token))
+        if of != fingerprint:
+            raise _invalid_token()
+        return int(as_of_s), int(index), int(skip)
+    except ValueError as e:
+        raise _invalid_token() from e
+
+
+# --- answers --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page of an answer: MetricDataResults or Metrics, in the shape of the wire, and the token of the next page."""
+
+    items: list[dict[str, Any]]
+    next_token: str
+
+
+def get_metric_data(truth: Truth, account: str, region: str, request: DataRequest, now_s: int) -> Page:
+    """One page of GetMetricData, as a CloudWatch would give it at `now_s`.
+
+    Points fill a page query by query; a query that does not fit is PartialData and goes on in the next page, and the queries after it
+    are absent from this one. Raises AwsError where the token is none of this request's.
+    """
+    as_of_s, first, skip = now_s, 0, 0
+    if request.token:
+        as_of_s, first, skip = _resume(request.token, request.fingerprint())
+    items: list[dict[str, Any]] = []
+    room = request.datapoints_max
+    for index, (times_s, values) in _answered(truth, account, region, request, first, as_of_s):
+        query = request.queries[index]
+        if request.descending:
+            times_s, values = times_s[::-1], values[::-1]
+        if index == first and skip:
+            times_s, values = times_s[skip:], values[skip:]
+        fits = len(times_s) <= room
+        if fits or room:
+            items.append(
+                {
+                    "Id": query.id,
+                    "Label": query.label,
+                    "Timestamps": times_s if fits else times_s[:room],
+                    "Values": values if fits else values[:room],
+                    "StatusCode": "Complete" if fits else "PartialData",
+                }
+            )
+        if not fits:
+            done = room + (skip if index == first else 0)
+            return Page(items, _token(as_of_s, index, done, request.fingerprint()))
+        room -= len(times_s)
+    return Page(items, "")
+
+
+def _answered(
+    truth: Truth, account: str, region: str, request: DataRequest, first: int, as_of_s: int
+) -> Iterator[tuple[int, Answer]]:
+    """(index, answer) of the queries from `first` on, computed a page's worth at a time."""
+    finest_s = min(q.question.period_s for q in request.queries) if request.queries else 60
+    start_s, end_s = request.start_s, request.end_s
+    if truth.ages:
+        start_s = max(start_s, as_of_s - KEPT_S)
+    age_s = as_of_s - start_s if truth.ages else 0
+    unit_s = _start_unit_s(age_s, finest_s)
+    start_s = start_s // unit_s * unit_s
+    step = 1 + request.datapoints_max // max(1, (end_s - start_s) // finest_s)
+    for i in range(first, len(request.queries), step):
+        indices = [n for n in range(i, min(i + step, len(request.queries))) if request.queries[n].return_data]
+        questions = [request.queries[n].question for n in indices]
+        kept = [_is_kept(q.period_s, age_s) for q in questions]
+        found = iter(
+            truth.answers(
+                account,
+                region,
+                [q for q, k in zip(questions, kept, strict=True) if k],
+                start_s,
+                end_s,
+                as_of_s,
+            )
+        )
+        for n, k in zip(indices, kept, strict=True):
+            yield n, next(found) if k else ([], [])
+
+
+def _start_unit_s(age_s: int, finest_s: int) -> int:
+    """StartTime is rounded down to this, by its age."""
+    if age_s > 63 * DAY_S:
+        return 3600
+    return 300 if age_s > 15 * DAY_S else min(60, finest_s)
+
+
+def _is_kept(period_s: int, age_s: int) -> bool:
+    """Whether points of a period are still there for a StartTime of that age."""
+    if age_s > 63 * DAY_S:
+        return period_s % 3600 == 0
+    if age_s > 15 * DAY_S:
+        return period_s % 300 == 0
+    return period_s >= 60 or age_s <= 3 * 3600
+
+
+def list_metrics(truth: Truth, account: str, region: str, body: Mapping[str, Any], now_s: int) -> Page:
+    """One page of ListMetrics at `now_s`. Raises AwsError for a filter or a token that AWS would refuse."""
+    active = body.get("RecentlyActive")
+    if active not in (None, "PT3H"):
+        raise invalid("The parameter RecentlyActive must be PT3H.")
+    namespace, name = body.get("Namespace"), body.get("MetricName")
+    wanted = [(d["Name"], d.get("Value")) for d in body.get("Dimensions") or ()]
+    fingerprint = _fingerprint((namespace, name, wanted, active))
+    as_of_s, first = now_s, 0
+    if body.get("NextToken"):
+        as_of_s, first, _ = _resume(body["NextToken"], fingerprint)
+    metrics = truth.listed(account, region, as_of_s, active is not None)
+    if namespace or name or wanted:
+        metrics = [m for m in metrics if _matches(m, namespace, name, wanted)]
+    last = first + LIST_PAGE
+    return Page(
+        [
+            {
+                "Namespace": m.namespace,
+                "MetricName": m.name,
+                "Dimensions": [{"Name": k, "Value": v} for k, v in m.dimensions],
+            }
+            for m in metrics[first:last]
+        ],
+        _token(as_of_s, last, 0, fingerprint) if last < len(metrics) else "",
+    )
+
+
+def _matches(
+    metric: Metric, namespace: str | None, name: str | None, wanted: Sequence[tuple[str, str | None]]
+) -> bool:
+    if (namespace and metric.namespace != namespace) or (name and metric.name != name):
+        return False
+    has = dict(metric.dimensions)
+    return all(k in has and (v is None or has[k] == v) for k, v in wanted)
