@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import structlog
 
@@ -22,13 +21,13 @@ from ingest import wire
 from ingest.archive import archive_key
 from ingest.clock import Clock
 from ingest.errors import Rejected, Transient
+from ingest.log import Outgoing, Sender
 from ingest.model import (
     Batch,
     LookStatus,
     Outcome,
     Receipt,
     ReceiptItem,
-    RecordPosition,
     Target,
     Task,
     TaskItem,
@@ -39,14 +38,6 @@ from ingest.model import (
 from ingest.ports import Archive, ArchivedTask, Payload, Source
 
 _log = structlog.get_logger()
-
-
-class Sender(Protocol):
-    """What publishing needs of the log."""
-
-    async def send(
-        self, topic: str, key: bytes, value: bytes, partition: int | None = None
-    ) -> RecordPosition: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +81,16 @@ class Collector:
 
     async def collect(self, task: Task, *, maybe_second_try: bool) -> Receipt:
         """Execute one task and return its receipt, which is on the ledger topic by then."""
-        key = archive_key(task, self._prefix)
-        done = await self._archived(key) if maybe_second_try else None
+        kept_under = archive_key(task, self._prefix)
+        done = await self._archived(kept_under) if maybe_second_try else None
         if done is None:
-            done = await self._look_and_archive(task, key)
+            done = await self._look_and_archive(task, kept_under)
         else:
             _log.info("task_published_from_archive", task=task.task_id, target=str(task.target))
-        for payload in done.payloads:
-            await self._sender.send(self._topics.raw, raw_key(task.target), payload.value)
-        await self._sender.send(
-            self._topics.ledger, str(task.target).encode(), wire.encode_receipt(done.receipt)
-        )
+        key = raw_key(task.target)
+        await self._sender.send(self._topics.raw, [Outgoing(key, p.value) for p in done.payloads])
+        receipt = Outgoing(str(task.target).encode(), wire.encode_receipt(done.receipt))
+        await self._sender.send(self._topics.ledger, [receipt])
         return done.receipt
 
     async def _archived(self, key: str) -> ArchivedTask | None:

@@ -11,8 +11,7 @@ Guarantees:
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -20,8 +19,8 @@ import structlog
 
 from ingest import wire
 from ingest.clock import Clock
-from ingest.collect import Sender
 from ingest.errors import Fatal, Rejected
+from ingest.log import Outgoing, Sender
 from ingest.model import DeadLetter
 from ingest.ports import Advance, Landable, Landed, Record, Sink
 from ingest.validate import validate
@@ -31,8 +30,6 @@ _log = structlog.get_logger()
 
 DEAD_PAYLOAD_BYTES_MAX = 900_000
 """A dead record's bytes are kept up to here, so that its letter fits a Kafka record; the origin has the rest."""
-
-DEAD_IN_FLIGHT_MAX = 200
 
 
 @dataclass(slots=True)
@@ -152,13 +149,8 @@ class Landing:
         ]
 
     async def _bury(self, dead: Sequence[DeadLetter]) -> None:
-        for some in batched(dead, DEAD_IN_FLIGHT_MAX):
-            async with asyncio.TaskGroup() as group:
-                for letter in some:
-                    key = letter.identity.encode()
-                    group.create_task(
-                        self._sender.send(self._dead_topic, key, wire.encode_dead_letter(letter))
-                    )
+        letters = [Outgoing(letter.identity.encode(), wire.encode_dead_letter(letter)) for letter in dead]
+        await self._sender.send(self._dead_topic, letters)
         if dead:
             _log.warning("dead_letters_written", count=len(dead), first_reason=dead[0].reason)
 
@@ -166,8 +158,3 @@ class Landing:
 def value_id(value: bytes) -> bytes:
     """16 bytes that know a record by its value: for a batch, its id."""
     return blake2b(value, digest_size=16).digest()
-
-
-def batched(letters: Sequence[DeadLetter], size: int) -> Iterator[Sequence[DeadLetter]]:
-    for at in range(0, len(letters), size):
-        yield letters[at : at + size]

@@ -41,8 +41,9 @@ STATE_SQL = """CASE
     WHEN last_status IS NOT NULL THEN last_status
     ELSE 'planned' END"""
 
-_TASK = """INSERT INTO tasks (task_id, target, config_revision, tick, kind, attempt, planned_at)
-VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING"""
+_TASK = """INSERT INTO tasks (task_id, target, config_revision, tick, kind, attempt, planned_at, expires_at,
+    value)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT DO NOTHING"""
 
 _PLANNED = """INSERT INTO windows (target, service, window_start, window_end, settles_at, planned_at)
 SELECT $1, $2, start, start + $5::interval, start + $5::interval + $6::interval, $7
@@ -93,6 +94,10 @@ GROUP BY target"""
 _REMEMBER = """INSERT INTO targets (target, slot, weight, planned_at) VALUES ($1, $2, $3, $4)
 ON CONFLICT (target) DO UPDATE SET slot = excluded.slot, weight = excluded.weight, planned_at = excluded.planned_at"""
 
+_UNANSWERED = """SELECT value FROM tasks t
+WHERE NOT EXISTS (SELECT FROM looks l WHERE l.task_id = t.task_id)
+ORDER BY planned_at LIMIT 100000"""
+
 STATEMENTS_TIMEOUT_S = 60.0
 
 
@@ -100,13 +105,15 @@ STATEMENTS_TIMEOUT_S = 60.0
 class PlannersMemory:
     """What the ledger knows of earlier planning. Targets are written source/account/region.
 
-    `weights` are series asked about at the newest complete looks; `task_ids` are the newest 100,000.
+    `weights` are series asked about at the newest complete looks; `task_ids` are the newest 100,000. `unanswered` tasks have no
+    receipt: they wait in `collect`, or never got there.
     """
 
     planned_until_s: Mapping[str, Mapping[str, int]]
     slots: Mapping[str, int]
     weights: Mapping[str, float]
     task_ids: frozenset[str]
+    unanswered: tuple[Task, ...]
 
 
 class Ledger:
@@ -174,7 +181,8 @@ class Ledger:
             planned = await connection.fetch(_PLANNED_UNTIL)
             slots = await connection.fetch("SELECT target, slot FROM targets")
             weights = await connection.fetch(_WEIGHTS)
-            tasks = await connection.fetch("SELECT task_id FROM tasks ORDER BY planned_at DESC LIMIT 100000")
+            known = await connection.fetch("SELECT task_id FROM tasks ORDER BY planned_at DESC LIMIT 100000")
+            unanswered = await connection.fetch(_UNANSWERED)
         until: dict[str, dict[str, int]] = defaultdict(dict)
         for row in planned:
             until[row["target"]][row["service"]] = row["until_s"]
@@ -182,7 +190,8 @@ class Ledger:
             planned_until_s=until,
             slots={row["target"]: row["slot"] for row in slots},
             weights={row["target"]: float(row["weight"]) for row in weights},
-            task_ids=frozenset(row["task_id"] for row in tasks),
+            task_ids=frozenset(row["task_id"] for row in known),
+            unanswered=tuple(wire.decode_task(row["value"]) for row in unanswered),
         )
 
     async def remember_plan(self, slots: Mapping[str, int], weights: Mapping[str, float], now_s: int) -> None:
@@ -203,6 +212,8 @@ class Ledger:
             task.kind,
             task.attempt,
             now,
+            _at(task.expires_s) if task.expires_s else None,
+            wire.encode_task(task),
         )
         for item in task.items:
             await self._windows(connection, target, item, now)

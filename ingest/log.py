@@ -16,7 +16,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, TopicPartition
@@ -39,6 +40,24 @@ VALUE_BYTES_MAX = 1_000_000
 """Kafka's default for a record batch, less the overhead of one."""
 
 
+IN_FLIGHT_MAX = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A record to be sent; without a partition, its key decides."""
+
+    key: bytes
+    value: bytes
+    partition: int | None = None
+
+
+class Sender(Protocol):
+    """What publishing needs of the log: `Producer`, or a fake."""
+
+    async def send(self, topic: str, records: Sequence[Outgoing]) -> list[RecordPosition]: ...
+
+
 class Producer:
     """Sends records with a deadline each; after a failure the client is thrown away and built anew."""
 
@@ -49,23 +68,36 @@ class Producer:
         self._client: AIOKafkaProducer | None = None
         self._building = asyncio.Lock()
 
-    async def send(
-        self, topic: str, key: bytes, value: bytes, partition: int | None = None
-    ) -> RecordPosition:
-        """Send one record and wait for all in-sync replicas. Raises Transient; Fatal for a value that is too large."""
-        if len(value) > VALUE_BYTES_MAX:
-            raise Fatal(f"topic {topic}", f"a value of {len(value)} bytes is above {VALUE_BYTES_MAX}")
+    async def send(self, topic: str, records: Sequence[Outgoing]) -> list[RecordPosition]:
+        """Send records and wait until all in-sync replicas have all of them; returns where they stand, in order.
+
+        Raises Transient where that is not known of every one (send all again then), Fatal for a value that is too large.
+        """
+        for record in records:
+            if len(record.value) > VALUE_BYTES_MAX:
+                raise Fatal(
+                    f"topic {topic}", f"a value of {len(record.value)} bytes is above {VALUE_BYTES_MAX}"
+                )
+        positions: list[RecordPosition] = []
+        for at in range(0, len(records), IN_FLIGHT_MAX):
+            positions += await self._send(topic, records[at : at + IN_FLIGHT_MAX])
+        return positions
+
+    async def _send(self, topic: str, records: Sequence[Outgoing]) -> list[RecordPosition]:
         client: AIOKafkaProducer | None = None
         try:
             async with asyncio.timeout(self._deadline_s):
                 client = await self._ready()
-                sent = await client.send_and_wait(topic, value=value, key=key, partition=partition)
+                waiting = [
+                    await client.send(topic, value=r.value, key=r.key, partition=r.partition) for r in records
+                ]
+                sent = await asyncio.gather(*waiting)
         except (KafkaError, TimeoutError, OSError) as error:
             if client is not None:
                 await self._drop(client)
             what = f"not acknowledged in {self._deadline_s:g} s: {type(error).__name__} {error}".rstrip()
             raise Transient(f"topic {topic} on {self._bootstrap}", what) from error
-        return RecordPosition(topic, sent.partition, sent.offset)
+        return [RecordPosition(topic, s.partition, s.offset) for s in sent]
 
     async def _ready(self) -> AIOKafkaProducer:
         async with self._building:

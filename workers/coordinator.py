@@ -18,11 +18,10 @@ from shard_config.plan import plan
 
 from ingest import wire
 from ingest.clock import Clock, SystemClock
-from ingest.collect import Sender
 from ingest.errors import Transient
 from ingest.ledger import Ledger, PlannersMemory
-from ingest.log import Producer
-from ingest.model import Target, Task
+from ingest.log import Outgoing, Producer, Sender
+from ingest.model import Target, Task, TaskKind
 from ingest.schedule import Grid, due, grids_of, horizon
 from shard_config.model import Config
 from workers import local
@@ -32,6 +31,7 @@ _log = structlog.get_logger()
 
 TICK_S = 1.0
 MEMORY_WAIT_S = 60.0
+ANNOUNCED_AT_ONCE = 500
 
 PLANNED = Counter("headgate_tasks_planned_total", "Tasks put on `collect`.", ["kind"])
 TARGETS = Gauge("headgate_targets", "Targets in the configuration.")
@@ -45,8 +45,12 @@ class Coordinator:
         self._sender = sender
         self._clock = clock
         self._grids: Mapping[Target, tuple[Grid, ...]] = grids_of(config)
-        self._until_s = {t: dict(memory.planned_until_s.get(str(t), {})) for t in self._grids}
+        once = config.run.horizon_s is not None
+        self._until_s = {t: {} if once else dict(memory.planned_until_s.get(str(t), {})) for t in self._grids}
         self._known = memory.task_ids
+        self._to_ledger: list[Task] = []
+        # What has no receipt waits on `collect`, or never got there. Twice there is harmless, and paid for once.
+        self._to_collect = [t for t in memory.unanswered if t.target in self._grids]
         self.weights = {
             str(t): max(1.0, memory.weights.get(str(t), float(len(grids))))
             for t, grids in self._grids.items()
@@ -57,52 +61,56 @@ class Coordinator:
         )
         TARGETS.set(len(self._grids))
 
-    def due(self) -> list[Task]:
-        """What is due now and not planned yet, live tasks first."""
+    def plan_due(self) -> int:
+        """Plan what is due now; returns how many tasks that are. They are announced by `announce`."""
         now_s = self._clock.now_s()
+        config = self._config
         tasks: list[Task] = []
         for target, grids in self._grids.items():
-            if self._config.run.horizon_s is not None:
-                tasks += self._horizon(target, grids, now_s)
+            until_s = self._until_s[target]
+            if config.run.horizon_s is None:
+                found = due(target, grids, until_s, now_s, config.revision, config.startup_lookback_s)
+            elif until_s:
+                found = []  # looked at once, in this life
             else:
-                tasks += due(
-                    target,
-                    grids,
-                    self._until_s[target],
-                    now_s,
-                    self._config.revision,
-                    self._config.startup_lookback_s,
-                )
-        return sorted((t for t in tasks if t.task_id not in self._known), key=lambda t: t.kind, reverse=True)
+                found = horizon(target, grids, *config.run.horizon_s, now_s, config.revision)
+            for item in (item for task in found for item in task.items):
+                until_s[item.service] = max(until_s.get(item.service, 0), item.end_s)
+            tasks += (t for t in found if t.task_id not in self._known)
+        self._to_ledger += sorted(tasks, key=lambda t: t.tick_s)
+        self._to_collect += sorted(tasks, key=lambda t: t.kind != TaskKind.LIVE)
+        return len(tasks)
 
-    def _horizon(self, target: Target, grids: tuple[Grid, ...], now_s: int) -> list[Task]:
-        if self._until_s[target]:
-            return []
-        from_s, to_s = self._config.run.horizon_s or (0, 0)
-        return horizon(target, grids, from_s, to_s, now_s, self._config.revision)
+    async def announce(self) -> None:
+        """Put planned tasks on `ledger`, the oldest first, then on `collect`, live ones first. Raises Transient: call it again.
 
-    async def announce(self, task: Task) -> None:
-        """Put a task on `ledger`, then on `collect`. Raises Transient: it is due again then."""
-        value = wire.encode_task(task)
-        key = str(task.target).encode()
+        The oldest first, so that whoever reads the ledger's newest planned window knows that all before it are planned.
+        """
         kafka = self._config.kafka
-        await self._sender.send(kafka.topic("ledger"), key, value)
-        await self._sender.send(kafka.topic("collect"), key, value, self.slots[str(task.target)])
-        until_s = self._until_s[task.target]
-        for item in task.items:
-            until_s[item.service] = max(until_s.get(item.service, 0), item.end_s)
-        PLANNED.labels(kind=task.kind).inc()
+        while self._to_ledger:
+            some = self._to_ledger[:ANNOUNCED_AT_ONCE]
+            await self._sender.send(kafka.topic("ledger"), [self._record(t) for t in some])
+            del self._to_ledger[: len(some)]
+        while self._to_collect:
+            some = self._to_collect[:ANNOUNCED_AT_ONCE]
+            await self._sender.send(
+                kafka.topic("collect"), [self._record(t, self.slots[str(t.target)]) for t in some]
+            )
+            del self._to_collect[: len(some)]
+            for task in some:
+                PLANNED.labels(kind=task.kind).inc()
+
+    def _record(self, task: Task, slot: int | None = None) -> Outgoing:
+        return Outgoing(str(task.target).encode(), wire.encode_task(task), slot)
 
     async def run(self, lifecycle: Lifecycle) -> None:
         """Until told to stop: plan what is due, each second."""
         lifecycle.ready = True
         while not lifecycle.stop.is_set():
             try:
-                tasks = self.due()
-                for task in tasks:
-                    await self.announce(task)
-                if tasks:
-                    _log.info("tasks_planned", tasks=len(tasks))
+                if tasks := self.plan_due():
+                    _log.info("tasks_planned", tasks=tasks)
+                await self.announce()
             except Transient as error:
                 _log.warning("planning_retries", error=str(error))
             await lifecycle.pause(TICK_S)
@@ -134,7 +142,7 @@ async def _remember(ledger: Ledger, clock: Clock, lifecycle: Lifecycle) -> Plann
         except Transient as error:
             if clock.monotonic_s() > deadline_s or await lifecycle.pause(error.retry_after_s):
                 _log.error("planning_without_the_ledger", error=str(error))
-                return PlannersMemory({}, {}, {}, frozenset())
+                return PlannersMemory({}, {}, {}, frozenset(), ())
             _log.warning("ledger_not_reachable", error=str(error))
 
 

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
-from ingest.sources.exposition import ExpositionSource
 from prometheus_client import Counter, Gauge, Histogram
 
 from ingest import wire
@@ -29,6 +28,7 @@ from ingest.model import LookStatus, Receipt, SourceName
 from ingest.offsets import OffsetTracker
 from ingest.ports import Record
 from ingest.sources.cloudwatch import CloudWatchSource
+from ingest.sources.exposition import ExpositionSource
 from shard_config.model import Config
 from workers import local
 from workers.lifecycle import Lifecycle, run_worker
@@ -78,7 +78,7 @@ class Exporter:
         starts = await self.consumer.committed(partitions)
         bounds = await self.consumer.bounds(partitions)
         for p, start in starts.items():
-            first, end = bounds[p]
+            first = bounds[p][0]
             if start < first:
                 # Tasks that nobody executed in the retention of `collect`: the ledger shows their windows open.
                 _log.error("tasks_expired_unexecuted", partition=p, committed=start, first=first)

@@ -16,8 +16,11 @@ CREATE TABLE tasks (
     tick            timestamptz NOT NULL,
     kind            text NOT NULL,
     attempt         integer NOT NULL,
-    planned_at      timestamptz NOT NULL
+    planned_at      timestamptz NOT NULL,
+    expires_at      timestamptz,               -- NULL: never
+    value           bytea NOT NULL             -- the task itself, so that it can be put on `collect` again
 );
+CREATE INDEX tasks_by_time ON tasks (planned_at);
 
 -- What was done: one row per receipt and service. Two receipts of one task (it ran twice) are two rows: both were paid for.
 CREATE TABLE looks (
