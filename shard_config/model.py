@@ -76,6 +76,8 @@ class Account(Strict):
     budget_usd_per_day: float | None = Field(None, gt=0)
     calls_per_s: float = Field(50, gt=0)
     """This account's GetMetricData quota in one region."""
+    datapoints_per_s: float = Field(180_000, gt=0)
+    """The other half of that quota, counted as range ÷ period a query; 396,000 where only older than 3 h is asked for."""
 
 
 class ExpositionJob(Strict):

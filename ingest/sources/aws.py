@@ -43,6 +43,8 @@ CONNECTIONS_MAX = 8
 """Per client: a look has at most four calls in flight, and a live and a backlog look may meet."""
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 30
+LIFETIME_S = 3600
+"""Of assumed roles: asked for, and so known without comparing our wall clock with AWS's. Every role allows an hour."""
 REFRESH_MARGIN_S = 300
 """Credentials are renewed this long before they expire."""
 FAILURE_KEPT_S = 5.0
@@ -138,7 +140,7 @@ class Credentials:
     secret_key: str = field(repr=False)
     token: str = field(repr=False)
     renew_s: float
-    """From then on they are renewed before use."""
+    """Monotonic: from then on they are renewed before use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +326,7 @@ class Aws:
     def _unexpired(self, account: str) -> Credentials | None:
         """What is kept for an account, while it need not be renewed."""
         known = self._credentials.get(account)
-        return known if known is not None and known.renew_s > self._clock.now_s() else None
+        return known if known is not None and known.renew_s > self._clock.monotonic_s() else None
 
     def _forget(self, used: Credentials) -> None:
         """AWS says that these have expired; if others are in place already, they stay."""
@@ -336,7 +338,12 @@ class Aws:
         role = account.role_arn or self._config.role_template.replace("{account}", account.id)
         found = await self._ambient(account.id)
         if role:
-            request: dict[str, Any] = {"RoleArn": role, "RoleSessionName": "headgate"}
+            asked_s = self._clock.monotonic_s()
+            request: dict[str, Any] = {
+                "RoleArn": role,
+                "RoleSessionName": "headgate",
+                "DurationSeconds": LIFETIME_S,
+            }
             if account.external_id is not None:
                 request["ExternalId"] = account.external_id.get_secret_value()
             access = Access(region, replace(found, account=""))
@@ -355,7 +362,7 @@ class Aws:
                 given["AccessKeyId"],
                 given["SecretAccessKey"],
                 given["SessionToken"],
-                renew_at(self._clock.now_s(), given["Expiration"]),
+                asked_s + LIFETIME_S - REFRESH_MARGIN_S,
             )
         await self._verify(account, Access(region, found), deadline_s, tally)
         return found
@@ -387,14 +394,9 @@ class Aws:
             frozen = await chain.get_frozen_credentials() if chain is not None else None
         except Exception as error:
             raise translate(error, "aws ambient credentials") from error
-        renew_s = self._clock.now_s() + REFRESH_MARGIN_S
+        renew_s = self._clock.monotonic_s() + REFRESH_MARGIN_S
         if frozen is not None:
             return Credentials(account, frozen.access_key, frozen.secret_key, frozen.token or "", renew_s)
         if self._config.endpoint_url:
             return Credentials(account, "AKIASIMULATED", "simulated", "", renew_s)
         raise Denied("aws ambient credentials", "there are none: give this process a role, a profile or keys")
-
-
-def renew_at(now_s: float, expires_s: float) -> float:
-    """When to renew credentials: 5 minutes before they expire, or at three quarters of their life where that is short."""
-    return expires_s - min(REFRESH_MARGIN_S, max(0.0, expires_s - now_s) / 4)

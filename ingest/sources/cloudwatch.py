@@ -31,6 +31,7 @@ from ingest.sources.metric_data import (
     Answer,
     Call,
     GetMetricData,
+    Malformed,
     Page,
     Points,
     check,
@@ -196,9 +197,16 @@ class CloudWatchSource:
         tokens: set[str] = set()
 
         async def send(access: Access) -> Page:
-            return check(await self._get(access, request), answer.asked)
+            try:
+                page = check(await self._get(access, request), answer.asked)
+            except Malformed:
+                self._bill(run, request)
+                raise
+            self._bill(run, request)
+            return page
 
         points = call.points(run.profile.period_s)
+        cost_s = max(1 / run.account.calls_per_s, points / run.account.datapoints_per_s)
         # On average a page must bring a hundred points: AWS fills pages, and a source that does not must not hold us for ever.
         for number in range(10 + points // 100):
             try:
@@ -207,7 +215,7 @@ class CloudWatchSource:
                     run.look.target.region,
                     "GetMetricData",
                     send,
-                    cost_s=1 / run.account.calls_per_s,
+                    cost_s=cost_s,
                     deadline_s=run.ask_deadline_s,
                     tally=run.tally,
                 )
@@ -217,8 +225,6 @@ class CloudWatchSource:
             answer.add(page)
             if number == 0:
                 answer.observed_at_ms = self._observed(run, page)
-            if number == 0 or CONTINUATION_PAGES_BILLED:
-                run.tally.metrics_billed += len(rows)
             for message in page.messages:
                 log.warning("cloudwatch_message", target=str(run.look.target), message=message)
                 run.note(f"CloudWatch says {message}")
@@ -231,6 +237,12 @@ class CloudWatchSource:
             request = {**request, "NextToken": page.next_token}
         answer.failure = Transient("aws GetMetricData", "pages without end")
         return answer
+
+    @staticmethod
+    def _bill(run: _Run, request: Mapping[str, Any]) -> None:
+        """Count what an answer costs, fit for use or not. What was throttled or lost on the way is not counted."""
+        if CONTINUATION_PAGES_BILLED or "NextToken" not in request:
+            run.tally.metrics_billed += len(request["MetricDataQueries"])
 
     def _observed(self, run: _Run, page: Page) -> int:
         observed_at_ms = page.date_ms

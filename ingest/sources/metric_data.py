@@ -119,6 +119,10 @@ class Page:
     date_ms: int | None
 
 
+class Malformed(Transient):
+    """AWS answered, and billed, but what came is cut off or contradicts the question: again."""
+
+
 class GetMetricData(Protocol):
     """Sends one request and reads one page: the hot path, and the one thing to replace to make it faster."""
 
@@ -126,10 +130,10 @@ class GetMetricData(Protocol):
 
 
 def page_of(answer: Any) -> Page:
-    """A page of aiobotocore's making. Raises Transient where it is cut off."""
+    """A page of aiobotocore's making. Raises Malformed where it is cut off."""
     # botocore 1.43 takes a body that does not parse for an empty answer.
     if not isinstance(answer, dict) or not isinstance(answer.get("MetricDataResults"), list):
-        raise Transient("aws GetMetricData", "an answer without a list of results")
+        raise Malformed("aws GetMetricData", "an answer without a list of results")
     return Page(
         [
             Result(
@@ -151,12 +155,12 @@ def _row_of(result: Result) -> int:
 
 
 def check(page: Page, asked: Collection[int]) -> Page:
-    """The page, whole. Raises Transient where it contradicts itself or the question: none of it is used then."""
+    """The page, whole. Raises Malformed where it contradicts itself or the question: none of it is used then."""
     for result in page.results:
         if _row_of(result) not in asked:
-            raise Transient("aws GetMetricData", f"an answer to Id {result.id!r}, which was not asked")
+            raise Malformed("aws GetMetricData", f"an answer to Id {result.id!r}, which was not asked")
         if len(result.timestamps_s) != len(result.values):
-            raise Transient("aws GetMetricData", f"Id {result.id} has not as many values as timestamps")
+            raise Malformed("aws GetMetricData", f"Id {result.id} has not as many values as timestamps")
     return page
 
 
