@@ -11,18 +11,18 @@ Guarantees:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import structlog
 
 from ingest import wire
 from ingest.clock import Clock
-from ingest.errors import Fatal, Rejected
+from ingest.errors import Rejected
 from ingest.log import Outgoing, Sender
 from ingest.model import DeadLetter
-from ingest.ports import Advance, Landable, Landed, Record, Sink
+from ingest.ports import Landable, Landed, Record, Sink
+from ingest.positions import Positions
 from ingest.validate import validate
 from shard_config.model import Limits
 
@@ -30,16 +30,6 @@ _log = structlog.get_logger()
 
 DEAD_PAYLOAD_BYTES_MAX = 900_000
 """A dead record's bytes are kept up to here, so that its letter fits a Kafka record; the origin has the rest."""
-
-
-@dataclass(slots=True)
-class _Partition:
-    """Where this process stands in a partition that it owns."""
-
-    next: int
-    last_value_id: bytes
-    verify: bool
-    """True until the record before `next` was seen to be the one that the sink remembers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,42 +54,19 @@ class Landing:
         self._sender = sender
         self._limits = limits
         self._clock = clock
-        self._partitions: dict[int, _Partition] = {}
+        self._positions = Positions(topic)
 
-    async def open(self, partitions: Sequence[int], bounds: dict[int, tuple[int, int]]) -> dict[int, int]:
-        """Take partitions over: partition → offset to read from. `bounds` are the log's (first, next-to-be-written).
-
-        Raises Fatal where a stored position is missing or outside the log.
-        """
-        stored = await self._sink.positions(self._topic, partitions)
-        opened: dict[int, _Partition] = {}
-        starts: dict[int, int] = {}
-        for p in partitions:
-            where = f"topic {self._topic}/{p}"
-            if p not in stored:
-                raise Fatal(where, "the store has no position for it", "run `headgate setup`")
-            first, end = bounds[p]
-            here = stored[p]
-            if not first <= here.next <= end:
-                raise Fatal(
-                    where,
-                    f"the store's position {here.next} is outside the log's [{first}, {end}]",
-                    "the topic was created again, or its retention passed the position: "
-                    "fill the gap from the archive, then move the position",
-                )
-            verify = here.next > first and bool(here.last_value_id)
-            opened[p] = _Partition(here.next, here.last_value_id, verify)
-            starts[p] = here.next - 1 if verify else here.next
-        self._partitions = opened
-        return starts
+    async def open(self, partitions: Sequence[int], bounds: Mapping[int, tuple[int, int]]) -> dict[int, int]:
+        """Take partitions over: partition → offset to read from. Raises Fatal, as `Positions.open`, and Transient."""
+        return self._positions.open(partitions, await self._sink.positions(self._topic, partitions), bounds)
 
     def close(self) -> None:
         """Forget all partitions: they went to somebody else."""
-        self._partitions = {}
+        self._positions.close()
 
     async def land(self, records: Sequence[Record]) -> Progress:
         """Land records, which are in order within each partition. Raises Transient (try the same again) and Fatal."""
-        fresh = [r for r in records if self._is_next(r)]
+        fresh = self._positions.fresh(records)
         dead: list[DeadLetter] = []
         landables: list[Landable] = []
         dead_records = 0
@@ -117,44 +84,15 @@ class Landing:
             if checked.accepted is not None:
                 landables.append(Landable(batch_id, checked.accepted, batch.points - checked.accepted.points))
         await self._bury(dead)
-        advances = self._advances(fresh)
+        advances = self._positions.advances(fresh)
         landed = await self._sink.land(advances, landables)
-        for a in advances:
-            self._partitions[a.partition] = _Partition(a.next, a.last_value_id, verify=False)
+        self._positions.advanced(advances)
         return Progress(
             landed, dead_records, len(dead) - dead_records, {a.partition: a.next for a in advances}
         )
-
-    def _is_next(self, record: Record) -> bool:
-        """True for a record to land; checks and drops the one that was read again to know the topic by."""
-        here = self._partitions.get(record.position.partition)
-        if here is None:
-            return False
-        if here.verify and record.position.offset == here.next - 1:
-            if value_id(record.value) != here.last_value_id:
-                raise Fatal(
-                    f"topic {self._topic}/{record.position.partition}",
-                    f"record {record.position.offset} is not the one that landed before the position",
-                    "the topic was created again: fill the gap from the archive, then move the position",
-                )
-            here.verify = False
-            return False
-        return record.position.offset >= here.next
-
-    def _advances(self, records: Sequence[Record]) -> list[Advance]:
-        last: dict[int, Record] = {r.position.partition: r for r in records}
-        return [
-            Advance(self._topic, p, self._partitions[p].next, r.position.offset + 1, value_id(r.value))
-            for p, r in sorted(last.items())
-        ]
 
     async def _bury(self, dead: Sequence[DeadLetter]) -> None:
         letters = [Outgoing(letter.identity.encode(), wire.encode_dead_letter(letter)) for letter in dead]
         await self._sender.send(self._dead_topic, letters)
         if dead:
             _log.warning("dead_letters_written", count=len(dead), first_reason=dead[0].reason)
-
-
-def value_id(value: bytes) -> bytes:
-    """16 bytes that know a record by its value: for a batch, its id."""
-    return blake2b(value, digest_size=16).digest()

@@ -25,9 +25,8 @@ import orjson
 
 from ingest import wire
 from ingest.errors import Fatal, Rejected
-from ingest.landing import value_id
 from ingest.model import LookStatus, Receipt, ReceiptItem, Task, TaskItem
-from ingest.ports import Record
+from ingest.ports import Advance, Record, StoredPosition
 from ingest.sinks.connection import open_connection, translated
 from shard_config.model import Postgres
 
@@ -79,6 +78,9 @@ FROM windows AS v LEFT JOIN unnest($7::timestamptz[], $8::bigint[], $9::bigint[]
 WHERE v.target = $1 AND v.service = $2 AND v.window_start >= $3 AND v.window_start < $4
     AND (v.landed_as_of IS NULL OR v.landed_as_of < $5)
     AND w.target = v.target AND w.service = v.service AND w.window_start = v.window_start"""
+
+_POSITIONS = """SELECT partition, next, last_value_id FROM positions
+WHERE sink = $1 AND topic = $2 AND partition = ANY($3)"""
 
 _ADVANCE = """UPDATE positions SET next = $4, last_value_id = $5
 WHERE sink = $1 AND topic = $2 AND partition = $3 AND next = $6"""
@@ -147,17 +149,22 @@ class Ledger:
         if self._connection is not None:
             self._connection.terminate()
 
-    async def project(self, records: Sequence[Record], expected: Mapping[int, int], now_s: int) -> None:
+    async def positions(self, topic: str, partitions: Sequence[int]) -> dict[int, StoredPosition]:
+        """Stored positions of the projection, by partition. Raises Transient."""
+        async with self._connected() as connection:
+            rows = await connection.fetch(_POSITIONS, SINK, topic, list(partitions))
+        return {r["partition"]: StoredPosition(r["next"], r["last_value_id"]) for r in rows}
+
+    async def project(self, records: Sequence[Record], advances: Sequence[Advance], now_s: int) -> None:
         """Fold records and move the positions, in one transaction.
 
-        `expected` is, by partition, the stored position. Raises Fatal where a position is not the expected one (another process
-        projects the partition now), and for a record that does not decode: only Headgate writes this topic. Raises Transient.
+        Raises Fatal where a position is not the expected one (another process projects the partition now), and for a record that
+        does not decode: only Headgate writes this topic. Raises Transient.
         """
         facts = [_decode(r) for r in records]
-        last = {r.position.partition: r for r in records}
         async with self._connected() as connection, connection.transaction():
-            for partition, record in sorted(last.items()):
-                await _advance(connection, record, expected[partition])
+            for advance in advances:
+                await _advance(connection, advance)
             for fact in facts:
                 if isinstance(fact, Task):
                     await self._planned(connection, fact, _at(now_s))
@@ -276,15 +283,14 @@ def _decode(record: Record) -> Task | Receipt:
         ) from error
 
 
-async def _advance(connection: asyncpg.Connection, record: Record, expected: int) -> None:
-    at = record.position
+async def _advance(connection: asyncpg.Connection, to: Advance) -> None:
     done = await connection.execute(
-        _ADVANCE, SINK, at.topic, at.partition, at.offset + 1, value_id(record.value), expected
+        _ADVANCE, SINK, to.topic, to.partition, to.next, to.last_value_id, to.expected_next
     )
     if done != "UPDATE 1":
         raise Fatal(
-            f"ledger {at.topic}/{at.partition}",
-            f"its position is not {expected}: another process projects this partition",
+            f"ledger {to.topic}/{to.partition}",
+            f"its position is not {to.expected_next}: another process projects this partition",
             "this process rejoins the group",
         )
 

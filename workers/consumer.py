@@ -1,0 +1,263 @@
+"""A consumer: lands `raw` in PostgreSQL, and folds `ledger` into the ledger's tables. Two groups, one process.
+
+* It goes on where the store says, not where Kafka's group does; Kafka's commit is for those who watch lag.
+* While PostgreSQL is away it waits, holding at most what it polled last: back-pressure is to Kafka, not to memory.
+* A refused position (another owner has the partition) ends the process: a fresh one rejoins with nothing in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+
+import structlog
+from ingest.sinks.postgres import PostgresSink
+from prometheus_client import Counter, Gauge, Histogram
+
+from ingest.clock import Clock, SystemClock
+from ingest.errors import Fatal, Transient
+from ingest.landing import Landing
+from ingest.ledger import Ledger
+from ingest.log import Consumer, Producer
+from ingest.ports import Record
+from ingest.positions import Positions
+from ingest.schedule import grids_of
+from shard_config.model import Config
+from workers import local
+from workers.lifecycle import Lifecycle, run_worker
+from workers.names import landing_group, ledger_group
+
+_log = structlog.get_logger()
+
+RECORDS_MAX = 64
+BYTES_MAX = 4 * 1024 * 1024
+FOLD_INTERVAL_S = 0.5
+
+LANDED = Counter("headgate_points_landed_total", "Points in landed batches, those known already included.")
+BATCHES = Counter("headgate_batches_landed_total", "Landed batches; by the way they took.", ["way"])
+DEAD = Counter(
+    "headgate_dead_total",
+    "Dead letters, whole records and single points. Rising: see the dead-letter topic.",
+    ["kind"],
+)
+LAND_SECONDS = Histogram(
+    "headgate_land_seconds", "One landing transaction.", buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
+)
+LAG = Gauge("headgate_consumer_lag_records", "Records not landed yet; high: add consumers.", ["topic"])
+
+
+class Reader:
+    """One group's membership, and what is done with its records. `take` lands them and returns what to commit."""
+
+    def __init__(
+        self,
+        consumer: Callable[[Reader], Consumer],
+        take: Callable[[Sequence[Record]], Awaitable[dict[int, int]]],
+        open_partitions: Callable[[Consumer, Sequence[int]], Awaitable[dict[int, int]]],
+        close_partitions: Callable[[], None],
+    ) -> None:
+        self._take = take
+        self._open = open_partitions
+        self._close = close_partitions
+        self._taking = asyncio.Lock()
+        self.consumer = consumer(self)
+
+    async def assigned(self, partitions: Sequence[int]) -> dict[int, int]:
+        starts = await self._open(self.consumer, partitions)
+        _log.info("partitions_assigned", topic=self.consumer.topic, partitions=list(partitions))
+        return starts
+
+    async def revoked(self, partitions: Sequence[int]) -> None:
+        async with self._taking:
+            self._close()
+        _log.info("partitions_revoked", topic=self.consumer.topic, partitions=list(partitions))
+
+    async def run(self, lifecycle: Lifecycle) -> None:
+        """Until told to stop. A landing that fails is tried again with the same records, as long as they are ours."""
+        await self._until_it_works(lifecycle, self.consumer.start)
+        try:
+            while not lifecycle.stop.is_set():
+                try:
+                    records = await self.consumer.poll(RECORDS_MAX, 0.25)
+                except Transient as error:
+                    _log.warning("poll_retries", topic=self.consumer.topic, error=str(error))
+                    await lifecycle.pause(error.retry_after_s)
+                    continue
+                lifecycle.ready = True
+                LAG.labels(topic=self.consumer.topic).set(self.consumer.lag())
+                for some in slices(records):
+                    await self._until_it_works(lifecycle, lambda some=some: self._once(some))
+        finally:
+            await self.consumer.stop()
+
+    async def _once(self, records: Sequence[Record]) -> None:
+        async with self._taking:
+            next_offsets = await self._take(records)
+        try:
+            await self.consumer.commit(next_offsets)
+        except Transient as error:
+            _log.warning("commit_skipped", topic=self.consumer.topic, error=str(error))
+
+    async def _until_it_works(self, lifecycle: Lifecycle, work: Callable[[], Awaitable[None]]) -> None:
+        while not lifecycle.stop.is_set():
+            try:
+                return await work()
+            except Transient as error:
+                _log.warning("consumer_retries", topic=self.consumer.topic, error=str(error))
+                await lifecycle.pause(error.retry_after_s)
+
+
+def slices(records: Sequence[Record]) -> Iterator[Sequence[Record]]:
+    """Consecutive records of up to BYTES_MAX together: what one transaction takes."""
+    start = size = 0
+    for i, record in enumerate(records):
+        if size and size + len(record.value) > BYTES_MAX:
+            yield records[start:i]
+            start, size = i, 0
+        size += len(record.value)
+    if start < len(records):
+        yield records[start:]
+
+
+def landing_reader(config: Config, name: str, landing: Landing, sink: PostgresSink, clock: Clock) -> Reader:
+    """The reader of `raw`."""
+    topic = config.kafka.topic("raw")
+
+    async def open_partitions(consumer: Consumer, partitions: Sequence[int]) -> dict[int, int]:
+        await sink.claim(topic, partitions)
+        return await landing.open(partitions, await consumer.bounds(partitions))
+
+    async def take(records: Sequence[Record]) -> dict[int, int]:
+        started_s = clock.monotonic_s()
+        done = await landing.land(records)
+        LAND_SECONDS.observe(clock.monotonic_s() - started_s)
+        LANDED.inc(done.landed.points)
+        BATCHES.labels(way="known").inc(done.landed.skipped_batches)
+        way = "copied" if done.landed.copied else "merged"
+        BATCHES.labels(way=way).inc(done.landed.batches - done.landed.skipped_batches)
+        DEAD.labels(kind="record").inc(done.dead_records)
+        DEAD.labels(kind="point").inc(done.dead_points)
+        return done.next_offsets
+
+    return Reader(
+        lambda reader: _consumer(config, topic, landing_group(config.kafka), name, clock, reader),
+        take,
+        open_partitions,
+        landing.close,
+    )
+
+
+def ledger_reader(config: Config, name: str, ledger: Ledger, clock: Clock) -> Reader:
+    """The reader of `ledger`."""
+    topic = config.kafka.topic("ledger")
+    positions = Positions(topic)
+
+    async def open_partitions(consumer: Consumer, partitions: Sequence[int]) -> dict[int, int]:
+        stored = await ledger.positions(topic, partitions)
+        return positions.open(partitions, stored, await consumer.bounds(partitions))
+
+    async def take(records: Sequence[Record]) -> dict[int, int]:
+        fresh = positions.fresh(records)
+        advances = positions.advances(fresh)
+        if fresh:
+            await ledger.project(fresh, advances, clock.now_s())
+            positions.advanced(advances)
+        return {a.partition: a.next for a in advances}
+
+    return Reader(
+        lambda reader: _consumer(config, topic, ledger_group(config.kafka), name, clock, reader),
+        take,
+        open_partitions,
+        positions.close,
+    )
+
+
+def _consumer(config: Config, topic: str, group: str, name: str, clock: Clock, reader: Reader) -> Consumer:
+    return Consumer(
+        config.kafka.bootstrap,
+        topic,
+        group,
+        client_id=name,
+        instance_id=name,
+        clock=clock,
+        session_timeout_s=config.kafka.session_timeout_s,
+        assigned=reader.assigned,
+        revoked=reader.revoked,
+    )
+
+
+async def fold(ledger: Ledger, clock: Clock, lifecycle: Lifecycle) -> None:
+    """Mark what has landed in the ledger, until told to stop."""
+    while not lifecycle.stop.is_set():
+        try:
+            while await ledger.fold_landed("postgres", clock.now_s()) and not lifecycle.stop.is_set():
+                pass
+        except Transient as error:
+            _log.warning("fold_retries", error=str(error))
+        await lifecycle.pause(FOLD_INTERVAL_S)
+
+
+async def serve(config: Config, name: str, lifecycle: Lifecycle) -> None:
+    """Wire one consumer and run it until told to stop."""
+    clock = SystemClock(config.run.clock_offset_s)
+    settling_s = {g.service: g.settling_s for grids in grids_of(config).values() for g in grids}
+    producer = Producer(config.kafka.bootstrap, name)
+    sink = await _connect(config, clock, lifecycle)
+    projected = Ledger(config.postgres, f"headgate {name} ledger", settling_s)
+    folded = Ledger(config.postgres, f"headgate {name} fold", settling_s)
+    try:
+        landing = Landing(
+            config.kafka.topic("raw"), config.kafka.topic("dead"), sink, producer, config.limits, clock
+        )
+        async with asyncio.TaskGroup() as group:
+            group.create_task(landing_reader(config, name, landing, sink, clock).run(lifecycle))
+            group.create_task(ledger_reader(config, name, projected, clock).run(lifecycle))
+            group.create_task(fold(folded, clock, lifecycle))
+    finally:
+        await producer.close()
+        await sink.close()
+        await projected.close()
+        await folded.close()
+
+
+async def _connect(config: Config, clock: Clock, lifecycle: Lifecycle) -> PostgresSink:
+    while True:
+        try:
+            return await PostgresSink.connect(config.postgres, sink_name="postgres", clock=clock)
+        except Transient as error:
+            _log.warning("postgres_not_reachable", error=str(error))
+            if await lifecycle.pause(error.retry_after_s):
+                raise
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "consumer",
+        help="run one consumer",
+        description="Runs one consumer: it validates raw batches and lands them in PostgreSQL, puts aside what is bad, and folds plans and "
+        "receipts into the ledger. Run as many as you like, up to the partitions of the raw topic.",
+    )
+    parser.add_argument("--config", type=Path, help="headgate.yaml; default: the running local stack's")
+    parser.add_argument(
+        "--name", default=os.environ.get("HEADGATE_CONSUMER"), help="its stable name, as consumer-1"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address of /metrics, /healthz, /readyz (%(default)s)"
+    )
+    parser.add_argument("--metrics-port", type=int, default=0, help="their port; 0: none")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.name:
+        raise Fatal("consumer", "has no name", "give --name NAME or set HEADGATE_CONSUMER")
+    config = local.find_config(args.config)
+    return run_worker(
+        args.name,
+        lambda lifecycle: serve(config, args.name, lifecycle),
+        host=args.host,
+        metrics_port=args.metrics_port,
+    )
