@@ -67,6 +67,8 @@ class Landing:
     async def land(self, records: Sequence[Record]) -> Progress:
         """Land records, which are in order within each partition. Raises Transient (try the same again) and Fatal."""
         fresh = self._positions.fresh(records)
+        if not fresh:
+            return Progress(Landed(0, 0, 0, True), 0, 0, {})
         dead: list[DeadLetter] = []
         landables: list[Landable] = []
         dead_records = 0

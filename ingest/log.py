@@ -170,9 +170,11 @@ class Consumer:
         self._revoked = revoked
         self._assigned = assigned
         self._progress_s = clock.monotonic_s()
-        self._assign_error: HeadgateError | None = None
+        self._unopened: list[int] = []
+        """Partitions that were assigned and whose start is not known yet."""
         self._next: dict[int, int] = {}
         """Partition → next offset to hand out, for the partitions that are open."""
+        self._opening = asyncio.Lock()
         self._options: dict[str, Any] = {
             "bootstrap_servers": bootstrap,
             "group_id": group,
@@ -218,6 +220,7 @@ class Consumer:
         Raises Fatal for a position outside the log, Transient after a stall (the client was rebuilt).
         """
         client = self._require()
+        await self._open()
         try:
             got = await client.getmany(timeout_ms=int(timeout_s * 1000), max_records=records_max)
         except (OffsetOutOfRangeError, NoOffsetForPartitionError) as error:
@@ -230,9 +233,6 @@ class Consumer:
             raise Transient(
                 f"group {self.group} on {self.topic}", f"{type(error).__name__} {error}"
             ) from error
-        if self._assign_error is not None:
-            error_at_start, self._assign_error = self._assign_error, None
-            raise error_at_start
         records: list[Record] = []
         for tp, batch in got.items():
             # What was fetched before an assignment was opened comes again from where it starts.
@@ -302,6 +302,20 @@ class Consumer:
         heard = ((n, self._client.highwater(TopicPartition(self.topic, p))) for p, n in self._next.items())
         return sum(max(0, high - n) for n, high in heard if high is not None)
 
+    async def _open(self) -> None:
+        """Ask where newly assigned partitions start, and go there."""
+        async with self._opening:
+            if not self._unopened:
+                return
+            asked = self._unopened
+            starts = await self._assigned(asked)
+            if self._client is None or self._unopened is not asked:
+                return  # they were revoked meanwhile
+            for partition, offset in starts.items():
+                self._client.seek(TopicPartition(self.topic, partition), offset)
+                self._next[partition] = offset
+            self._unopened = []
+
     def _require(self) -> AIOKafkaConsumer:
         if self._client is None:
             raise Transient(f"group {self.group} on {self.topic}", "not started")
@@ -319,7 +333,7 @@ class Consumer:
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
-    """Hands a rebalance on. An error at assignment is raised by the next poll: aiokafka would only log it."""
+    """Hands a rebalance on. An assignment that could not be opened is tried again by the next poll, which raises its error."""
 
     def __init__(self, consumer: Consumer) -> None:
         self._consumer = consumer
@@ -328,19 +342,16 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
         try:
             await self._consumer._revoked(sorted(tp.partition for tp in revoked))
         finally:
+            self._consumer._unopened = []
             self._consumer._next.clear()
 
     async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
         consumer = self._consumer
+        consumer._unopened = sorted(tp.partition for tp in assigned)
         try:
-            starts = await consumer._assigned(sorted(tp.partition for tp in assigned))
+            await consumer._open()
         except HeadgateError as error:
-            consumer._assign_error = error
-            return
-        for partition, offset in starts.items():
-            if consumer._client is not None:
-                consumer._client.seek(TopicPartition(consumer.topic, partition), offset)
-            consumer._next[partition] = offset
+            _log.warning("assignment_not_opened", topic=consumer.topic, error=str(error))
 
 
 async def commit_start(bootstrap: str, topic: str, group: str, partitions: int) -> None:

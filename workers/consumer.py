@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -89,7 +90,7 @@ class Reader:
                 lifecycle.ready = True
                 LAG.labels(topic=self.consumer.topic).set(self.consumer.lag())
                 for some in slices(records):
-                    await self._until_it_works(lifecycle, lambda some=some: self._once(some))
+                    await self._until_it_works(lifecycle, partial(self._once, some))
         finally:
             await self.consumer.stop()
 
@@ -104,10 +105,12 @@ class Reader:
     async def _until_it_works(self, lifecycle: Lifecycle, work: Callable[[], Awaitable[None]]) -> None:
         while not lifecycle.stop.is_set():
             try:
-                return await work()
+                await work()
             except Transient as error:
                 _log.warning("consumer_retries", topic=self.consumer.topic, error=str(error))
                 await lifecycle.pause(error.retry_after_s)
+            else:
+                return
 
 
 def slices(records: Sequence[Record]) -> Iterator[Sequence[Record]]:
