@@ -1,0 +1,48 @@
+"""In-memory stand-ins for what is outside, for tests. Each passes the contract suite that the real one passes."""
+
+from __future__ import annotations
+
+import asyncio
+
+from ingest.archive import checked_key, pack, part_key, read_task
+from ingest.ports import ArchivedTask
+
+
+class FakeArchive:
+    """`ingest.ports.Archive` over a dict, with the real one's objects as its values.
+
+    `failures` are raised, one a call, before anything else happens; `puts` and `gets` count the calls that got through.
+    """
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.failures: list[Exception] = []
+        self.puts = 0
+        self.gets = 0
+
+    async def put(self, task: ArchivedTask) -> ArchivedTask:
+        await self._answer()
+        self.puts += 1
+        key = checked_key(task.receipt.archive_key)
+        parts, body = pack(task)
+        for part in parts:
+            self.objects.setdefault(part_key(key, part.digest), part.body)
+        if self.objects.setdefault(key, body) is body:
+            return task
+        archived = await read_task(key, self._read)
+        assert archived is not None
+        return archived
+
+    async def get(self, archive_key: str) -> ArchivedTask | None:
+        await self._answer()
+        self.gets += 1
+        return await read_task(checked_key(archive_key), self._read)
+
+    async def _answer(self) -> None:
+        # Whoever calls must be ready to be interrupted here, as by a real one.
+        await asyncio.sleep(0)
+        if self.failures:
+            raise self.failures.pop(0)
+
+    async def _read(self, name: str, bytes_max: int) -> bytes | None:
+        return self.objects.get(name)
