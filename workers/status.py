@@ -1,0 +1,314 @@
+"""`headgate status`: targets, shards, lag, freshness, gaps and dollars, for people and (`--json`) for machines.
+
+What cannot be reached is said and left out; the exit code is 1 then, and also where a window is past its deadline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment
+from aiokafka.errors import KafkaError
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ingest.clock import Clock, SystemClock
+from ingest.errors import HeadgateError, Transient
+from ingest.overview import Overview, overview
+from ingest.sinks.connection import open_connection
+from shard_config.model import Config, Kafka
+from workers import local
+from workers.names import exporter_group, landing_group, ledger_group
+
+SINCE_S = 24 * 3600
+KAFKA_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStatus:
+    """A consumer group: by member, the partitions that it owns; `lag` is records behind the log's end, by partition."""
+
+    group: str
+    topic: str
+    members: dict[str, list[int]]
+    lag: dict[int, int]
+
+    @property
+    def lag_total(self) -> int:
+        return sum(self.lag.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """One look at the whole system. `ledger` is None where PostgreSQL, `exporters` where Kafka does not answer: see `errors`."""
+
+    now: datetime
+    ledger: Overview | None
+    exporters: GroupStatus | None
+    landing: GroupStatus | None
+    projection: GroupStatus | None
+    dead_letters: int | None
+    dollars: float | None
+    errors: tuple[str, ...]
+
+    @property
+    def healthy(self) -> bool:
+        return not self.errors and (self.ledger is None or not self.ledger.gaps)
+
+
+async def status(config: Config, clock: Clock, since_s: int = SINCE_S) -> Status:
+    """Look. Never raises for a part that does not answer."""
+    now = datetime.fromtimestamp(clock.now_s(), UTC)
+    errors: list[str] = []
+    ledger: Overview | None = None
+    groups: dict[str, GroupStatus] = {}
+    dead: int | None = None
+    try:
+        ledger = await _ledger(config, now, now - timedelta(seconds=since_s))
+    except HeadgateError as error:
+        errors.append(str(error))
+    try:
+        async with asyncio.timeout(KAFKA_TIMEOUT_S):
+            groups, dead = await _kafka(config.kafka)
+    except (KafkaError, OSError, TimeoutError) as error:
+        errors.append(f"kafka {config.kafka.bootstrap}: {type(error).__name__} {error}".rstrip())
+    return Status(
+        now=now,
+        ledger=ledger,
+        exporters=groups.get(exporter_group(config.kafka)),
+        landing=groups.get(landing_group(config.kafka)),
+        projection=groups.get(ledger_group(config.kafka)),
+        dead_letters=dead,
+        dollars=ledger.metrics_billed * config.aws.usd_per_1000_metrics / 1000 if ledger else None,
+        errors=tuple(errors),
+    )
+
+
+async def _ledger(config: Config, now: datetime, since: datetime) -> Overview:
+    connection = await open_connection(config.postgres, "headgate status")
+    try:
+        async with asyncio.timeout(30):
+            return await overview(connection, now, since)
+    except TimeoutError as error:
+        raise Transient("ledger", "no answer within 30 s") from error
+    finally:
+        connection.terminate()
+
+
+async def _kafka(kafka: Kafka) -> tuple[dict[str, GroupStatus], int]:
+    topics = {
+        exporter_group(kafka): kafka.topic("collect"),
+        landing_group(kafka): kafka.topic("raw"),
+        ledger_group(kafka): kafka.topic("ledger"),
+    }
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
+    reader = AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap, enable_auto_commit=False)
+    try:
+        await admin.start()
+        await reader.start()
+        members = await _members(admin, topics)
+        groups = {}
+        for group, topic in topics.items():
+            ends = await _ends(reader, topic)
+            committed = await admin.list_consumer_group_offsets(group)
+            lag = {
+                tp.partition: max(0, end - (committed[tp].offset if tp in committed else 0))
+                for tp, end in ends.items()
+            }
+            groups[group] = GroupStatus(group, topic, members.get(group, {}), lag)
+        dead = sum((await _ends(reader, kafka.topic("dead"))).values())
+    finally:
+        await reader.stop()
+        await admin.close()
+    return groups, dead
+
+
+async def _ends(reader: AIOKafkaConsumer, topic: str) -> dict[TopicPartition, int]:
+    partitions = await reader._client.fetch_all_metadata()
+    found = partitions.partitions_for_topic(topic) or set()
+    ends: dict[TopicPartition, int] = await reader.end_offsets(
+        [TopicPartition(topic, p) for p in sorted(found)]
+    )
+    return ends
+
+
+async def _members(admin: AIOKafkaAdminClient, topics: Mapping[str, str]) -> dict[str, dict[str, list[int]]]:
+    """By group and member (its client id), the partitions that it owns."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for answer in await admin.describe_consumer_groups(list(topics)):
+        for error_code, group, _state, _kind, _protocol, members, *_ in answer.groups:
+            if error_code:
+                continue
+            owned: dict[str, list[int]] = {}
+            for _member_id, client_id, _host, _metadata, assignment in (m[-5:] for m in members):
+                partitions: list[int] = []
+                if assignment:
+                    for _topic, some in ConsumerProtocolMemberAssignment.decode(assignment).assignment:
+                        partitions += some
+                owned[client_id] = sorted(partitions)
+            found[group] = owned
+    return found
+
+
+# --- for people -------------------------------------------------------------------------------------------------
+
+
+def render(status: Status, targets_max: int | None = None) -> RenderableType:
+    """Tables for a terminal. With `targets_max`, only the targets that need attention most."""
+    parts: list[RenderableType] = [Text(f"error: {e}", style="bold red") for e in status.errors]
+    if status.ledger is not None:
+        parts += [_summary(status, status.ledger), _shards(status, status.ledger)]
+        parts.append(_targets(status.ledger, targets_max))
+    return Group(*parts)
+
+
+def _summary(status: Status, ledger: Overview) -> Table:
+    table = Table.grid(padding=(0, 2))
+    lag = status.landing.lag_total if status.landing else None
+    gaps = Text(str(ledger.gaps), style="bold red" if ledger.gaps else "green")
+    rows: list[tuple[str, Any, str, Any]] = [
+        ("windows landed", f"{ledger.landed:,} of {ledger.windows:,}", "gaps", gaps),
+        ("points landed", f"{ledger.points_landed:,}", "points/s", f"{ledger.points_per_s:,.0f}"),
+        ("dead letters", _or_unknown(status.dead_letters), "batches waiting", _or_unknown(lag)),
+        (
+            "metrics billed",
+            f"{ledger.metrics_billed:,}",
+            "dollars",
+            f"${status.dollars:,.4f}" if status.dollars is not None else "?",
+        ),
+    ]
+    for row in rows:
+        table.add_row(*(c if isinstance(c, Text) else str(c) for c in row))
+    return table
+
+
+def _shards(status: Status, ledger: Overview) -> Table:
+    table = Table(title="shards", title_justify="left", expand=False)
+    for name, justify in (
+        ("shard", "left"),
+        ("slots", "right"),
+        ("targets", "right"),
+        ("points/s", "right"),
+        ("tasks waiting", "right"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    work = {s.shard: s for s in ledger.shards}
+    members = status.exporters.members if status.exporters else {}
+    lag = status.exporters.lag if status.exporters else {}
+    for shard in sorted(members.keys() | work.keys(), key=natural):
+        slots = members.get(shard, [])
+        done = work.get(shard)
+        owned = sum(1 for t in ledger.targets if t.slot in slots)
+        table.add_row(
+            shard,
+            str(len(slots)) if shard in members else "gone",
+            str(owned),
+            f"{done.points_per_s:,.0f}" if done else "0",
+            str(sum(lag.get(s, 0) for s in slots)),
+        )
+    return table
+
+
+def _targets(ledger: Overview, targets_max: int | None) -> Table:
+    worst_first = sorted(
+        ledger.targets, key=lambda t: (-t.gaps, not t.problem, t.fresh_until or ledger.since, t.target)
+    )
+    shown = worst_first[:targets_max] if targets_max else sorted(ledger.targets, key=lambda t: t.target)
+    left_out = len(ledger.targets) - len(shown)
+    table = Table(title=f"targets ({len(ledger.targets)})", title_justify="left")
+    for name in ("target", "slot", "windows", "landed", "sealed", "gaps", "freshness", "problem"):
+        table.add_column(name, justify="left" if name in ("target", "problem") else "right")
+    for t in shown:
+        table.add_row(
+            t.target,
+            "" if t.slot is None else str(t.slot),
+            str(t.windows),
+            str(t.landed),
+            str(t.sealed),
+            Text(str(t.gaps), style="bold red" if t.gaps else ""),
+            age(ledger.now, t.fresh_until),
+            Text(t.problem[:200], style="yellow"),
+        )
+    if left_out:
+        table.caption = f"and {left_out} more, with fewer problems"
+    return table
+
+
+def age(now: datetime, then: datetime | None) -> str:
+    """As 4m 05s; "never" for None."""
+    if then is None:
+        return "never"
+    seconds = max(0, int((now - then).total_seconds()))
+    hours, rest = divmod(seconds, 3600)
+    return f"{hours}h {rest // 60:02}m" if hours else f"{rest // 60}m {rest % 60:02}s"
+
+
+def natural(name: str) -> tuple[str, int]:
+    """exporter-2 before exporter-10."""
+    stem, _, number = name.rpartition("-")
+    return (stem, int(number)) if number.isdigit() else (name, 0)
+
+
+def _or_unknown(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
+
+
+def to_json(status: Status) -> str:
+    """The same for machines. Times are RFC 3339."""
+    raw = asdict(status)
+    raw["healthy"] = status.healthy
+    if status.ledger is not None:
+        raw["ledger"] |= {
+            "windows": status.ledger.windows,
+            "landed": status.ledger.landed,
+            "gaps": status.ledger.gaps,
+        }
+    return json.dumps(raw, default=_json_default, indent=2)
+
+
+def _json_default(value: object) -> str:
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    raise TypeError(f"{type(value)} is not for JSON")
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "status",
+        help="targets, shards, lag, freshness, gaps, dollars",
+        description="Shows what the ledger and Kafka say now. Exit code 1 where something does not answer or a window is past its deadline.",
+    )
+    parser.add_argument("--config", type=Path, help="headgate.yaml; default: the running local stack's")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument(
+        "--hours", type=float, default=SINCE_S / 3600, help="windows of the last so many hours (%(default)g)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = local.find_config(args.config)
+    clock = SystemClock(config.run.clock_offset_s)
+    since_s = int(args.hours * 3600)
+    if config.run.horizon_s is not None:
+        since_s = max(since_s, clock.now_s() - config.run.horizon_s[0] + 1)
+    found = asyncio.run(status(config, clock, since_s))
+    if args.json:
+        sys.stdout.write(to_json(found) + "\n")
+    else:
+        Console().print(render(found))
+    return 0 if found.healthy else 1
