@@ -79,7 +79,7 @@ endef
 	@echo "setup: Kafka's jars into .headgate/kafka-libs (43 MB)"
 	@mkdir -p .headgate
 	@rm -rf .headgate/kafka-libs .headgate/kafka-libs.new
-	@mvn -q -B -Dstyle.color=never -f workers/kafka/pom.xml dependency:copy-dependencies \
-	  "-DoutputDirectory=$(CURDIR)/.headgate/kafka-libs.new" </dev/null
+	@mvn -B -l .headgate/mvn.log -f workers/kafka/pom.xml dependency:copy-dependencies \
+	  "-DoutputDirectory=$(CURDIR)/.headgate/kafka-libs.new" </dev/null || { cat .headgate/mvn.log >&2; exit 1; }
 	@mv .headgate/kafka-libs.new .headgate/kafka-libs
 	@touch $@

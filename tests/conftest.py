@@ -5,9 +5,11 @@ Either way they are real, start once a run and only if a selected test needs the
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -193,3 +195,11 @@ def bucket(s3_endpoint: str) -> str:
     finally:
         client.close()
     return name
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float = 20) -> None:
+    """Wait until the condition holds. Fails where it does not within the time."""
+    deadline_s = time.monotonic() + timeout_s
+    while not await condition():
+        assert time.monotonic() < deadline_s, f"{condition.__name__} was not so within {timeout_s} s"
+        await asyncio.sleep(0.05)

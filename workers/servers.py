@@ -86,10 +86,6 @@ class Server(ABC):
     def ready(self) -> bool:
         """True when the server answers its protocol now. Takes two seconds at most."""
 
-    def environment(self) -> Mapping[str, str]:
-        """What is added to the environment of the process."""
-        return {}
-
     @property
     def pid(self) -> int | None:
         """The process that `launch` started, or None."""
@@ -110,7 +106,6 @@ class Server(ABC):
             self._process = subprocess.Popen(
                 [*_die_with_parent(self.stop_signal), *self.command()],
                 cwd=self.dir,
-                env={**os.environ, **self.environment()},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -320,12 +315,8 @@ class S3Server(Server):
             return False
 
 
-_MOTO = """
-import logging
-logging.getLogger("werkzeug").setLevel(logging.WARNING)  # else a line per request
-from moto.server import main
-main()
-"""
+# Without the second statement it logs a line a request. One line: supervisord's configuration knows no others.
+_MOTO = "import logging, moto.server as m; logging.getLogger('werkzeug').setLevel(30); m.main()"
 
 LOCAL_AWS_ENVIRONMENT: Mapping[str, str] = {
     "AWS_ACCESS_KEY_ID": "headgate-local",

@@ -1,0 +1,123 @@
+"""The local stack: real servers, and stand-ins for the workers, which only say that they are ready."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import asyncpg
+import psutil
+import pytest
+
+from ingest.errors import Fatal
+from tests.conftest import eventually
+from workers import local
+from workers.local import Endpoints, LocalStack, StackSpec
+
+STAND_IN = """
+import http.server, os, sys
+command, options = sys.argv[1], dict(zip(sys.argv[2::2], sys.argv[3::2]))
+if command == "setup":
+    sys.exit(0 if os.path.exists(options["--config"]) else 1)
+class Ready(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+port = options.get("--port") or options["--metrics-port"]
+http.server.ThreadingHTTPServer(("127.0.0.1", int(port)), Ready).serve_forever()
+"""
+
+
+def _config_text(endpoints: Endpoints) -> str:
+    return f"kafka:\n  bootstrap: {endpoints.kafka_bootstrap}\n"
+
+
+@pytest.fixture(scope="module")
+async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalStack]:
+    # Deeper than a socket's path may be long, and with a space.
+    home = tmp_path_factory.mktemp("stack") / ("deep " * 20).strip() / ".headgate"
+    home.parent.mkdir()
+    stand_in = home.parent / "stand_in.py"
+    stand_in.write_text(STAND_IN)
+    stack = LocalStack(home)
+    spec = StackSpec(_config_text, shards=2, consumers=1, worker_command=(sys.executable, str(stand_in)))
+    await stack.start(spec)
+    yield stack
+    if local.find_running(home):
+        await stack.stop()
+
+
+async def _pids(stack: LocalStack) -> dict[str, int]:
+    return {p.name: p.pid for p in await stack.processes() if p.state in ("STARTING", "RUNNING")}
+
+
+def _targets(stack: LocalStack) -> set[str]:
+    (group,) = json.loads(Path(stack.endpoints.workers_file).read_text())
+    return set(group["targets"])
+
+
+async def test_a_started_stack_has_every_process_and_answers(stack: LocalStack) -> None:
+    assert set(await _pids(stack)) == {
+        "postgres",
+        "kafka",
+        "s3",
+        "simulator",
+        "coordinator",
+        "exporter-1",
+        "exporter-2",
+        "consumer-1",
+    }
+    assert stack.config_path.read_text() == _config_text(stack.endpoints)
+    connection = await asyncpg.connect(stack.endpoints.postgres_dsn)
+    try:
+        assert await connection.fetchval("SHOW fsync") == "on"
+    finally:
+        await connection.close()
+
+
+async def test_a_second_stack_in_the_same_home_is_refused(stack: LocalStack) -> None:
+    with pytest.raises(Fatal, match="is running already"):
+        await LocalStack(stack.home).start(StackSpec(_config_text))
+    assert local.find_running(stack.home) is not None
+
+
+async def test_a_killed_worker_is_started_again(stack: LocalStack) -> None:
+    before = await _pids(stack)
+    os.kill(before["exporter-1"], signal.SIGKILL)
+
+    async def is_back() -> bool:
+        return (await _pids(stack)).get("exporter-1", before["exporter-1"]) != before["exporter-1"]
+
+    await eventually(is_back)
+    assert {n: p for n, p in (await _pids(stack)).items() if n != "exporter-1"} == {
+        n: p for n, p in before.items() if n != "exporter-1"
+    }
+
+
+async def test_scaling_adds_and_removes_exporters_and_touches_nothing_else(stack: LocalStack) -> None:
+    before = await _pids(stack)
+    other = local.find_running(stack.home)
+    assert other is not None
+    assert await other.scale(3) == (["exporter-3"], [])
+    assert (await _pids(stack)).items() >= before.items()
+    assert _targets(stack) == {f"127.0.0.1:{port}" for port in stack.metrics_ports.values()}
+    assert "exporter-3" in stack.metrics_ports
+    assert await stack.scale(1) == ([], ["exporter-2", "exporter-3"])
+    after = await _pids(stack)
+    assert after == {n: p for n, p in before.items() if n != "exporter-2"}
+    assert len(_targets(stack)) == len(stack.metrics_ports) == 3
+
+
+async def test_a_stopped_stack_leaves_no_process(stack: LocalStack) -> None:
+    state = json.loads((stack.run / "state.json").read_text())
+    family = psutil.Process(state["supervisor_pid"]).children(recursive=True)
+    assert len(family) > 7
+    await stack.stop()
+    assert [p for p in family if p.is_running()] == []
+    assert local.kill_leftovers(stack.home) == []
+    assert local.find_running(stack.home) is None
+    assert not Path(state["socket"]).parent.exists()
