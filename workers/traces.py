@@ -23,7 +23,8 @@ from typing import Final
 import numpy as np
 
 from ingest.errors import Fatal
-from workers.world import EMPTY, Answer, Dimensions, Floats, Ints, Metric, Question
+from workers.simulated.values import Answer, Floats, Ints
+from workers.world import EMPTY, Dimensions, Metric, Question
 
 ACCOUNT: Final = "123456789012"
 REGION: Final = "us-east-1"

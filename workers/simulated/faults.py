@@ -50,6 +50,8 @@ class Faults:
     @classmethod
     def parse(cls, body: Mapping[str, Any]) -> Self:
         """From JSON. Raises ValueError for a name that does not exist, a wrong type or a share outside [0, 1]."""
+        if not isinstance(body, Mapping):
+            raise ValueError("faults are an object of names and values")
         types = {f.name: type(f.default) for f in fields(cls)}
         unknown = sorted(body.keys() - types.keys())
         if unknown:
@@ -66,6 +68,17 @@ class Faults:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def of_calls(self) -> bool:
+        """Whether any fault is decided call by call."""
+        return bool(
+            self.throttle_share
+            or self.error_share
+            or self.reset_share
+            or self.malformed_share
+            or self.token_loop_share
+        )
 
     @property
     def of_results(self) -> bool:

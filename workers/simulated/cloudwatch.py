@@ -19,7 +19,8 @@ from typing import Any, Final
 
 import orjson
 
-from workers.world import Answer, Metric, Question, Truth, known_statistic
+from workers.simulated.values import Answer, known_statistic
+from workers.world import Metric, Question, Truth
 
 QUERIES_MAX: Final = 500
 DATAPOINTS_MAX: Final = 100_800
@@ -199,10 +200,14 @@ def _resume(token: str, fingerprint: str) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """One page of an answer: MetricDataResults or Metrics, in the shape of the wire, and the token of the next page."""
+    """One page of an answer: MetricDataResults or Metrics, in the shape of the wire.
+
+    `next_token` leads to the next page and `this_token` back to this one; both are empty where no page follows.
+    """
 
     items: list[dict[str, Any]]
-    next_token: str
+    next_token: str = ""
+    this_token: str = ""
 
 
 def get_metric_data(truth: Truth, account: str, region: str, request: DataRequest, now_s: int) -> Page:
@@ -235,9 +240,10 @@ def get_metric_data(truth: Truth, account: str, region: str, request: DataReques
             )
         if not fits:
             done = room + (skip if index == first else 0)
-            return Page(items, _token(as_of_s, index, done, request.fingerprint()))
+            of = request.fingerprint()
+            return Page(items, _token(as_of_s, index, done, of), _token(as_of_s, first, skip, of))
         room -= len(times_s)
-    return Page(items, "")
+    return Page(items)
 
 
 def _answered(
