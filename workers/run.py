@@ -1,0 +1,396 @@
+"""`headgate run`: everything on this machine, against a simulated AWS: to watch, or (`--once`) to prove a stretch of time.
+
+`--once` has a fixed horizon: the previous hour, or all of a folder of traces. It ends by itself, with exit code 0 where each window
+has landed one complete look and what has landed equals the simulator's truth as of those looks. Without a terminal a run is always `--once`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import asyncpg
+import yaml
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from ingest.clock import SystemClock
+from ingest.schedule import grids_of, horizon
+from ingest.sinks.connection import open_connection, translated
+from shard_config.model import Config
+from workers.local import Endpoints, LocalStack, StackSpec, find_config
+from workers.samples import export_csv
+from workers.simulator import shipped_profiles
+from workers.status import render, status
+from workers.traces import TraceWorld
+from workers.verify import Verdict, verify
+from workers.world import Truth, World, account_ids
+
+REGIONS = ("eu-west-1", "us-east-1")
+SERVICES = ("ec2", "rds", "lambda", "sqs", "alb")
+SETTLING_S = 600
+NO_PROGRESS_S = 180.0
+"""A run to the end gives up where nothing more lands for this long."""
+
+_OPEN = """SELECT target, service, window_start, last_status, last_detail FROM windows
+WHERE landed_as_of IS NULL ORDER BY target, service, window_start"""
+
+_COUNTS = """SELECT count(*) AS planned, count(landed_as_of) AS landed,
+    (SELECT coalesce(sum(points), 0) FROM landed WHERE sink = 'postgres')::bigint AS points FROM windows"""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What is simulated, and the configuration's text that collects it."""
+
+    truth: Truth
+    simulate_args: tuple[str, ...]
+    clock_offset_s: int
+    horizon_s: tuple[int, int] | None
+    config: Callable[[Endpoints], str]
+
+
+def made_up_scene(accounts: int, metrics: int, seed: int, once: bool) -> Scene:
+    """Simulated accounts × 2 regions, and Headgate's own workers as a second source."""
+    ids = account_ids(accounts)
+    profiles = [p for p in shipped_profiles() if p.service in SERVICES]
+    to_s = int(time.time()) // 300 * 300
+    horizon_s = (to_s - 3600, to_s) if once else None
+    regions = ",".join(REGIONS)
+    args = ("--accounts", str(accounts), "--regions", regions, "--metrics", str(metrics), "--seed", str(seed))
+
+    def config(endpoints: Endpoints) -> str:
+        return _yaml(
+            endpoints,
+            {
+                "accounts": [{"id": i, "regions": list(REGIONS), "services": list(SERVICES)} for i in ids],
+                "exposition": [
+                    {
+                        "name": "headgate",
+                        "account": "local",
+                        "region": "local",
+                        "interval_s": 15,
+                        "endpoints_file": endpoints.workers_file,
+                    }
+                ],
+                "run": {"horizon_s": list(horizon_s)} if horizon_s else {},
+            },
+        )
+
+    truth = World(seed, ids, REGIONS, metrics, profiles)
+    return Scene(truth, (*args, "--services", ",".join(SERVICES)), 0, horizon_s, config)
+
+
+def traces_scene(folder: Path) -> Scene:
+    """A folder of traces as one account's CloudWatch, and the clock just after they have settled."""
+    truth = TraceWorld(folder)
+    from_s, to_s = truth.start_s // 300 * 300, -(-truth.end_s // 300) * 300
+    offset_s = to_s + SETTLING_S - int(time.time())
+    [account], [region] = truth.accounts, truth.regions
+    services: dict[str, dict[str, Any]] = {}
+    for metric in truth.metrics(account, region):
+        name = "traces-" + metric.namespace.rpartition("/")[2].lower()
+        services[name] = {
+            "namespace": metric.namespace,
+            "period_s": 300,
+            "poll_interval_s": 300,
+            "settling_s": SETTLING_S,
+            "metrics": "all",
+            "statistics": ["Sum" if metric.namespace == "AWS/ELB" else "Average"],
+        }
+
+    def config(endpoints: Endpoints) -> str:
+        return _yaml(
+            endpoints,
+            {
+                "accounts": [{"id": account, "regions": [region], "services": sorted(services)}],
+                "services": services,
+                "run": {"clock_offset_s": offset_s, "horizon_s": [from_s, to_s]},
+            },
+        )
+
+    args = ("--traces", str(folder.resolve()), "--clock-offset-s", str(offset_s))
+    return Scene(truth, args, offset_s, (from_s, to_s), config)
+
+
+def _yaml(endpoints: Endpoints, what: dict[str, Any]) -> str:
+    connections = {
+        "aws": {
+            "endpoint_url": endpoints.aws_url,
+            "role_template": "arn:aws:iam::{account}:role/HeadgateReader",
+        },
+        "kafka": {"bootstrap": endpoints.kafka_bootstrap},
+        "postgres": {"dsn": endpoints.postgres_dsn},
+        "s3": {"bucket": "headgate-archive", "endpoint_url": endpoints.s3_url},
+    }
+    return "# Written by `headgate run` for this run.\n" + yaml.safe_dump(
+        what | connections, sort_keys=False, width=110
+    )
+
+
+# --- to the end -------------------------------------------------------------------------------------------------
+
+
+def expected_windows(config: Config, now_s: int) -> int:
+    """How many windows a run with a horizon plans."""
+    if config.run.horizon_s is None:
+        return 0
+    return sum(
+        len(item.windows())
+        for target, grids in grids_of(config).items()
+        for task in horizon(target, grids, *config.run.horizon_s, now_s, config.revision)
+        for item in task.items
+    )
+
+
+async def until_landed(
+    connection: asyncpg.Connection, expected: int, tell: Callable[[int, int], None]
+) -> tuple[bool, float | None]:
+    """Wait until all expected windows have landed; (whether they have, seconds until the first point).
+
+    Gives up where nothing more lands for NO_PROGRESS_S.
+    """
+    started_s = last_s = time.monotonic()
+    first_point_s: float | None = None
+    before = (-1, -1)
+    while True:
+        with translated("ledger"):
+            row = await connection.fetchrow(_COUNTS, timeout=30)
+        if first_point_s is None and row["points"]:
+            first_point_s = time.monotonic() - started_s
+        now = (row["landed"], row["points"])
+        if now != before:
+            before, last_s = now, time.monotonic()
+            tell(row["landed"], row["points"])
+        if row["planned"] >= expected and row["landed"] == row["planned"]:
+            return True, first_point_s
+        if time.monotonic() - last_s > NO_PROGRESS_S:
+            return False, first_point_s
+        await asyncio.sleep(0.5)
+
+
+async def run_once(stack: LocalStack, scene: Scene, out: Path, console: Console) -> int:
+    """Wait, verify, write `summary.json` and `samples.csv`; returns the exit code."""
+    started_s = time.monotonic()
+    config = find_config(stack.config_path)
+    clock = SystemClock(scene.clock_offset_s)
+    connection = await open_connection(config.postgres, "headgate run")
+    try:
+        expected = expected_windows(config, clock.now_s())
+        done, first_point_s = await _progress(connection, expected, console)
+        from_s, to_s = scene.horizon_s or (0, 0)
+        console.print("comparing what has landed with the simulator's truth …")
+        verdict = await verify(connection, scene.truth, config, from_s, to_s)
+        open_windows = [dict(r) for r in await connection.fetch(_OPEN)]
+        rows = await export_csv(connection, out / "samples.csv", None, None)
+        found = await status(config, clock, clock.now_s())
+        bill = await asyncio.to_thread(_simulators_bill, stack.endpoints.aws_url)
+        summary = {
+            "ok": done and verdict.good and not open_windows,
+            "windows": {"planned": expected, "landed": found.ledger.landed if found.ledger else None},
+            "open_windows": [_open_window(w) for w in open_windows[:1000]],
+            "points": asdict(verdict),
+            "samples": rows,
+            "dead_letters": found.dead_letters,
+            "metrics_billed": {
+                "ledger": found.ledger.metrics_billed if found.ledger else None,
+                "simulator": bill,
+            },
+            "dollars": found.dollars,
+            "seconds": {
+                "first_point": None if first_point_s is None else round(first_point_s, 1),
+                "all": round(time.monotonic() - started_s, 1),
+            },
+        }
+        (out / "summary.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
+        _print_summary(console, summary, verdict, open_windows, out)
+        return 0 if summary["ok"] else 1
+    finally:
+        connection.terminate()
+
+
+async def _progress(
+    connection: asyncpg.Connection, expected: int, console: Console
+) -> tuple[bool, float | None]:
+    if not console.is_terminal:
+        told = [0.0]
+
+        def tell(landed: int, points: int) -> None:
+            if time.monotonic() - told[0] > 5 or landed >= expected:
+                told[0] = time.monotonic()
+                console.print(f"{landed:,} of {expected:,} windows landed, {points:,} points")
+
+        return await until_landed(connection, expected, tell)
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("windows landed"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f}  {task.fields[points]:,} points"),
+        TimeElapsedColumn(),
+        console=console,
+    ) as bar:
+        task = bar.add_task("", total=expected, points=0)
+        return await until_landed(
+            connection, expected, lambda landed, points: bar.update(task, completed=landed, points=points)
+        )
+
+
+def _open_window(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "target": row["target"],
+        "service": row["service"],
+        "start": row["window_start"].isoformat(),
+        "status": row["last_status"] or "no receipt",
+        "detail": row["last_detail"] or "",
+    }
+
+
+def _simulators_bill(url: str) -> int | None:
+    """Metrics billed by the simulator, all accounts; None where it does not say."""
+    try:
+        with urlopen(f"{url}/billing", timeout=5) as answer:  # noqa: S310 - our own simulator, on loopback
+            bill = json.load(answer)
+    except (OSError, ValueError):
+        return None
+    return sum(account["metrics_requested"] for account in bill["accounts"].values())
+
+
+def _print_summary(
+    console: Console, summary: dict[str, Any], verdict: Verdict, open_windows: list[dict[str, Any]], out: Path
+) -> None:
+    first = summary["seconds"]["first_point"]
+    billed = summary["metrics_billed"]
+    console.print(
+        f"{summary['windows']['landed']:,} windows landed of {summary['windows']['planned']:,} planned\n"
+        f"{verdict.equal:,} of {verdict.expected:,} points equal the truth; missing {verdict.missing:,}, wrong {verdict.wrong:,}, "
+        f"invented {verdict.invented:,}\n"
+        f"dead letters {summary['dead_letters']}, metrics billed {billed['ledger']:,} (the simulator says {billed['simulator']:,}), "
+        f"${summary['dollars']:.4f}\n"
+        f"first point after {first} s, all after {summary['seconds']['all']} s\n"
+        f"{out / 'summary.json'}, {out / 'samples.csv'} ({summary['samples']:,} samples)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for w in map(_open_window, open_windows[:20]):
+        console.print(
+            f"open: {w['target']} {w['service']} from {w['start']}: {w['status']} {w['detail']}",
+            soft_wrap=True,
+        )
+    if len(open_windows) > 20:
+        console.print(f"… and {len(open_windows) - 20} more open windows, all in summary.json")
+    for example in verdict.examples:
+        console.print(f"differs: {example}", soft_wrap=True, markup=False)
+    if summary["ok"]:
+        console.print("[bold green]ok[/]: nothing is missing, nothing is wrong")
+    else:
+        console.print("[bold red]not ok[/]: see above")
+
+
+# --- to watch ---------------------------------------------------------------------------------------------------
+
+
+async def watch(stack: LocalStack, console: Console) -> None:
+    """Show the status until cancelled."""
+    config = find_config(stack.config_path)
+    clock = SystemClock(config.run.clock_offset_s)
+    with Live(console=console, refresh_per_second=2, screen=False) as live:
+        while True:
+            live.update(render(await status(config, clock), targets_max=12))
+            await asyncio.sleep(2)
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="everything on this machine, against a simulated AWS",
+        description="Starts Kafka, PostgreSQL, an S3, a simulated AWS, a coordinator, exporter shards and consumers on this machine, and shows what "
+        "they do until Ctrl-C, which stops everything. With --once (and always without a terminal) it collects a fixed stretch of time, compares "
+        "what has landed with the simulator's truth, and ends: exit code 0 where nothing is missing and nothing is wrong.",
+    )
+    parser.add_argument("--once", action="store_true", help="collect the previous hour, verify, end")
+    parser.add_argument(
+        "--traces", type=Path, metavar="DIR", help="collect a folder of CSV traces instead; implies --once"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(".headgate/out"),
+        metavar="DIR",
+        help="for summary.json and samples.csv",
+    )
+    parser.add_argument("--shards", type=int, default=3, metavar="N", help="exporter shards (%(default)s)")
+    parser.add_argument("--consumers", type=int, default=2, metavar="N", help="consumers (%(default)s)")
+    parser.add_argument(
+        "--accounts", type=int, default=12, metavar="N", help="simulated accounts (%(default)s)"
+    )
+    parser.add_argument(
+        "--metrics", type=int, default=200, metavar="N", help="of each account and region (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1, metavar="N", help="of the simulated world (%(default)s)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    once = args.once or args.traces is not None or not console.is_terminal
+    scene = (
+        traces_scene(args.traces)
+        if args.traces is not None
+        else made_up_scene(args.accounts, args.metrics, args.seed, once)
+    )
+    spec = StackSpec(scene.config, args.shards, args.consumers, scene.simulate_args)
+    return asyncio.run(_run(spec, scene, args.out, once, console))
+
+
+async def _run(spec: StackSpec, scene: Scene, out: Path, once: bool, console: Console) -> int:
+    out.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 - before anything runs
+    stack = LocalStack()
+    try:
+        await _start(stack, spec, console)
+        if once:
+            return await run_once(stack, scene, out, console)
+        with suppress(asyncio.CancelledError):
+            await watch(stack, console)
+        return 0
+    finally:
+        console.print("stopping …")
+        await asyncio.shield(stack.stop())
+
+
+async def _start(stack: LocalStack, spec: StackSpec, console: Console) -> None:
+    started_s = time.monotonic()
+    if not console.is_terminal:
+        await stack.start(
+            spec, lambda name, what: console.print(f"{time.monotonic() - started_s:5.1f} s  {name} {what}")
+        )
+        return
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[what]}"),
+        console=console,
+    ) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tell(name: str, what: str) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=1, what=what)
+            bar.update(tasks[name], completed=1 if what == "ready" else 0, what=what)
+
+        await stack.start(spec, tell)
