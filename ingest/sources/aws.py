@@ -12,22 +12,20 @@ Guarantees:
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-import aiohttp
 import structlog
 from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from botocore.utils import parse_timestamp
 
 from ingest.clock import Clock
-from ingest.errors import HeadgateError, Rejected, Transient
+from ingest.errors import HeadgateError, Transient
+from ingest.sources.aws_errors import Denied, Expired, Throttled, translate
 from ingest.sources.limiter import Limiter
 from shard_config.model import Account, Config
 
@@ -50,79 +48,6 @@ REFRESH_MARGIN_S = 300
 FAILURE_KEPT_S = 5.0
 """So long a failed refresh answers for those who waited: fifty looks make one request, not fifty."""
 STS_CALLS_PER_S = 50.0
-
-_THROTTLES = frozenset(
-    {
-        "LimitExceeded",
-        "LimitExceededException",
-        "PriorRequestNotComplete",
-        "RequestLimitExceeded",
-        "RequestThrottled",
-        "RequestThrottledException",
-        "SlowDown",
-        "ThrottledException",
-        "Throttling",
-        "ThrottlingException",
-        "TooManyRequestsException",
-    }
-)
-_DENIALS = frozenset(
-    {
-        "AccessDenied",
-        "AccessDeniedException",
-        "AuthFailure",
-        "InvalidClientTokenId",
-        "MissingAuthenticationToken",
-        "NotAuthorized",
-        "OptInRequired",
-        "RegionDisabledException",
-        "UnauthorizedOperation",
-        "UnrecognizedClientException",
-    }
-)
-_EXPIRIES = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"})
-
-
-class Throttled(Transient):
-    """The quota is used up: slower, then again."""
-
-
-class Expired(Transient):
-    """The credentials have expired: once more with new ones."""
-
-
-class Denied(Rejected):
-    """Not allowed, and asking again will not change it."""
-
-    def __init__(self, where: str, what: str) -> None:
-        super().__init__(where, "forbidden", what)
-
-
-def translate(error: Exception, where: str) -> HeadgateError:
-    """What a failure of botocore, aiohttp or the network means here."""
-    if isinstance(error, HeadgateError):
-        return error
-    if isinstance(error, ClientError):
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        message = str(error.response.get("Error", {}).get("Message", ""))[:300]
-        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        what = f"{code}: {message}" if message else code
-        if code in _THROTTLES or status == 429:
-            return Throttled(where, what)
-        if code in _EXPIRIES:
-            return Expired(where, what)
-        if code in _DENIALS or status in (401, 403):
-            return Denied(where, what)
-        if status >= 500 or not status:
-            return Transient(where, what)
-        return Rejected(where, "refused", what)
-    if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return Denied(where, f"{error}")
-    # Connections refused, reset or timed out; answers that were cut off or do not parse. botocore wraps most of these, but
-    # aiobotocore 3.10 reads the body outside the wrapper, so that aiohttp's own errors come through too.
-    if isinstance(error, BotoCoreError | aiohttp.ClientError | OSError | TimeoutError | json.JSONDecodeError):
-        return Transient(where, f"{type(error).__name__}: {error}"[:300])
-    return Transient(where, f"the answer was not understood: {type(error).__name__}: {error}"[:300])
 
 
 @dataclass(slots=True)
@@ -251,7 +176,8 @@ class Aws:
             await self.limiter.acquire(request.key, request.cost_s, request.deadline_s)
             request.tally.requests[request.api] += 1
             try:
-                return await send(access)
+                async with asyncio.timeout(max(0.0, request.deadline_s - self._clock.monotonic_s())):
+                    return await send(access)
             except Exception as error:
                 failure = translate(error, request.where)
                 if isinstance(failure, Throttled):

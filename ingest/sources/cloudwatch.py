@@ -23,7 +23,8 @@ import structlog
 from ingest.clock import Clock
 from ingest.errors import HeadgateError, Transient
 from ingest.model import Batch, LookStatus, Outcome, Target, TaskItem
-from ingest.sources.aws import Access, Aws, Denied, Tally
+from ingest.sources.aws import Access, Aws, Tally
+from ingest.sources.aws_errors import Denied
 from ingest.sources.columns import Look, batch_of, columns_of
 from ingest.sources.discovery import Discovery, Listing
 from ingest.sources.look import Emit, relay

@@ -1,0 +1,83 @@
+"""What an error of AWS, botocore, aiohttp or the network means here: the one place that knows their names."""
+
+from __future__ import annotations
+
+import json
+
+import aiohttp
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+
+from ingest.errors import HeadgateError, Rejected, Transient
+
+_THROTTLES = frozenset(
+    {
+        "LimitExceeded",
+        "LimitExceededException",
+        "PriorRequestNotComplete",
+        "RequestLimitExceeded",
+        "RequestThrottled",
+        "RequestThrottledException",
+        "SlowDown",
+        "ThrottledException",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequestsException",
+    }
+)
+_DENIALS = frozenset(
+    {
+        "AccessDenied",
+        "AccessDeniedException",
+        "AuthFailure",
+        "InvalidClientTokenId",
+        "MissingAuthenticationToken",
+        "NotAuthorized",
+        "OptInRequired",
+        "RegionDisabledException",
+        "UnauthorizedOperation",
+        "UnrecognizedClientException",
+    }
+)
+_EXPIRIES = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"})
+
+
+class Throttled(Transient):
+    """The quota is used up: slower, then again."""
+
+
+class Expired(Transient):
+    """The credentials have expired: once more with new ones."""
+
+
+class Denied(Rejected):
+    """Not allowed, and asking again will not change it."""
+
+    def __init__(self, where: str, what: str) -> None:
+        super().__init__(where, "forbidden", what)
+
+
+def translate(error: Exception, where: str) -> HeadgateError:
+    """What a failure of botocore, aiohttp or the network means here."""
+    if isinstance(error, HeadgateError):
+        return error
+    if isinstance(error, ClientError):
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        message = str(error.response.get("Error", {}).get("Message", ""))[:300]
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        what = f"{code}: {message}" if message else code
+        if code in _THROTTLES or status == 429:
+            return Throttled(where, what)
+        if code in _EXPIRIES:
+            return Expired(where, what)
+        if code in _DENIALS or status in (401, 403):
+            return Denied(where, what)
+        if status >= 500 or not status:
+            return Transient(where, what)
+        return Rejected(where, "refused", what)
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return Denied(where, f"{error}")
+    # Connections refused, reset or timed out; answers that were cut off or do not parse. botocore wraps most of these, but
+    # aiobotocore 3.10 reads the body outside the wrapper, so that aiohttp's own errors come through too.
+    if isinstance(error, BotoCoreError | aiohttp.ClientError | OSError | TimeoutError | json.JSONDecodeError):
+        return Transient(where, f"{type(error).__name__}: {error}"[:300].rstrip(": "))
+    return Transient(where, f"the answer was not understood: {type(error).__name__}: {error}"[:300])
