@@ -65,16 +65,29 @@ def encode_batch(batch: Batch, limits: Limits = _LIMITS) -> list[Payload]:
 def _values(batch: Batch, limits: Limits) -> Iterator[bytes]:
     if not batch.points:
         return
-    if len(batch.series) <= limits.series_per_batch_max and batch.points <= limits.points_per_batch_max:
-        message = batch_message(batch, limits)
-        if len(message) <= limits.decoded_bytes_max:
-            value = _zstd.compressor.compress(message)
-            if len(value) <= limits.payload_bytes_max:
-                yield value
-                return
-    # Depth is bounded: each level halves the series, then the points.
+    value = _value_within(batch, limits)
+    if value is not None:
+        yield value
+        return
+    # Depth is bounded: each level halves the series, then the points of one.
     for half in _halves(batch):
         yield from _values(half, limits)
+
+
+def _value_within(batch: Batch, limits: Limits) -> bytes | None:
+    """The batch as one value, or None where that is above a cap."""
+    if len(batch.series) > limits.series_per_batch_max or batch.points > limits.points_per_batch_max:
+        return None
+    try:
+        message = batch_message(batch, limits)
+    except Rejected as error:
+        if error.reason != Reason.DECODED_TOO_LARGE:
+            raise
+        return None
+    if len(message) > limits.decoded_bytes_max:
+        return None
+    value = _zstd.compressor.compress(message)
+    return value if len(value) <= limits.payload_bytes_max else None
 
 
 def _halves(batch: Batch) -> tuple[Batch, Batch]:
@@ -90,31 +103,31 @@ def _halves(batch: Batch) -> tuple[Batch, Batch]:
         counts = np.array([cut], np.int32), np.array([batch.points - cut], np.int32)
     else:
         raise Rejected(_where(batch), Reason.PAYLOAD_TOO_LARGE, "one point does not fit a payload")
-    return (
-        replace(
-            batch,
-            series=batch.series[left],
-            ids=batch.ids[left],
-            counts=counts[0],
-            timestamps_s=batch.timestamps_s[:cut],
-            values=batch.values[:cut],
-        ),
-        replace(
-            batch,
-            series=batch.series[right],
-            ids=batch.ids[right],
-            counts=counts[1],
-            timestamps_s=batch.timestamps_s[cut:],
-            values=batch.values[cut:],
-        ),
+    first = replace(
+        batch,
+        series=batch.series[left],
+        ids=batch.ids[left],
+        counts=counts[0],
+        timestamps_s=batch.timestamps_s[:cut],
+        values=batch.values[:cut],
     )
+    second = replace(
+        batch,
+        series=batch.series[right],
+        ids=batch.ids[right],
+        counts=counts[1],
+        timestamps_s=batch.timestamps_s[cut:],
+        values=batch.values[cut:],
+    )
+    return first, second
 
 
 def batch_message(batch: Batch, limits: Limits = _LIMITS) -> bytes:
-    """A batch in single-object encoding, before it is compressed and whatever its size. Raises Rejected."""
+    """A batch in single-object encoding, before it is compressed. Raises Rejected."""
     _check_header(batch, limits)
     _check_columns(batch)
     base_s = int(batch.timestamps_s.min()) if batch.points else 0
+    _check_base(base_s)
     if batch.points and int(batch.timestamps_s.max()) - base_s > _INT32_MAX:
         raise Rejected(_where(batch), Reason.OUT_OF_RANGE, "timestamps span more than 2**31 seconds")
     windows = window_counts(batch.point_ids(), batch.timestamps_s, batch.values, batch.grid_s)
@@ -154,8 +167,7 @@ def decode_batch(value: bytes, limits: Limits) -> Batch:
     if int(counts.sum(dtype=np.int64)) != points:
         raise Rejected("batch", Reason.COLUMNS_MISMATCH, f"counts do not add up to {points} points")
     offsets = np.frombuffer(datum["timestamps"], dtype="<i4")
-    if abs(datum["base_s"]) > TIMESTAMP_S_MAX:
-        raise Rejected("batch", Reason.OUT_OF_RANGE, f"base_s {datum['base_s']}")
+    _check_base(datum["base_s"])
     timestamps_s = offsets.astype(np.int64) + datum["base_s"]
     timestamps_s.setflags(write=False)
     batch = Batch(
@@ -205,6 +217,11 @@ def _check_sizes(datum: avro.Datum, limits: Limits) -> int:
             "batch", Reason.COLUMNS_MISMATCH, f"{series} series, {points} points, {windows} windows"
         )
     return points
+
+
+def _check_base(base_s: int) -> None:
+    if abs(base_s) > TIMESTAMP_S_MAX:
+        raise Rejected("batch", Reason.OUT_OF_RANGE, f"base_s {base_s}")
 
 
 def _check_header(batch: Batch, limits: Limits) -> None:

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import chain, islice
+from itertools import accumulate, chain, islice, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +85,7 @@ def encode(series: tuple[Series, ...], ids: SeriesIds, limits: Limits) -> bytes:
 
     `ids` only finds an earlier encoding, which is used where its series are equal. Raises Rejected where `decode` would.
     """
-    key = (ids.tobytes(), limits.dimensions_max, limits.label_bytes_max)
+    key = (ids.tobytes(), _caps(limits))
     known = _encoded.get(key)
     if known is not None and (known.series is series or known.series == series):
         return known.encoded
@@ -96,7 +96,7 @@ def encode(series: tuple[Series, ...], ids: SeriesIds, limits: Limits) -> bytes:
 
 def decode(encoded: bytes, limits: Limits) -> Table:
     """Series and ids of a SeriesTable. Raises Rejected."""
-    key = (blake2b(encoded, digest_size=16).digest(), limits.dimensions_max, limits.label_bytes_max)
+    key = (blake2b(encoded, digest_size=16).digest(), _caps(limits))
     known = _decoded.get(key)
     if known is None:
         series = _decode(encoded, limits)
@@ -106,8 +106,14 @@ def decode(encoded: bytes, limits: Limits) -> Table:
     return known
 
 
-def _column(numbers: list[int]) -> bytes:
-    return np.array(numbers, dtype="<i4").tobytes()
+def _caps(limits: Limits) -> tuple[int, ...]:
+    """What decides whether a table is let in."""
+    return (
+        limits.series_per_batch_max,
+        limits.dimensions_max,
+        limits.label_bytes_max,
+        limits.decoded_bytes_max,
+    )
 
 
 def _numbers(datum: avro.Datum, name: str, length: int) -> NDArray[np.int32]:
@@ -140,27 +146,35 @@ def _encode(series: tuple[Series, ...], limits: Limits) -> bytes:
         _check_key(one.key, limits)
     keys = [one.key for one in series]
     pairs = list(chain.from_iterable(key.dimensions for key in keys))
-    columns = {
-        "account": _column([at(key.account) for key in keys]),
-        "region": _column([at(key.region) for key in keys]),
-        "namespace": _column([at(key.namespace) for key in keys]),
-        "metric": _column([at(key.metric) for key in keys]),
-        "stat": _column([at(key.stat) for key in keys]),
-        "unit": _column([at(one.unit) for one in series]),
-        "period_s": _column([key.period_s for key in keys]),
-        "dimension_counts": _column([len(key.dimensions) for key in keys]),
-        "dimension_names": _column([at(name) for name, _ in pairs]),
-        "dimension_values": _column([at(value) for _, value in pairs]),
+    texts_at = {
+        "account": [at(key.account) for key in keys],
+        "region": [at(key.region) for key in keys],
+        "namespace": [at(key.namespace) for key in keys],
+        "metric": [at(key.metric) for key in keys],
+        "stat": [at(key.stat) for key in keys],
+        "unit": [at(one.unit) for one in series],
+        "dimension_names": [at(name) for name, _ in pairs],
+        "dimension_values": [at(value) for _, value in pairs],
     }
     texts = list(index)
+    indices = {name: np.array(column, dtype="<i4") for name, column in texts_at.items()}
     _check_texts(texts, limits)
-    return avro.write("series_table", {"strings": texts, **columns})
+    _check_indices(texts, list(indices.values()), limits)
+    raw = [text.encode() for text in texts]
+    return avro.write(
+        "series_table",
+        {
+            "texts": b"".join(raw),
+            "text_lengths": np.array([len(text) for text in raw], dtype="<i4").tobytes(),
+            "period_s": np.array([key.period_s for key in keys], dtype="<i4").tobytes(),
+            "dimension_counts": np.array([len(key.dimensions) for key in keys], dtype="<i4").tobytes(),
+            **{name: column.tobytes() for name, column in indices.items()},
+        },
+    )
 
 
 def _decode(encoded: bytes, limits: Limits) -> tuple[Series, ...]:
     _, datum = avro.read(encoded, ("series_table",))
-    texts: list[str] = datum["strings"]
-    _check_texts(texts, limits)
     number, spare = divmod(len(datum["period_s"]), 4)
     if spare or number > limits.series_per_batch_max:
         raise Rejected(_WHERE, Reason.TOO_MANY_SERIES, f"{len(datum['period_s'])} bytes of periods")
@@ -171,6 +185,8 @@ def _decode(encoded: bytes, limits: Limits) -> tuple[Series, ...]:
     pairs = int(per_series.sum(dtype=np.int64))
     columns = [_numbers(datum, name, number) for name in _TEXT_COLUMNS]
     columns += [_numbers(datum, name, pairs) for name in ("dimension_names", "dimension_values")]
+    texts = _texts(datum, sum(map(len, columns)))
+    _check_texts(texts, limits)
     _check_indices(texts, columns, limits)
     fields = [[texts[i] for i in column.tolist()] for column in columns]
     dimensions = zip(fields[-2], fields[-1], strict=True)
@@ -185,6 +201,24 @@ def _decode(encoded: bytes, limits: Limits) -> tuple[Series, ...]:
     for one in series:
         _check_key(one.key, limits)
     return series
+
+
+def _texts(datum: avro.Datum, used: int) -> list[str]:
+    """The texts, of which there are no more than are `used`: a short text takes many times its bytes in memory."""
+    raw: bytes = datum["texts"]
+    lengths = _numbers(datum, "text_lengths", len(datum["text_lengths"]) // 4)
+    fits = len(lengths) <= used and int(lengths.sum(dtype=np.int64)) == len(raw)
+    if not fits or (len(lengths) and int(lengths.min()) < 0):
+        raise Rejected(_WHERE, Reason.COLUMNS_MISMATCH, f"{len(lengths)} texts, {len(raw)} bytes of them")
+    ends = accumulate(lengths.tolist(), initial=0)
+    try:
+        # Slices of one str cost half as much as decoding each; they need as many characters as bytes.
+        whole = raw.decode()
+        if len(whole) == len(raw):
+            return [whole[start:end] for start, end in pairwise(ends)]
+        return [raw[start:end].decode() for start, end in pairwise(ends)]
+    except UnicodeDecodeError as error:
+        raise Rejected(_WHERE, Reason.BAD_DATUM, str(error)) from error
 
 
 def _check_indices(texts: list[str], columns: list[NDArray[np.int32]], limits: Limits) -> None:
