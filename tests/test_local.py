@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,8 +16,10 @@ import pytest
 
 from ingest.errors import Fatal
 from tests.conftest import eventually
-from workers import local
+from workers import local, supervise
 from workers.local import Endpoints, LocalStack, StackSpec
+from workers.stack import State
+from workers.supervise import Program
 
 STAND_IN = """
 import http.server, os, sys
@@ -118,6 +121,68 @@ async def test_a_stopped_stack_leaves_no_process(stack: LocalStack) -> None:
     assert len(family) > 7
     await stack.stop()
     assert [p for p in family if p.is_running()] == []
-    assert local.kill_leftovers(stack.home) == []
+    assert supervise.kill_leftovers(stack.home) == []
     assert local.find_running(stack.home) is None
     assert not Path(state["socket"]).parent.exists()
+
+
+def test_supervisord_ends_with_its_owner_even_where_that_is_killed(tmp_path: Path) -> None:
+    code = f"""
+import os, pathlib, time
+from workers.supervise import MARK, Program, Supervisor
+home = pathlib.Path({str(tmp_path)!r})
+supervisor = Supervisor(home / "conf", Supervisor.new_socket(), home)
+supervisor.start({{**os.environ, MARK: str(home)}})
+supervisor.apply([Program("sleeper", ("sleep", "60"), str(home))])
+while not (pids := [p.pid for p in supervisor.processes() if p.pid]):
+    time.sleep(0.05)
+print(supervisor.socket_path, *pids, flush=True)
+time.sleep(60)
+"""
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    try:
+        socket_path, pid = owner.stdout.readline().split()
+        sleeper = psutil.Process(int(pid))
+        supervisord = sleeper.parent()
+    finally:
+        owner.kill()
+        owner.wait()
+        owner.stdout.close()
+    assert supervisord is not None
+    _, alive = psutil.wait_procs([sleeper, supervisord], timeout=10)
+    assert alive == []
+    assert not Path(socket_path).parent.exists()
+
+
+def test_what_a_killed_supervisord_left_is_found_by_its_mark_and_ended(tmp_path: Path) -> None:
+    marked = subprocess.Popen(["sleep", "60"], env={supervise.MARK: str(tmp_path)}, start_new_session=True)
+    other = subprocess.Popen(
+        ["sleep", "60"], env={supervise.MARK: str(tmp_path / "other")}, start_new_session=True
+    )
+    try:
+        assert supervise.kill_leftovers(tmp_path) == [marked.pid]
+        assert (marked.poll(), other.poll()) == (-signal.SIGTERM, None)
+    finally:
+        for process in (marked, other):
+            process.kill()
+            process.wait()
+
+
+def test_a_percent_sign_reaches_the_process_and_a_comment_is_refused() -> None:
+    text = supervise.render([Program("a", ("echo", "100%", "a b"), "/")], Path("/s.sock"), Path("/logs"), 5)
+    assert "command=echo 100%% 'a b'" in text.splitlines()
+    with pytest.raises(ValueError, match="for comments"):
+        supervise.render([Program("a", ("echo", "a ; b"), "/")], Path("/s.sock"), Path("/logs"), 5)
+
+
+def test_scaling_keeps_the_ports_of_those_that_stay() -> None:
+    endpoints = Endpoints("k:1", "postgresql://p", "http://s", "http://a", "/workers.json")
+    spec = StackSpec(_config_text, shards=2, consumers=1)
+    state = State(1, "/s.sock", "/headgate.yaml", endpoints, spec.worker_command, (), {})
+    state = state.with_workers(spec.worker_names(), [1, 2, 3, 4])
+    assert state.metrics_ports == {"coordinator": 1, "exporter-1": 2, "exporter-2": 3, "consumer-1": 4}
+    grown = state.with_shards(3, lambda n: [9] * n)
+    assert grown.metrics_ports == {**state.metrics_ports, "exporter-3": 9}
+    assert grown.with_shards(2, lambda n: [8] * n) == state
+    assert State.from_json(grown.to_json()) == grown

@@ -15,19 +15,17 @@ import argparse
 import asyncio
 import fcntl
 import http.client
-import json
 import os
 import shutil
 import socket
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO
 
 from ingest.errors import Fatal, HeadgateError, Transient
 from shard_config.model import Config
@@ -41,76 +39,24 @@ from workers.servers import (
     last_line,
     local_environment,
 )
-from workers.supervise import Process, Program, Supervisor, write_atomically
+from workers.stack import CHECKOUT, Endpoints, StackSpec, State
+from workers.supervise import MARK, Process, Program, Supervisor, is_of, kill_leftovers, write_atomically
 
-if TYPE_CHECKING:
-    import psutil
-
-MARK = "HEADGATE_STACK"
-"""In the environment of every process of a stack: its home."""
+__all__ = ["Endpoints", "LocalStack", "StackSpec", "find_config", "find_running", "register"]
 
 READY_TIMEOUT_S = 90.0
+STARTS_MAX = 3
+"""A process that was started so often and is not ready will not be."""
 SHARDS_MAX = 64
 
 Progress = Callable[[str, str], None]
-"""Called with a name and what has become of it: ("kafka", "ready")."""
+"""Called with a name and what has become of it, "starting" or "ready"."""
 
-_CHECKOUT = str(Path(__file__).resolve().parent.parent)
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoints:
-    """Where the parts of a stack are."""
-
-    kafka_bootstrap: str
-    postgres_dsn: str
-    s3_url: str
-    aws_url: str
-    """The simulated AWS."""
-    workers_file: str
-    """The workers' metrics endpoints, in Prometheus' file_sd format; kept up to date."""
+Checks = dict[str, Callable[[], bool]]
 
 
-@dataclass(frozen=True, slots=True)
-class StackSpec:
-    """What to start."""
-
-    config_text: Callable[[Endpoints], str]
-    """Gives the text of headgate.yaml, once the addresses are known."""
-    shards: int = 3
-    consumers: int = 2
-    simulate_args: tuple[str, ...] = ()
-    """Appended to `headgate simulate --host … --port …`."""
-    worker_command: tuple[str, ...] = (sys.executable, "-m", "workers.cli")
-    """What stands for `headgate` on a command line."""
-
-
-@dataclass(frozen=True, slots=True)
-class _State:
-    """What another process needs to find and change the stack: run/state.json."""
-
-    supervisor_pid: int
-    socket: str
-    endpoints: Endpoints
-    worker_command: tuple[str, ...]
-    programs: tuple[Program, ...]
-    metrics_ports: dict[str, int]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> _State:
-        raw: dict[str, Any] = json.loads(text)
-        programs = tuple(Program(**{**p, "command": tuple(p["command"])}) for p in raw["programs"])
-        return cls(
-            raw["supervisor_pid"],
-            raw["socket"],
-            Endpoints(**raw["endpoints"]),
-            tuple(raw["worker_command"]),
-            programs,
-            raw["metrics_ports"],
-        )
+def _silent(name: str, what: str) -> None:
+    pass
 
 
 def default_home() -> Path:
@@ -131,7 +77,7 @@ class LocalStack:
 
     # --- start and stop ---------------------------------------------------------------------------------------
 
-    async def start(self, spec: StackSpec, progress: Progress = lambda name, what: None) -> Endpoints:
+    async def start(self, spec: StackSpec, progress: Progress = _silent) -> Endpoints:
         """Start everything and wait until it is ready. Raises Fatal, and leaves nothing then, nor where it is cancelled."""
         self._lock = self._acquire()
         try:
@@ -141,19 +87,17 @@ class LocalStack:
             raise
 
     async def _start(self, spec: StackSpec, progress: Progress) -> Endpoints:
-        await asyncio.to_thread(kill_leftovers, self.home)
+        await asyncio.to_thread(self._stop)
         for folder in (self.run, self.logs):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         kafka, postgres, s3 = KafkaServer(self.run), PostgresServer(self.run), S3Server(self.run)
         servers: tuple[Server, ...] = (postgres, kafka, s3)
         await asyncio.to_thread(_prepare, servers)
-        names = [
-            "coordinator",
-            *(f"exporter-{i}" for i in range(1, spec.shards + 1)),
-            *(f"consumer-{i}" for i in range(1, spec.consumers + 1)),
-        ]
+        names = spec.worker_names()
         simulator_port, *worker_ports = free_ports(1 + len(names))
+        simulate = ("simulate", "--host", LOOPBACK, "--port", str(simulator_port), *spec.simulate_args)
+        simulator = Program("simulator", (*spec.worker_command, *simulate), CHECKOUT)
         endpoints = Endpoints(
             kafka.bootstrap,
             postgres.dsn("headgate"),
@@ -161,19 +105,23 @@ class LocalStack:
             f"http://{LOOPBACK}:{simulator_port}",
             str(self.run / "workers.json"),
         )
-        base = [_server_program(server) for server in servers]
-        simulate = ("simulate", "--host", LOOPBACK, "--port", str(simulator_port), *spec.simulate_args)
-        base.append(Program("simulator", (*spec.worker_command, *simulate), _CHECKOUT))
 
         supervisor = Supervisor(self.run / "supervisord.conf", Supervisor.new_socket(), self.logs)
         self._supervisor = supervisor
-        pid = await asyncio.to_thread(supervisor.start, self._environment())
-        state = _State(pid, str(supervisor.socket_path), endpoints, spec.worker_command, tuple(base), {})
-        self._write_state(state)
-        await asyncio.to_thread(supervisor.apply, base)
-        checks: dict[str, Callable[[], bool]] = {server.name: server.ready for server in servers}
-        checks["simulator"] = lambda: _accepts(simulator_port)
-        await self._wait_ready(checks, progress)
+        state = State(
+            supervisor_pid=await asyncio.to_thread(supervisor.start, self._environment()),
+            socket=str(supervisor.socket_path),
+            config_path=str(self.config_path),
+            endpoints=endpoints,
+            worker_command=spec.worker_command,
+            programs=(*(_server_program(server) for server in servers), simulator),
+            metrics_ports={},
+        )
+        self._write(state)
+        self._publish(state)
+        await asyncio.to_thread(supervisor.apply, state.all_programs())
+        checks: Checks = {server.name: server.ready for server in servers}
+        await self._wait_ready(supervisor, checks | {"simulator": lambda: _accepts(simulator_port)}, progress)
         await asyncio.to_thread(postgres.create_database, "headgate")
 
         self.config_path.write_text(spec.config_text(endpoints))
@@ -181,77 +129,79 @@ class LocalStack:
         await asyncio.to_thread(self._setup, spec.worker_command)
         progress("setup", "ready")
 
-        metrics_ports = dict(zip(names, worker_ports, strict=True))
-        workers = [self._worker(spec.worker_command, name, port) for name, port in metrics_ports.items()]
-        state = replace(state, programs=(*base, *workers), metrics_ports=metrics_ports)
-        self._write_state(state)
-        await asyncio.to_thread(supervisor.apply, state.programs)
-        await self._wait_ready({n: _readyz(p) for n, p in metrics_ports.items()}, progress)
+        state = state.with_workers(names, worker_ports)
+        self._write(state)
+        await asyncio.to_thread(supervisor.apply, state.all_programs())
+        await self._wait_ready(supervisor, {n: _readyz(p) for n, p in state.metrics_ports.items()}, progress)
+        self._publish(state)
         return endpoints
 
-    async def stop(self) -> None:
-        """Stop everything: workers first, then servers. Bounded; returns when no process of the stack is left."""
-        await asyncio.to_thread(self._stop)
+    async def stop(self) -> list[int]:
+        """Stop everything, workers first. Bounded; returns when no process of the stack is left.
 
-    def _stop(self) -> None:
-        state = self._read_state()
+        It may be called at any time, also where nothing runs. What did not end by itself was killed: those pids are returned, and
+        supervisord's where another process is its owner.
+        """
+        try:
+            return await asyncio.to_thread(self._stop)
+        finally:
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
+
+    def _stop(self) -> list[int]:
+        state = self._read()
         supervisor = self._supervisor or (self._connect(state) if state else None)
         try:
             if supervisor is not None:
                 with suppress(Transient):
-                    names = [p.name for p in supervisor.processes()]
                     workers = set(state.metrics_ports) if state else set()
                     supervisor.stop(workers)
-                    supervisor.stop(set(names) - workers)
+                    supervisor.stop({p.name for p in supervisor.processes()})
                     supervisor.shutdown()
                 supervisor.reap(timeout_s=10)
         finally:
-            kill_leftovers(self.home)
+            killed = kill_leftovers(self.home)
             if supervisor is not None:
-                shutil.rmtree(supervisor.socket_path.parent, ignore_errors=True)
+                supervisor.remove_socket()
             self._supervisor = None
             self._state_path.unlink(missing_ok=True)
-            if self._lock is not None:
-                self._lock.close()
-                self._lock = None
+        return killed
 
     # --- look and change --------------------------------------------------------------------------------------
 
     @property
     def endpoints(self) -> Endpoints:
         """Raises Fatal where the stack does not run."""
-        return self._running_state().endpoints
+        return self._running().endpoints
 
     @property
     def metrics_ports(self) -> dict[str, int]:
         """The port of /metrics by worker. Raises Fatal where the stack does not run."""
-        return dict(self._running_state().metrics_ports)
+        return dict(self._running().metrics_ports)
 
     async def processes(self) -> list[Process]:
         """The stack's processes. Raises Transient where supervisord does not answer, Fatal where the stack does not run."""
-        return await asyncio.to_thread(self._connect(self._running_state()).processes)
+        return await asyncio.to_thread(self._connect(self._running()).processes)
 
-    async def scale(self, shards: int) -> tuple[list[str], list[str]]:
-        """Have exporter-1 … exporter-<shards>; returns the names of those added and removed, the latter drained. Raises Fatal, Transient."""
+    async def scale(self, shards: int, progress: Progress = _silent) -> tuple[list[str], list[str]]:
+        """Have exporter-1 … exporter-<shards>; returns whom it added, ready, and removed, drained. Raises Fatal, Transient."""
         if not 1 <= shards <= SHARDS_MAX:
             raise Fatal("scale", f"{shards} shards are not in 1..{SHARDS_MAX}")
-        return await asyncio.to_thread(self._scale, shards)
-
-    def _scale(self, shards: int) -> tuple[list[str], list[str]]:
+        before = self._running()
         with self._changing():
-            state = self._running_state()
-            wanted = [f"exporter-{i}" for i in range(1, shards + 1)]
-            present = [name for name in state.metrics_ports if name.startswith("exporter-")]
-            added = [name for name in wanted if name not in present]
-            removed = [name for name in present if name not in wanted]
-            ports = {n: p for n, p in state.metrics_ports.items() if n not in removed}
-            ports |= dict(zip(added, free_ports(len(added)), strict=True))
-            kept = [program for program in state.programs if program.name not in removed]
-            programs = (*kept, *(self._worker(state.worker_command, n, ports[n]) for n in added))
+            after = before.with_shards(shards, free_ports)
+            added = {n: p for n, p in after.metrics_ports.items() if n not in before.metrics_ports}
+            # Nobody shall look for one that is gone, nor for one that is not there yet.
+            kept = {n: p for n, p in after.metrics_ports.items() if n not in added}
+            self._publish(replace(after, metrics_ports=kept))
             # Written first: where the change fails half-way, the next one goes on from what was meant.
-            self._write_state(replace(state, programs=programs, metrics_ports=ports))
-            self._connect(state).apply(programs)
-            return added, removed
+            self._write(after)
+            supervisor = self._connect(after)
+            await asyncio.to_thread(supervisor.apply, after.all_programs())
+            await self._wait_ready(supervisor, {n: _readyz(p) for n, p in added.items()}, progress)
+            self._publish(after)
+        return list(added), [n for n in before.metrics_ports if n not in after.metrics_ports]
 
     # --- within -----------------------------------------------------------------------------------------------
 
@@ -285,7 +235,7 @@ class LocalStack:
             try:
                 done = subprocess.run(
                     command,
-                    cwd=_CHECKOUT,
+                    cwd=CHECKOUT,
                     env=self._environment(),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -299,49 +249,45 @@ class LocalStack:
         if done.returncode:
             raise Fatal("setup", f"exited with {done.returncode}; last line: {last_line(log)}", f"see {log}")
 
-    def _worker(self, worker_command: Sequence[str], name: str, metrics_port: int) -> Program:
-        kind = name.partition("-")[0]
-        who = {"exporter": ("--shard", name), "consumer": ("--name", name)}.get(kind, ())
-        options = ("--config", str(self.config_path), *who, "--metrics-port", str(metrics_port))
-        return Program(name, (*worker_command, kind, *options), _CHECKOUT)
-
-    async def _wait_ready(self, checks: dict[str, Callable[[], bool]], progress: Progress) -> None:
-        """Wait until all answer. Raises Fatal where one was given up on, or where the time is up."""
-        assert self._supervisor is not None  # noqa: S101 - called by start only
+    async def _wait_ready(self, supervisor: Supervisor, checks: Checks, progress: Progress) -> None:
+        """Wait until all answer. Raises Fatal where one has died too often, or where the time is up."""
         for name in checks:
             progress(name, "starting")
         waiting = dict(checks)
+        pids: dict[str, set[int]] = {name: set() for name in checks}
         deadline_s = asyncio.get_running_loop().time() + READY_TIMEOUT_S
         while waiting:
-            states = {p.name: p.state for p in await asyncio.to_thread(self._supervisor.processes)}
+            processes = {p.name: p for p in await asyncio.to_thread(supervisor.processes)}
             late = asyncio.get_running_loop().time() > deadline_s
             for name, ready in list(waiting.items()):
+                process = processes[name]
+                pids[name] |= {process.pid} - {0}
                 if await asyncio.to_thread(ready):
                     del waiting[name]
                     progress(name, "ready")
-                elif late or states.get(name) in ("FATAL", "EXITED"):
+                elif late or process.state in ("FATAL", "EXITED") or len(pids[name]) > STARTS_MAX:
                     log = self.logs / f"{name}.log"
-                    what = f"is not ready ({states.get(name)}); last line: {last_line(log)}"
-                    raise Fatal(name, what, f"see {log}")
+                    raise Fatal(name, f"does not become ready; last line: {last_line(log)}", f"see {log}")
             await asyncio.sleep(0.1)
 
-    def _connect(self, state: _State) -> Supervisor:
+    def _connect(self, state: State) -> Supervisor:
         return Supervisor(self.run / "supervisord.conf", Path(state.socket), self.logs)
 
-    def _write_state(self, state: _State) -> None:
-        targets = [f"{LOOPBACK}:{port}" for port in state.metrics_ports.values()]
-        write_atomically(Path(state.endpoints.workers_file), json.dumps([{"targets": targets}]) + "\n")
+    def _publish(self, state: State) -> None:
+        write_atomically(Path(state.endpoints.workers_file), state.file_sd())
+
+    def _write(self, state: State) -> None:
         write_atomically(self._state_path, state.to_json())
 
-    def _read_state(self) -> _State | None:
+    def _read(self) -> State | None:
         try:
-            return _State.from_json(self._state_path.read_text())
+            return State.from_json(self._state_path.read_text())
         except FileNotFoundError:
             return None
 
-    def _running_state(self) -> _State:
-        state = self._read_state()
-        if state is None or not _is_of(state.supervisor_pid, self.home):
+    def _running(self) -> State:
+        state = self._read()
+        if state is None or not is_of(state.supervisor_pid, self.home):
             raise Fatal(f"stack {self.home}", "does not run", "start it with `make run`")
         return state
 
@@ -350,7 +296,7 @@ def find_running(home: Path | None = None) -> LocalStack | None:
     """The stack that runs in this home, started by whichever process; None where none does."""
     stack = LocalStack(home)
     try:
-        stack._running_state()
+        stack._running()
     except Fatal:
         return None
     return stack
@@ -370,46 +316,6 @@ def find_config(path: Path | None) -> Config:
             )
         path = stack.config_path
     return load(path, environ=os.environ)
-
-
-def kill_leftovers(home: Path) -> list[int]:
-    """End every process of this home's stack, supervisord first; returns their pids. Bounded."""
-    import psutil
-
-    # supervisord first, or it would start again what is ended before it.
-    found = sorted(_marked(home), key=lambda p: "workers.supervise" not in p.cmdline())
-    families = list(dict.fromkeys(p for root in found for p in (root, *root.children(recursive=True))))
-    for process in families:
-        with suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, alive = psutil.wait_procs(families, timeout=5)
-    for process in alive:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=5)
-    return [process.pid for process in families]
-
-
-def _marked(home: Path) -> list[psutil.Process]:
-    """The processes that carry this home's mark. PostgreSQL's children have overwritten theirs: they are their parent's."""
-    import psutil
-
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.pid != os.getpid() and process.environ().get(MARK) == str(home):
-                found.append(process)
-    return found
-
-
-def _is_of(pid: int, home: Path) -> bool:
-    """Whether this process is there and carries this home's mark: a pid alone may have been given to another."""
-    import psutil
-
-    try:
-        return bool(psutil.Process(pid).environ().get(MARK) == str(home))
-    except psutil.Error:
-        return False
 
 
 def _prepare(servers: Sequence[Server]) -> None:
@@ -460,18 +366,27 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _run_scale(args: argparse.Namespace) -> int:
-    added, removed = asyncio.run(LocalStack().scale(args.shards))
+    slots = find_config(None).slots
+    if args.shards > slots:
+        raise Fatal(
+            "scale", f"{args.shards} shards would share {slots} slots", f"the most there can be is {slots}"
+        )
+
+    def show(name: str, what: str) -> None:
+        print(f"{name} {what}", flush=True)
+
+    added, removed = asyncio.run(LocalStack().scale(args.shards, show))
     changes = [f"added {name}" for name in added] + [f"removed {name}" for name in removed]
     print(", ".join(changes) or f"there are {args.shards} exporters already")
     return 0
 
 
 def _run_down(_: argparse.Namespace) -> int:
-    stack = find_running()
-    if stack is not None:
-        asyncio.run(stack.stop())
+    stack = LocalStack()
+    running = find_running(stack.home) is not None
+    ended = asyncio.run(stack.stop())
+    if running:
         print(f"stopped the stack in {stack.home}")
-        return 0
-    ended = kill_leftovers(default_home())
-    print(f"ended {len(ended)} processes that a stack had left" if ended else "nothing runs here")
+    else:
+        print(f"ended {len(ended)} processes that a stack had left" if ended else "nothing runs here")
     return 0

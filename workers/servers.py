@@ -35,6 +35,8 @@ from ingest.errors import Fatal
 KAFKA_LIBS = Path(__file__).resolve().parent.parent / ".headgate" / "kafka-libs"
 """Where `make setup` puts the broker's jars (workers/kafka/pom.xml)."""
 
+_KAFKA_FILES = Path(__file__).resolve().parent / "kafka"
+
 LOOPBACK = "127.0.0.1"
 
 START_TIMEOUT_S = 60.0
@@ -159,7 +161,6 @@ class KafkaServer(Server):
             raise Fatal(self.name, "there is no java on the PATH", "install a JRE of version 17 or newer")
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "server.properties").write_text(self._properties())
-        (self.dir / "log4j2.properties").write_text(_KAFKA_LOGGING)
         if (self.dir / "data" / "meta.properties").exists():
             return
         cluster_id = base64.urlsafe_b64encode(os.urandom(16)).decode().rstrip("=")
@@ -184,45 +185,19 @@ class KafkaServer(Server):
         return len(answer) == 10 and answer[8:10] == b"\0\0"
 
     def _java(self, *options: str) -> list[str]:
-        # The folder comes first on the class path: log4j finds its configuration there, whatever characters the path has.
-        class_path = os.pathsep.join((str(self.dir), str(KAFKA_LIBS / "*")))
+        class_path = os.pathsep.join((str(_KAFKA_FILES), str(KAFKA_LIBS / "*")))
         return ["java", "-Xmx512m", "-XX:+UseSerialGC", *options, "-cp", class_path]
 
     def _properties(self) -> str:
-        return f"""\
-process.roles=broker,controller
-node.id=1
+        return (
+            (_KAFKA_FILES / "broker.properties").read_text()
+            + f"""
 controller.quorum.voters=1@{LOOPBACK}:{self._controller_port}
 listeners=PLAINTEXT://{LOOPBACK}:{self.port},CONTROLLER://{LOOPBACK}:{self._controller_port}
 advertised.listeners=PLAINTEXT://{LOOPBACK}:{self.port}
-controller.listener.names=CONTROLLER
-inter.broker.listener.name=PLAINTEXT
-listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT
 log.dirs={self.dir / "data"}
-auto.create.topics.enable=false
-default.replication.factor=1
-offsets.topic.replication.factor=1
-offsets.topic.num.partitions=4
-transaction.state.log.replication.factor=1
-transaction.state.log.min.isr=1
-transaction.state.log.num.partitions=1
-share.coordinator.state.topic.replication.factor=1
-share.coordinator.state.topic.min.isr=1
-group.initial.rebalance.delay.ms=0
-group.min.session.timeout.ms=1000
-log.cleaner.dedupe.buffer.size=16777216
 """
-
-
-_KAFKA_LOGGING = """\
-status=error
-appender.out.type=Console
-appender.out.name=out
-appender.out.layout.type=PatternLayout
-appender.out.layout.pattern=%d{yyyy-MM-dd'T'HH:mm:ss.SSS} %p %c{1} %m%n
-rootLogger.level=WARN
-rootLogger.appenderRef.out.ref=out
-"""
+        )
 
 
 class PostgresServer(Server):
@@ -275,7 +250,7 @@ class PostgresServer(Server):
 
     def ready(self) -> bool:
         """pg_isready says that connections are accepted."""
-        check = [str(_pg_bin() / "pg_isready"), "-q", "-t", "1", "-h", LOOPBACK, "-p", str(self.port)]
+        check = [str(_pg_bin() / "pg_isready"), "-q", "-t", "1", "-d", self.dsn()]
         return subprocess.run(check, check=False, stdin=subprocess.DEVNULL).returncode == 0
 
     def create_database(self, database: str) -> str:

@@ -22,11 +22,20 @@ import threading
 import time
 import xmlrpc.client
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ingest.errors import Fatal, Transient
+
+if TYPE_CHECKING:
+    import psutil
+
+MARK = "HEADGATE_STACK"
+"""In the environment of every process of a stack: its home."""
+
+_SOCKET_FOLDER = "headgate-stack-"
 
 CALL_TIMEOUT_S = 5.0
 STARTED_STATES = frozenset({"STARTING", "RUNNING", "BACKOFF", "STOPPING"})
@@ -113,7 +122,7 @@ class Supervisor:
     @staticmethod
     def new_socket() -> Path:
         """A path that is short enough for a socket, in a folder of its own that goes with supervisord."""
-        return Path(tempfile.mkdtemp(prefix="headgate-")) / "supervisor.sock"
+        return Path(tempfile.mkdtemp(prefix=_SOCKET_FOLDER)) / "supervisor.sock"
 
     def start(self, environment: Mapping[str, str], timeout_s: float = 20) -> int:
         """Start it without programs, in a session of its own; returns its pid. Raises Fatal."""
@@ -190,6 +199,11 @@ class Supervisor:
             process.kill()
             process.wait()
 
+    def remove_socket(self) -> None:
+        """Remove the socket's folder, which a supervisord that was killed leaves."""
+        if self.socket_path.parent.name.startswith(_SOCKET_FOLDER):
+            shutil.rmtree(self.socket_path.parent, ignore_errors=True)
+
     def _write(self, programs: Sequence[Program]) -> None:
         text = render(programs, self.socket_path, self.logs, self.stop_wait_s)
         write_atomically(self.config, text)
@@ -224,6 +238,46 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)
+
+
+def kill_leftovers(home: Path) -> list[int]:
+    """End every process of the stack of this home, supervisord first; returns their pids. Bounded."""
+    import psutil
+
+    # supervisord first, or it would start again what is ended before it.
+    found = sorted(_marked(home), key=lambda p: "workers.supervise" not in p.cmdline())
+    families = list(dict.fromkeys(p for root in found for p in (root, *root.children(recursive=True))))
+    for process in families:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(families, timeout=5)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=5)
+    return [process.pid for process in families]
+
+
+def _marked(home: Path) -> list[psutil.Process]:
+    """The processes that carry this home's mark. PostgreSQL's children have overwritten theirs: they are their parent's."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get(MARK) == str(home):
+                found.append(process)
+    return found
+
+
+def is_of(pid: int, home: Path) -> bool:
+    """Whether this process is there and carries this home's mark: a pid alone may have been given to another."""
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).environ().get(MARK) == str(home))
+    except psutil.Error:
+        return False
 
 
 def write_atomically(path: Path, text: str) -> None:
