@@ -6,17 +6,62 @@ Durations are whole seconds (`*_s`), money is US dollars (`*_usd`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from hashlib import blake2b
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SecretStr,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+DATAPOINTS_PER_CALL_MAX: Final = 100_800
+"""GetMetricData's limit; one series of one look has to fit."""
+
+RETENTION_S: Final = ((3600, 455 * 86_400), (300, 63 * 86_400), (60, 15 * 86_400), (1, 3 * 3600))
+"""How long CloudWatch keeps points: of the first entry whose seconds divide the period, that many seconds."""
+
+
+def retention_s(period_s: int) -> int:
+    """How long CloudWatch answers queries of this period, seconds. Past that it answers nothing, and no error."""
+    return next(kept_s for unit_s, kept_s in RETENTION_S if period_s % unit_s == 0)
+
+
+def _wrong(key: str, what: str) -> PydanticCustomError:
+    """An error of a whole model that belongs to one of its keys: `load` reads `key` to find the line."""
+    # The text goes in as a value: what it quotes may hold braces.
+    return PydanticCustomError("headgate", "{what}", {"what": what, "key": key})
+
+
+def _is_a_period(period_s: int) -> int:
+    if period_s not in (1, 5, 10, 30) and period_s % 60:
+        raise PydanticCustomError("headgate", "CloudWatch has periods of 1, 5, 10, 30 and multiples of 60 s")
+    return period_s
+
+
+def _repeated(values: tuple[str, ...]) -> str | None:
+    """The first value that stands there twice."""
+    return next((value for i, value in enumerate(values) if value in values[:i]), None)
+
 
 AccountId = Annotated[str, StringConstraints(pattern=r"^\d{12}$")]
 Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+HttpUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#]+([/?#]\S*)?$")]
+"""Kept as text, not taken apart: it becomes a label as it stands."""
 Statistic = Annotated[
     str,
-    StringConstraints(pattern=r"^(Average|Sum|Minimum|Maximum|SampleCount|p\d{1,2}(\.\d{1,2})?|IQM|tm\d{1,2})$"),
+    StringConstraints(
+        pattern=r"^(Average|Sum|Minimum|Maximum|SampleCount|p\d{1,2}(\.\d{1,2})?|IQM|tm\d{1,2})$"
+    ),
 ]
 
 
@@ -32,6 +77,15 @@ class MetricProfile(Strict):
     unit: str = ""
     min: float | None = None
     max: float | None = None
+    """A value outside of [min, max] is dead-lettered: bounds that hold for every statistic asked for, or none."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise _wrong("max", f"max {self.max:g} is below min {self.min:g}")
+        if twice := _repeated(self.statistics):
+            raise _wrong("statistics", f"{twice} stands there twice")
+        return self
 
 
 class ServiceProfile(Strict):
@@ -39,8 +93,8 @@ class ServiceProfile(Strict):
 
     service: Slug
     namespace: str
-    period_s: int = Field(60, ge=1)
-    """Resolution asked for. Divides the poll interval."""
+    period_s: Annotated[int, AfterValidator(_is_a_period)] = Field(60, ge=1)
+    """Resolution asked for: 1, 5, 10, 30 or a multiple of 60. Divides the poll interval."""
     poll_interval_s: int = Field(300, ge=1)
     """Length of a window, and how often a look is taken."""
     settling_s: int = Field(600, ge=0)
@@ -50,16 +104,40 @@ class ServiceProfile(Strict):
     """Discover only what reported in the last three hours: cheaper, and wrong for daily metrics."""
     statistics: tuple[Statistic, ...] = ("Average",)
     """Used where `metrics` is "all"."""
-    metrics: tuple[MetricProfile, ...] | Literal["all"] = "all"
+    metrics: Annotated[
+        # Told apart by their kind, so that an error is about the one that was meant.
+        Annotated[tuple[MetricProfile, ...], Field(min_length=1), Tag("list")]
+        | Annotated[Literal["all"], Tag("all")],
+        Discriminator(lambda value: "all" if isinstance(value, str) else "list"),
+    ] = "all"
     critical: bool = False
     priority: int = Field(100, ge=0)
 
     @model_validator(mode="after")
-    def _period_divides_poll_interval(self) -> Self:
+    def _is_consistent(self) -> Self:
+        """Windows are whole periods, and all that a look covers fits into a call and is still kept by CloudWatch."""
         if self.poll_interval_s % self.period_s:
-            raise ValueError(
-                f"period_s {self.period_s} does not divide poll_interval_s {self.poll_interval_s}"
+            raise _wrong(
+                "period_s", f"period_s {self.period_s} does not divide poll_interval_s {self.poll_interval_s}"
             )
+        covered_s = self.poll_interval_s + self.settling_s
+        points = covered_s // self.period_s
+        if points > DATAPOINTS_PER_CALL_MAX:
+            raise _wrong(
+                "settling_s",
+                f"poll_interval_s + settling_s is {points:,} points of {self.period_s} s; "
+                f"one call answers at most {DATAPOINTS_PER_CALL_MAX:,}",
+            )
+        if covered_s > retention_s(self.period_s):
+            raise _wrong(
+                "settling_s",
+                f"poll_interval_s + settling_s is {covered_s:,} s; CloudWatch keeps points of {self.period_s} s "
+                f"for {retention_s(self.period_s):,} s",
+            )
+        if twice := _repeated(self.statistics):
+            raise _wrong("statistics", f"{twice} stands there twice")
+        if self.metrics != "all" and (twice := _repeated(tuple(m.name for m in self.metrics))):
+            raise _wrong("metrics", f"{twice} stands there twice")
         return self
 
 
@@ -70,7 +148,7 @@ class Account(Strict):
     alias: str = ""
     regions: tuple[str, ...] = Field(min_length=1)
     services: tuple[Slug, ...] = Field(min_length=1)
-    role_arn: str = ""
+    role_arn: Annotated[str, StringConstraints(pattern=r"^(arn:[a-z-]+:iam::\d{12}:role/.+)?$")] = ""
     """Role to assume; empty: the role template of `aws`, or the ambient credentials where that is empty too."""
     external_id: SecretStr | None = None
     budget_usd_per_day: float | None = Field(None, gt=0)
@@ -78,6 +156,16 @@ class Account(Strict):
     """This account's GetMetricData quota in one region."""
     datapoints_per_s: float = Field(180_000, gt=0)
     """The other half of that quota, counted as range ÷ period a query; 396,000 where only older than 3 h is asked for."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.role_arn and self.role_arn.split(":")[4] != self.id:
+            # Its metrics would be labelled with the wrong account.
+            raise _wrong("role_arn", f"the role is of account {self.role_arn.split(':')[4]}, not {self.id}")
+        for key, values in (("regions", self.regions), ("services", self.services)):
+            if twice := _repeated(values):
+                raise _wrong(key, f"{twice} stands there twice")
+        return self
 
 
 class ExpositionJob(Strict):
@@ -89,25 +177,37 @@ class ExpositionJob(Strict):
     region: Slug
     interval_s: int = Field(30, ge=1)
     timeout_s: float = Field(5, gt=0)
-    endpoints: tuple[str, ...] = ()
+    endpoints: tuple[HttpUrl, ...] = ()
     """URLs, as http://host:9100/metrics."""
     endpoints_file: str = ""
     """A file in Prometheus' file_sd JSON format, read anew at each scrape: [{"targets": ["host:port"]}]."""
     series_max: int = Field(50_000, ge=1)
 
     @model_validator(mode="after")
-    def _has_endpoints(self) -> Self:
+    def _is_consistent(self) -> Self:
         if bool(self.endpoints) == bool(self.endpoints_file):
-            raise ValueError("give either endpoints or endpoints_file")
+            raise _wrong("endpoints", "give either endpoints or endpoints_file")
+        if twice := _repeated(self.endpoints):
+            raise _wrong("endpoints", f"{twice} stands there twice")
+        if self.timeout_s > self.interval_s:
+            raise _wrong(
+                "timeout_s", f"timeout_s {self.timeout_s:g} is longer than interval_s {self.interval_s}"
+            )
         return self
 
 
 class Aws(Strict):
-    endpoint_url: str = ""
+    endpoint_url: HttpUrl | Literal[""] = ""
     """A simulated AWS; empty for the real one."""
-    role_template: str = ""
+    role_template: Annotated[str, StringConstraints(pattern=r"^(arn:[a-z-]+:iam::\{account\}:role/.+)?$")] = (
+        ""
+    )
     """As arn:aws:iam::{account}:role/Headgate, for accounts without a role_arn of their own."""
     usd_per_1000_metrics: float = Field(0.01, ge=0)
+    statistics_count_once: bool = False
+    """Read the price list so that up to five statistics of one metric are billed as one: see `price`."""
+    pages_count_again: bool = True
+    """Read the price list so that a continuation page is billed again: see `price`."""
 
 
 class Kafka(Strict):
@@ -130,7 +230,7 @@ class Postgres(Strict):
 
 class S3(Strict):
     bucket: str = "headgate-archive"
-    endpoint_url: str = ""
+    endpoint_url: HttpUrl | Literal[""] = ""
     prefix: str = ""
     region: str = "us-east-1"
 
@@ -155,6 +255,13 @@ class Run(Strict):
     clock_offset_s: int = 0
     horizon_s: tuple[int, int] | None = None
     """Plan the windows of [from, to) once, and nothing else."""
+
+
+class Defaults(Strict):
+    """For accounts that leave these out. In the file only: `load` fills the accounts."""
+
+    regions: tuple[str, ...] = ()
+    services: tuple[Slug, ...] = ()
 
 
 class Config(Strict):
@@ -183,6 +290,18 @@ class Config(Strict):
 
     @property
     def revision(self) -> str:
-        """16 hexadecimal digits over what decides which windows there are; connections and secrets are no part of it."""
-        what = self.model_dump_json(include={"accounts", "exposition", "services"})
-        return blake2b(what.encode(), digest_size=8).hexdigest()
+        """16 hexadecimal digits over what is asked for: of which accounts, jobs and services, at which grid and resolution.
+
+        The order in which they stand in the file, connections (endpoints among them), credentials, quotas, budgets and
+        priorities are no part of it: changing those asks for nothing else.
+        """
+        services = [
+            s.model_dump(mode="json", exclude={"discovery_interval_s", "critical", "priority"})
+            for s in self.services
+        ]
+        what = {
+            "accounts": sorted([a.id, sorted(a.regions), sorted(a.services)] for a in self.accounts),
+            "exposition": sorted([j.account, j.region, j.name, j.interval_s] for j in self.exposition),
+            "services": sorted(services, key=lambda s: str(s["service"])),
+        }
+        return blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()

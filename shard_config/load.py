@@ -1,0 +1,428 @@
+"""headgate.yaml and the environment → a validated `Config`, or everything that is wrong with them at once.
+
+Guarantees:
+
+* **All at once.** Every error of a file is in one `ConfigErrors`, each with file, line, path, what is wrong and, where something is near,
+  what was probably meant. Only what leaves no tree to go on with (broken YAML, a file past its bounds) stands alone.
+* **No secret in a message.** `external_id`, `password` and a DSN are never quoted.
+* **Touches nothing** but the file, the secrets' files that it names, and the environment passed in. Regions are botocore's own list.
+
+In the file `services` is a mapping of service → overrides (or a whole new profile), `accounts` and `exposition` are lists, and `defaults`
+fills accounts that leave `regions` or `services` out; `docs/configuration.md` describes every key.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path as FilePath
+from typing import Final, TypeVar
+
+from botocore.loaders import Loader
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from shard_config.document import (
+    SIZE_BYTES_MAX,
+    ConfigError,
+    ConfigErrors,
+    Node,
+    Path,
+    did_you_mean,
+    parse,
+    render,
+)
+from shard_config.model import (
+    Account,
+    Config,
+    Defaults,
+    ExpositionJob,
+    MetricProfile,
+    ServiceProfile,
+)
+
+__all__ = ["ConfigError", "ConfigErrors", "known_regions", "load", "loads", "shipped_services"]
+
+Model = TypeVar("Model", bound=BaseModel)
+
+OVERRIDES: Final[Mapping[Path, str]] = {
+    ("kafka", "bootstrap"): "HEADGATE_KAFKA_BOOTSTRAP",
+    ("postgres", "dsn"): "HEADGATE_POSTGRES_DSN",
+    ("s3", "endpoint_url"): "HEADGATE_S3_ENDPOINT_URL",
+}
+"""Environment variables that beat the file, where they are set and not empty."""
+
+SECRETS: Final = frozenset({"external_id", "password", "dsn"})
+SECRET_BYTES_MAX: Final = 64 * 1024
+
+_EXPECTED: Final = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "literal_error": '"all" or a list',
+}
+_FORM: Final = {
+    "id": "an account id is 12 digits",
+    "statistics": "statistics are Average, Sum, Minimum, Maximum, SampleCount, p99, p99.9, IQM, tm90",
+    "endpoints": "an endpoint is an http or https URL",
+    "endpoint_url": "an endpoint is an http or https URL",
+    "role_arn": "a role is arn:aws:iam::<12 digits>:role/<name>",
+    "role_template": "a role template is arn:aws:iam::{account}:role/<name>",
+    "bootstrap": "bootstrap servers are host:port, separated by commas",
+    "dsn": "a DSN is postgresql://user@host:port/database",
+}
+_SLUG_FORM: Final = "a name is at most 63 of a-z, 0-9 and -, and starts with a letter or a digit"
+
+
+def load(path: FilePath, *, environ: Mapping[str, str]) -> Config:
+    """The configuration in a file. Raises ConfigErrors with all that is wrong with it."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(SIZE_BYTES_MAX + 1)
+        text = raw.decode()
+    except OSError as error:
+        raise ConfigErrors([ConfigError(str(path), 0, "", f"cannot be read: {error.strerror}")]) from error
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigErrors([ConfigError(str(path), line, "", "not UTF-8 text")]) from error
+    return loads(text, str(path), environ)
+
+
+def loads(text: str, name: str, environ: Mapping[str, str]) -> Config:
+    """As `load`, of a text; `name` stands in errors, and relative secret files are looked for beside it."""
+    return _Loading(name, environ).config(text)
+
+
+@functools.cache
+def known_regions() -> frozenset[str]:
+    """The regions of all partitions that have CloudWatch, from botocore's data files."""
+    partitions = Loader().load_data("endpoints")["partitions"]
+    # Without the intersection FIPS endpoints such as fips-us-east-1 would pass for regions.
+    return frozenset(
+        region
+        for partition in partitions
+        for region in partition["services"].get("monitoring", {}).get("endpoints", {})
+        if region in partition["regions"]
+    )
+
+
+@functools.cache
+def _shipped_documents() -> Mapping[str, dict[str, object]]:
+    folder = resources.files("shard_config") / "services"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    errors: list[ConfigError] = []
+    found = {}
+    for file in files:
+        root = parse(file.read_text(encoding="utf-8"), file.name, errors)
+        found[file.name.removesuffix(".yaml")] = {key: node.plain() for key, node in root.mapping.items()}
+    if errors:
+        raise ConfigErrors(errors)
+    return found
+
+
+@functools.cache
+def shipped_services() -> Mapping[str, ServiceProfile]:
+    """The profiles in shard_config/services, by service."""
+    return {
+        name: ServiceProfile.model_validate_json(json.dumps(document))
+        for name, document in _shipped_documents().items()
+    }
+
+
+class _Loading:
+    """One file on its way. Collects errors; `config` raises them at the end."""
+
+    def __init__(self, file: str, environ: Mapping[str, str]) -> None:
+        self._file = file
+        self._environ = environ
+        self._errors: list[ConfigError] = []
+        self._values_in_error: set[str] = set()
+
+    def config(self, text: str) -> Config:
+        root = parse(text, self._file, self._errors)
+        if not isinstance(root.value, dict):
+            raise ConfigErrors(
+                [ConfigError(self._file, root.line, "", f"expected a mapping, got {root.describe()}")]
+            )
+        profiles = self._services(root)
+        accounts = self._accounts(root, profiles)
+        jobs = self._exposition(root)
+        rest = self._rest(root)
+        if not self._filled(root, "accounts") and not self._filled(root, "exposition"):
+            self._error(1, (), "nothing to collect: neither accounts nor exposition", "add one of them")
+        if self._errors or rest is None:
+            raise ConfigErrors(self._errors)
+        used = {name for account in accounts for name in account.services}
+        return rest.model_copy(
+            update={
+                "accounts": tuple(accounts),
+                "exposition": tuple(jobs),
+                "services": tuple(profiles[name] for name in sorted(used)),
+            }
+        )
+
+    # --- the parts of a file ----------------------------------------------------------------------------------
+
+    def _services(self, root: Node) -> dict[str, ServiceProfile]:
+        """Every service that an account may name: the shipped ones, with the file's overrides and additions."""
+        profiles = dict(shipped_services())
+        for name, node in self._section(root, "services", dict).mapping.items():
+            path: Path = ("services", name)
+            shipped = _shipped_documents().get(name, {})
+            if not shipped and "namespace" not in node.mapping:
+                near = did_you_mean(name, _shipped_documents())
+                what = f'unknown service "{name}"'
+                self._error(
+                    root.mapping["services"].keys[name], path, what, near or "a new one needs a namespace"
+                )
+                # Known all the same, so that accounts that name it are not errors too.
+                profiles[name] = ServiceProfile(service="unknown", namespace="unknown")
+                continue
+            if "service" in node.keys:
+                what = "the key that this stands under is the service's name"
+                self._error(node.keys["service"], (*path, "service"), what, "leave it out")
+            overrides = node.mapping if isinstance(node.value, dict) else {}
+            data = {**shipped, **{key: value.plain() for key, value in overrides.items()}, "service": name}
+            known = profiles.get(name) or ServiceProfile(service="unknown", namespace="unknown")
+            profiles[name] = self._piece(ServiceProfile, node, path, data) or known
+        return profiles
+
+    def _accounts(self, root: Node, services: Mapping[str, object]) -> list[Account]:
+        section = self._section(root, "defaults", dict)
+        defaults = self._piece(Defaults, section, ("defaults",), section.plain()) or Defaults()
+        self._check_names(section, ("defaults",), services)
+        accounts = []
+        lines: dict[str, int] = {}
+        for i, node in enumerate(self._section(root, "accounts", list).items):
+            path: Path = ("accounts", i)
+            self._check_names(node, path, services)
+            data = node.plain()
+            if isinstance(data, dict):
+                self._check_id(node, path, lines)
+                self._put_secret(node, path, "external_id", data)
+                filled = ("regions", defaults.regions), ("services", defaults.services)
+                data = {key: value for key, value in filled if value} | data
+            account = self._piece(Account, node, path, data)
+            accounts += [account] if account is not None else []
+        return accounts
+
+    def _check_id(self, node: Node, path: Path, lines: dict[str, int]) -> None:
+        """An id is text, 12 digits, and stands in one place. `lines` has those that were met before."""
+        account = node.get("id")
+        if account is None:
+            return
+        path = (*path, "id")
+        if isinstance(account.value, int) and not isinstance(account.value, bool):
+            # YAML has read a number; whoever writes the file again may print it without its leading zero.
+            zero = ", and has lost a leading zero" if len(account.text) < 12 else ""
+            what = f"{account.text} is a number here{zero}; an account id is text of 12 digits"
+            self._value_error(account.line, path, what, f'quote it: "{account.text.zfill(12)}"')
+        elif account.text in lines:
+            what = f'duplicate account "{account.text}", first at line {lines[account.text]}'
+            self._value_error(account.line, path, what, "keep one")
+        lines.setdefault(account.text.zfill(12), account.line)
+
+    def _check_names(self, node: Node, path: Path, services: Mapping[str, object]) -> None:
+        """Regions and services that nobody knows."""
+        for kind, known in (("region", known_regions()), ("service", services)):
+            listed = node.get(f"{kind}s")
+            for i, item in enumerate(listed.items if listed else []):
+                if isinstance(item.value, str) and item.value not in known:
+                    near = did_you_mean(item.value, known) or f"known are {_some(sorted(known))}"
+                    what = f'unknown {kind} "{item.value}"'
+                    self._value_error(item.line, (*path, f"{kind}s", i), what, near)
+
+    def _exposition(self, root: Node) -> list[ExpositionJob]:
+        jobs = []
+        lines: dict[tuple[str, str, str], int] = {}
+        for i, node in enumerate(self._section(root, "exposition", list).items):
+            path: Path = ("exposition", i)
+            job = self._piece(ExpositionJob, node, path, node.plain())
+            jobs += [job] if job is not None else []
+            parts = [node.get(key) for key in ("account", "region", "name")]
+            key = tuple(part.text for part in parts if part is not None)
+            if len(key) != 3:
+                continue
+            if key in lines:
+                what = f'duplicate job "{key[2]}" of {key[0]}/{key[1]}, first at line {lines[key]}'
+                self._error(
+                    node.keys["name"], (*path, "name"), what, "give it another name, or join the endpoints"
+                )
+            lines.setdefault((key[0], key[1], key[2]), node.line)
+        return jobs
+
+    def _rest(self, root: Node) -> Config | None:
+        """Everything but accounts, jobs and services."""
+        special = ("accounts", "exposition", "services", "defaults")
+        data = {
+            key: node.plain()
+            for key, node in root.mapping.items()
+            if key not in special and not (node.value is None and key in Config.model_fields)
+        }
+        postgres, section = root.get("postgres"), data.get("postgres")
+        if postgres is not None and isinstance(section, dict):
+            self._put_secret(postgres, ("postgres",), "password", section)
+        for path, variable in OVERRIDES.items():
+            section = data.setdefault(str(path[0]), {})
+            if isinstance(section, dict) and self._environ.get(variable):
+                section[str(path[1])] = self._environ[variable]
+        return self._piece(Config, root, (), data)
+
+    def _section(self, root: Node, key: str, kind: type[dict[str, Node]] | type[list[Node]]) -> Node:
+        """A part of the file, empty where it is left out (or where it is of the wrong kind, which is an error)."""
+        node = root.get(key)
+        if node is None or node.value is None:
+            return Node(root.line, kind())
+        if not isinstance(node.value, kind):
+            expected = "a mapping" if kind is dict else "a list"
+            self._value_error(root.keys[key], (key,), f"expected {expected}, got {node.describe()}")
+            return Node(node.line, kind())
+        return node
+
+    def _filled(self, root: Node, key: str) -> bool:
+        node = root.get(key)
+        return node is not None and bool(node.value)
+
+    def _put_secret(self, node: Node, path: Path, key: str, data: dict[str, object]) -> None:
+        """Replace {env: NAME} or {file: PATH} in `data` by what it names."""
+        secret = node.get(key)
+        if secret is None or not isinstance(secret.value, dict):
+            return
+        del data[key]
+        path = (*path, key)
+        source, named = next(iter(secret.mapping.items()), ("", secret))
+        if len(secret.mapping) != 1 or source not in ("env", "file") or not isinstance(named.value, str):
+            self._value_error(secret.line, path, "expected text, {env: NAME} or {file: PATH}")
+        elif source == "env":
+            data[key] = self._environ.get(named.value, "")
+            if not data[key]:
+                self._value_error(named.line, path, f"the environment has no {named.value}", "set it")
+        else:
+            data[key] = self._secret_file(named, path)
+
+    def _secret_file(self, named: Node, path: Path) -> str:
+        try:
+            with FilePath(self._file).parent.joinpath(named.text).open("rb") as file:
+                raw = file.read(SECRET_BYTES_MAX + 1)
+            secret = raw.decode().strip()
+        except (OSError, UnicodeDecodeError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            self._value_error(named.line, path, f"{named.text} cannot be read: {why}")
+            return ""
+        if not secret or len(raw) > SECRET_BYTES_MAX:
+            why = "too long for a secret" if secret else "empty"
+            self._value_error(named.line, path, f"{named.text} is {why}")
+        return secret
+
+    # --- a piece: its model, and its errors -------------------------------------------------------------------
+
+    def _piece(self, model: type[Model], node: Node, path: Path, data: object) -> Model | None:
+        """`data` as a model, or None and its errors. `node` tells where `data` stands, `path` where `node` does."""
+        try:
+            # By way of JSON because there `strict` takes a list for a tuple, and still no true for 1 or "5" for 5.
+            return model.model_validate_json(json.dumps(data), strict=True)
+        except ValidationError as error:
+            for detail in error.errors(include_url=False, include_input=False):
+                self._translate(model, node, path, detail)
+            return None
+
+    def _translate(self, model: type[BaseModel], root: Node, path: Path, detail: ErrorDetails) -> None:
+        loc, context = tuple(detail["loc"]), detail.get("ctx", {})
+        if "key" in context:
+            loc = (*loc, context["key"])
+        variable = OVERRIDES.get((*path, *loc[:2]))
+        if variable and self._environ.get(variable):
+            what = _FORM.get(str(loc[1]), detail["msg"])
+            self._errors.append(ConfigError(f"${variable}", 0, render((*path, *loc[:2])), what))
+            return
+        node, line, found = _locate(root, loc)
+        kind = detail["type"]
+        if kind == "extra_forbidden":
+            key = str(loc[-1])
+            where = found[:-1]
+            near = did_you_mean(key, _keys(model, loc[:-1]))
+            known = near or f"known are {_some(_keys(model, loc[:-1]))}"
+            self._error(line, (*path, *where), f'unknown key "{key}"', known)
+        elif kind == "missing" and isinstance(loc[-1], str):
+            key = loc[-1]
+            hint = (
+                "give it here or under defaults" if model is Account and key in Defaults.model_fields else ""
+            )
+            self._error(line, (*path, *found[:-1]), f'missing key "{key}"', hint)
+        else:
+            secret = not SECRETS.isdisjoint(found)
+            got = node.kind() if secret else node.describe()
+            what, hint = _what(kind, detail["msg"], context, got, found)
+            self._value_error(line, (*path, *found), what, hint)
+
+    def _value_error(self, line: int, path: Path, what: str, suggestion: str = "") -> None:
+        """An error about a value: the first one about it stands, for the others follow from it."""
+        if render(path) not in self._values_in_error:
+            self._values_in_error.add(render(path))
+            self._error(line, path, what, suggestion)
+
+    def _error(self, line: int, path: Path, what: str, suggestion: str = "") -> None:
+        self._errors.append(ConfigError(self._file, line, render(path), what, suggestion))
+
+
+def _what(kind: str, message: str, context: Mapping[str, object], got: str, path: Path) -> tuple[str, str]:
+    """(what, suggestion) for one of pydantic's errors about a value."""
+    if kind in _EXPECTED:
+        quote = "write it in quotes" if kind == "string_type" and got[:3] in ("the", "tru", "fal") else ""
+        return f"expected {_EXPECTED[kind]}, got {got}", quote
+    if kind == "string_pattern_mismatch":
+        key = next((str(part) for part in reversed(path) if isinstance(part, str)), "")
+        return f"{got} is not right", _FORM.get(key, _SLUG_FORM)
+    if kind == "headgate":
+        return message, ""
+    if kind == "missing":
+        return "too few values", ""
+    if kind == "too_short":
+        return "must not be empty", ""
+    return message[0].lower() + message[1:] + f", got {got}", ""
+
+
+def _locate(root: Node, loc: Sequence[str | int]) -> tuple[Node, int, Path]:
+    """The node that a location of pydantic's names, its line, and its path; the nearest above where there is none.
+
+    A location also names the branches of unions; they stand in no file and are left out.
+    """
+    node, line = root, root.line
+    path: list[str | int] = []
+    for part in loc:
+        if isinstance(node.value, list) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.line
+        elif isinstance(node.value, dict) and isinstance(part, str):
+            line = node.keys.get(part, line)
+            node = node.value.get(part, node)
+        else:
+            continue
+        path.append(part)
+    return node, line, tuple(path)
+
+
+def _keys(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
+    """The keys that are known at a location below a model."""
+    for part in loc:
+        if part == "metrics":
+            model = MetricProfile
+        elif isinstance(part, str) and part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+                model = annotation
+    extra = ["defaults"] if model is Config else []
+    left_out = ["service"] if model is ServiceProfile else []
+    return [key for key in model.model_fields if key not in left_out] + extra
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
