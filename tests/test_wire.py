@@ -842,6 +842,27 @@ def test_todays_decoder_reads_the_golden_bytes() -> None:
     assert wire.decode_dead_letter(golden("dead_letter.v1")) == LETTER
 
 
+def test_a_foreign_reader_needs_the_schemas_docs_and_nothing_of_ours() -> None:
+    def read(message: bytes, schema: str) -> Any:
+        path = Path(avro.__file__).parent / "schemas" / schema
+        return fastavro.schemaless_reader(io.BytesIO(message[10:]), json.loads(path.read_text()), None)
+
+    value = golden("batch-as-it-travels")
+    batch = read(zstandard.ZstdDecompressor().decompress(value), "batch.v1.avsc")
+    table = read(batch["series_table"], "series_table.v1.avsc")
+    ends = np.cumsum(np.frombuffer(table["text_lengths"], "<i4")).tolist()
+    texts = [table["texts"][start:end].decode() for start, end in zip([0, *ends], ends, strict=False)]
+
+    metrics = [texts[i] for i in np.frombuffer(table["metric"], "<i4")]
+    timestamps_s = batch["base_s"] + np.frombuffer(batch["timestamps"], "<i4")
+    assert np.repeat(metrics, np.frombuffer(batch["counts"], "<i4")).tolist() == [
+        *["CPUUtilization"] * 3,
+        *["NetzwerkÜ"] * 2,
+    ]
+    assert timestamps_s.tolist() == SAMPLE.timestamps_s.tolist()
+    assert np.frombuffer(batch["values"], "<f8").tolist() == SAMPLE.values.tolist()
+
+
 def test_a_value_in_an_older_schema_is_resolved_to_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
     (v1,) = (schema for schema in avro.SCHEMAS if schema.name == "task")
     raw = json.loads((Path(avro.__file__).parent / "schemas" / "task.v1.avsc").read_text())
