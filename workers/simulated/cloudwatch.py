@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -54,9 +54,8 @@ def _invalid_token() -> AwsError:
 # --- requests -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Query:
-    """One query of a GetMetricData call."""
+class Query(NamedTuple):
+    """One query of a GetMetricData call. A tuple, because a call makes 500."""
 
     id: str
     label: str

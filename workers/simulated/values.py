@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -33,6 +34,7 @@ _STATISTIC = re.compile(
 _DAY_S = 86_400.0
 
 
+@lru_cache(maxsize=256)
 def known_statistic(stat: str) -> bool:
     """Whether there are values for it: the five simple statistics, pNN, tmNN and IQM."""
     return _STATISTIC.fullmatch(stat) is not None
