@@ -1,0 +1,384 @@
+"""The PostgreSQL sink: samples, series, landed batches and positions, in one transaction a landing.
+
+* *All or nothing.* A landing that fails, or whose process dies, leaves nothing behind; days' partitions excepted.
+* *Landing is a maximum* of (version, value) per (series, timestamp): any order, splitting and duplication of the same looks
+  ends in the same table. A batch whose id has landed is skipped without touching rows (to rebuild, empty `landed` first).
+* *A zombie is refused*: the position is compared and set first, under its row's lock.
+* *A stopped predecessor does not block*: `claim` terminates the backend that it left behind, and rows are sent from a
+  finished buffer, so that no backend waits in mid-COPY for a client that thinks.
+* *Keys are taken in one order*: positions, series, rows, landed, each sorted. What deadlocks all the same is tried
+  again, with all rows through staging: one sorted pass.
+
+Rows whose key cannot exist yet, as far as `Seen` remembers, take COPY straight into `samples`, inside a savepoint; the others,
+and all of them where that COPY meets a key after all, take a temporary table and an upsert.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Self, TypeVar
+
+import asyncpg
+import numpy as np
+import structlog
+
+from ingest.clock import Clock
+from ingest.errors import Fatal, HeadgateError
+from ingest.model import Series, digest_of
+from ingest.ports import Advance, Landable, Landed, SeriesRejected, StoredPosition
+from ingest.sinks import statements
+from ingest.sinks.connection import bounded, open_connection, server_of, translated
+from ingest.sinks.copy import COLUMNS, TIMESTAMP_MAX_S, TIMESTAMP_MIN_S, Rows, copy_stream, rows_of
+from ingest.sinks.partitions import create_partitions
+from ingest.sinks.seen import Seen
+from shard_config.model import Postgres
+
+log = structlog.get_logger()
+
+LAND_ATTEMPTS = 4
+LAND_TIMEOUT_S = 60.0
+"""For one call, all attempts together."""
+
+SERIES_REMEMBERED_MAX = 2_000_000
+"""64 MB."""
+
+COPY_ROWS_MAX = 1_000_000
+"""Rows in one COPY: 58 MB of buffer."""
+
+_TERMINATE_WAIT_MS = 5_000
+
+_RETRIED = (
+    asyncpg.DeadlockDetectedError,
+    asyncpg.SerializationError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.CheckViolationError,  # a day's partition was dropped behind our back
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Backend:
+    """A server process, named so that a later one with the same pid is not mistaken for it."""
+
+    pid: int
+    start: datetime
+
+
+class PostgresSink:
+    """`ports.Sink` on one connection of its own, which is rebuilt after an error. Calls wait for each other."""
+
+    def __init__(self, postgres: Postgres, sink_name: str, clock: Clock, timeout_s: float) -> None:
+        self._postgres = postgres
+        self._sink = sink_name
+        self._clock = clock
+        self._timeout_s = timeout_s
+        self._where = f"sink {sink_name} at {server_of(postgres)}"
+        self._seen = Seen(SERIES_REMEMBERED_MAX)
+        self._days: set[int] = set()
+        self._claims: dict[str, tuple[int, ...]] = {}
+        self._connection: asyncpg.Connection | None = None
+        self._backend: _Backend | None = None
+        self._lock = asyncio.Lock()
+
+    @classmethod
+    async def connect(
+        cls,
+        postgres: Postgres,
+        *,
+        clock: Clock,
+        sink_name: str = "postgres",
+        timeout_s: float = LAND_TIMEOUT_S,
+    ) -> Self:
+        """A connected sink. Raises Transient where the server cannot be reached, Fatal where it will not have us."""
+        sink = cls(postgres, sink_name, clock, timeout_s)
+        async with sink._lock:
+            await sink._connected()
+        return sink
+
+    async def close(self) -> None:
+        """Close the connection; the sink reopens it when it is used again."""
+        if self._connection is not None:
+            self._connection.terminate()
+
+    async def positions(self, topic: str, partitions: Sequence[int]) -> Mapping[int, StoredPosition]:
+        async def read(connection: asyncpg.Connection) -> dict[int, StoredPosition]:
+            rows = await connection.fetch(
+                "SELECT partition, next, last_value_id FROM positions"
+                " WHERE sink = $1 AND topic = $2 AND partition = ANY($3::int[])",
+                self._sink, topic, list(partitions),
+            )  # fmt: skip
+            return {r["partition"]: StoredPosition(r["next"], r["last_value_id"]) for r in rows}
+
+        return await self._run(read)
+
+    async def init_positions(self, topic: str, partitions: Sequence[int]) -> None:
+        async def store(connection: asyncpg.Connection) -> None:
+            await connection.execute(
+                "INSERT INTO positions (sink, topic, partition, next, last_value_id)"
+                " SELECT $1, $2, p, 0, ''::bytea FROM unnest($3::int[]) AS p ORDER BY p ON CONFLICT DO NOTHING",
+                self._sink, topic, list(partitions),
+            )  # fmt: skip
+
+        await self._run(store)
+
+    async def claim(self, topic: str, partitions: Sequence[int]) -> None:
+        """Make this connection's backend the recorded writer of exactly these partitions of the topic.
+
+        The backend that a previous owner left recorded is terminated first, and its transaction with it. After a rebuild
+        of our connection the claim is renewed, unless another sink has claimed meanwhile: that is Fatal then.
+        """
+
+        async def record(connection: asyncpg.Connection) -> None:
+            await connection.fetch(
+                statements.TERMINATE, self._sink, topic, list(partitions), _TERMINATE_WAIT_MS
+            )
+            assert self._backend is not None  # noqa: S101  # there is a connection
+            await self._record(connection, self._backend, topic, partitions)
+
+        await self._run(record)
+        self._claims[topic] = tuple(partitions)
+
+    async def land(self, advances: Sequence[Advance], batches: Sequence[Landable]) -> Landed:
+        refused = [(b.batch_id, i) for b in batches for i in _unstorable(b)]
+        if refused:
+            raise SeriesRejected(self._where, "unstorable", "NaN, NUL or no such time", refused)
+
+        async def work(connection: asyncpg.Connection) -> Landed:
+            known = await self._known(connection, batches)
+            new = {b.batch_id: b for b in batches if b.batch_id not in known}
+            rows = rows_of([b.batch for b in new.values()])
+            staged = await self._land(connection, advances, list(new.values()), rows)
+            return Landed(
+                batches=len(batches),
+                points=sum(b.batch.points for b in batches),
+                skipped_batches=len(batches) - len(new),
+                copied=not staged,
+                staged_points=staged,
+            )
+
+        return await self._run(work)
+
+    # --- one landing ------------------------------------------------------------------------------------------
+
+    async def _known(self, connection: asyncpg.Connection, batches: Sequence[Landable]) -> set[bytes]:
+        """Ids of the batches that have landed. Outside the transaction: what is in `landed` stays there."""
+        rows = await connection.fetch(
+            "SELECT batch_id FROM landed WHERE sink = $1 AND batch_id = ANY($2::bytea[])",
+            self._sink, [b.batch_id for b in batches],
+        )  # fmt: skip
+        return {row["batch_id"] for row in rows}
+
+    async def _land(
+        self,
+        connection: asyncpg.Connection,
+        advances: Sequence[Advance],
+        batches: Sequence[Landable],
+        rows: Rows,
+    ) -> int:
+        """The transaction, tried again where that may help; the number of rows that went through staging."""
+        met = self._first_met(batches)
+        for attempt in range(1, LAND_ATTEMPTS + 1):
+            try:
+                self._days |= await create_partitions(connection, rows.days(), self._days)
+                async with connection.transaction():
+                    await self._advance(connection, advances)
+                    await self._insert_series(connection, met, batches)
+                    staged = await self._insert_rows(connection, rows, careful=attempt > 1)
+                    await self._insert_landed(connection, batches)
+            except _RETRIED as error:
+                self._days.clear()
+                log.warning("landing_retried", sink=self._sink, attempt=attempt, error=type(error).__name__)
+                if attempt == LAND_ATTEMPTS:
+                    raise
+                await self._clock.sleep(0.05 * 2**attempt)
+            else:
+                self._seen.learn(rows)
+                return staged
+        raise AssertionError("unreachable")
+
+    async def _advance(self, connection: asyncpg.Connection, advances: Sequence[Advance]) -> None:
+        if not advances:
+            return
+        topics, numbers = [a.topic for a in advances], [a.partition for a in advances]
+        rows = await connection.fetch(statements.LOCK_POSITIONS, self._sink, topics, numbers)
+        found = {(r["topic"], r["partition"]): r["next"] for r in rows}
+        for a in advances:
+            at = found.pop((a.topic, a.partition), None)
+            if at != a.expected_next:
+                raise Fatal(
+                    f"{self._where}, {a.topic}[{a.partition}]",
+                    f"the position is {at}, expected {a.expected_next}",
+                    "another consumer owns the partition: drop what is in memory and rejoin",
+                )
+        nexts, ids = [a.next for a in advances], [a.last_value_id for a in advances]
+        await connection.execute(statements.MOVE_POSITIONS, self._sink, topics, numbers, nexts, ids)
+
+    def _first_met(self, batches: Sequence[Landable]) -> dict[bytes, Series]:
+        """Series that this process has not landed yet, by id."""
+        met: dict[bytes, Series] = {}
+        for b in batches:
+            raw = b.batch.ids.astype(">u8").tobytes()
+            for i in np.flatnonzero(~self._seen.knows(b.batch.ids)).tolist():
+                met[raw[i * 16 : i * 16 + 16]] = b.batch.series[i]
+        return met
+
+    async def _insert_series(
+        self, connection: asyncpg.Connection, met: Mapping[bytes, Series], batches: Sequence[Landable]
+    ) -> None:
+        if not met:
+            return
+        keys = [one.key for one in met.values()]
+        columns: list[list[Any]] = [
+            list(met),
+            *([getattr(k, name) for k in keys] for name in ("account", "region", "namespace", "metric")),
+            [json.dumps(dict(k.dimensions)) for k in keys],
+            *([getattr(k, name) for k in keys] for name in ("stat", "period_s")),
+            [one.unit for one in met.values()],
+        ]
+        await connection.execute(statements.INSERT_SERIES, *columns, self._now())
+        others = {row["id"] for row in await connection.fetch(statements.OTHER_LABELS, *columns)}
+        if others:
+            raise SeriesRejected(
+                self._where,
+                "label_conflict",
+                f"{len(others)} ids have landed with other labels",
+                [
+                    (b.batch_id, i)
+                    for b in batches
+                    for i, high_low in enumerate(b.batch.ids.astype(">u8"))
+                    if high_low.tobytes() in others
+                ],
+            )
+
+    async def _insert_rows(self, connection: asyncpg.Connection, rows: Rows, *, careful: bool) -> int:
+        suspect = np.ones(len(rows), np.bool_) if careful else self._seen.may_conflict(rows)
+        staged, fresh = rows.select(suspect), rows.select(~suspect)
+        if len(staged):
+            await _copy(connection, "staging", staged)
+            await connection.execute(statements.UPSERT)
+        if not len(fresh):
+            return len(staged)
+        try:
+            async with connection.transaction():
+                await _copy(connection, "samples", fresh)
+        except asyncpg.UniqueViolationError:
+            await connection.execute("DELETE FROM staging")
+            await _copy(connection, "staging", fresh)
+            await connection.execute(statements.UPSERT)
+            return len(rows)
+        return len(staged)
+
+    async def _insert_landed(self, connection: asyncpg.Connection, batches: Sequence[Landable]) -> None:
+        if not batches:
+            return
+        entries = []
+        for one in sorted(batches, key=lambda b: b.batch_id):
+            b = one.batch
+            digest = digest_of(b.point_ids(), b.timestamps_s, b.values)
+            signed = digest - (1 << 64) if digest >> 63 else digest
+            entries.append(
+                (
+                    one.batch_id,
+                    b.task_id,
+                    str(b.target),
+                    b.service,
+                    b.version,
+                    b.points,
+                    one.dead_points,
+                    signed,
+                )
+            )
+        columns = [list(column) for column in zip(*entries, strict=True)]
+        await connection.execute(statements.INSERT_LANDED, self._sink, self._now(), *columns)
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock.now_ms() / 1000, UTC)
+
+    # --- the connection ---------------------------------------------------------------------------------------
+
+    async def _run(self, work: Callable[[asyncpg.Connection], Coroutine[Any, Any, T]]) -> T:
+        async with self._lock:
+            with translated(self._where):
+                connection = await self._connected()
+                try:
+                    return await bounded(connection, work(connection), self._timeout_s)
+                except HeadgateError:
+                    raise
+                except BaseException:
+                    connection.terminate()
+                    raise
+
+    async def _connected(self) -> asyncpg.Connection:
+        if self._connection is not None and not self._connection.is_closed():
+            return self._connection
+        connection = await open_connection(self._postgres, f"headgate sink {self._sink}")
+        try:
+            await bounded(connection, self._prepare(connection), self._timeout_s)
+        except BaseException:
+            connection.terminate()
+            raise
+        self._connection = connection
+        return connection
+
+    async def _prepare(self, connection: asyncpg.Connection) -> None:
+        """What a new connection needs, and our claims in its name."""
+        await connection.execute(statements.STAGING)
+        row = await connection.fetchrow(
+            "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()"
+        )
+        backend = _Backend(row["pid"], row["backend_start"])
+        if self._backend is not None and self._claims:
+            # It may not know yet that nobody is there any more, and hold what we need.
+            await connection.fetch(
+                statements.TERMINATE_ONE, self._backend.pid, self._backend.start, _TERMINATE_WAIT_MS
+            )
+        for topic, numbers in self._claims.items():
+            await self._record(connection, backend, topic, numbers, instead_of=self._backend)
+        self._backend = backend
+
+    async def _record(
+        self,
+        connection: asyncpg.Connection,
+        backend: _Backend,
+        topic: str,
+        numbers: Sequence[int],
+        instead_of: _Backend | None = None,
+    ) -> None:
+        """Record a backend as the partitions' writer; where `instead_of` is given, that must be the recorded one."""
+        async with connection.transaction():
+            rows = await connection.fetch(
+                statements.LOCK_POSITIONS, self._sink, [topic] * len(numbers), list(numbers)
+            )
+            owners = {(r["backend_pid"], r["backend_start"]) for r in rows}
+            if instead_of is not None and owners - {(instead_of.pid, instead_of.start)}:
+                self._claims.clear()
+                raise Fatal(
+                    f"{self._where}, {topic}{list(numbers)}",
+                    "another consumer claimed a partition while our connection was down",
+                    "drop what is in memory and rejoin",
+                )
+            await connection.execute(
+                "UPDATE positions SET backend_pid = $4, backend_start = $5"
+                " WHERE sink = $1 AND topic = $2 AND partition = ANY($3::int[])",
+                self._sink, topic, list(numbers), backend.pid, backend.start,
+            )  # fmt: skip
+
+
+async def _copy(connection: asyncpg.Connection, table: str, rows: Rows) -> None:
+    """COPY from finished buffers, which asyncpg sends without asking anything of us in between."""
+    for start in range(0, len(rows), COPY_ROWS_MAX):
+        part = rows.select(np.arange(start, min(start + COPY_ROWS_MAX, len(rows))))
+        await connection.copy_to_table(table, source=copy_stream(part), columns=COLUMNS, format="binary")
+
+
+def _unstorable(one: Landable) -> list[int]:
+    """Indices of series with what PostgreSQL, or our order of values, has no place for. Validation lets none through."""
+    b = one.batch
+    bad = np.isnan(b.values) | (b.timestamps_s < TIMESTAMP_MIN_S) | (b.timestamps_s > TIMESTAMP_MAX_S)
+    series = np.unique(np.repeat(np.arange(len(b.series)), b.counts)[bad])
+    return series.tolist() if bad.any() else []
