@@ -82,9 +82,11 @@ async def test_a_started_stack_has_every_process_and_answers(stack: LocalStack) 
         await connection.close()
 
 
-async def test_a_second_stack_in_the_same_home_is_refused(stack: LocalStack) -> None:
+async def test_a_second_stack_in_the_same_home_is_refused_and_the_first_goes_on(stack: LocalStack) -> None:
+    second = LocalStack(stack.home)
     with pytest.raises(Fatal, match="is running already"):
-        await LocalStack(stack.home).start(StackSpec(_config_text))
+        await second.start(StackSpec(_config_text))
+    await second.stop()
     assert local.find_running(stack.home) is not None
 
 

@@ -210,7 +210,7 @@ async def serve(config: Config, shard: str, lifecycle: Lifecycle) -> None:
     cloudwatch = CloudWatchSource(config, clock)
     exposition = ExpositionSource(config, clock)
     try:
-        async with open_archive(config.s3) as archive:
+        async with open_archive(config.s3, clock) as archive:
             collector = Collector(
                 shard,
                 {SourceName.CLOUDWATCH: cloudwatch, SourceName.EXPOSITION: exposition},

@@ -39,7 +39,7 @@ from workers.servers import (
     last_line,
     local_environment,
 )
-from workers.stack import CHECKOUT, Endpoints, StackSpec, State
+from workers.stack import CHECKOUT, Endpoints, StackSpec, State, server_program
 from workers.supervise import MARK, Process, Program, Supervisor, is_of, kill_leftovers, write_atomically
 
 __all__ = ["Endpoints", "LocalStack", "StackSpec", "find_config", "find_running", "register"]
@@ -74,12 +74,15 @@ class LocalStack:
         self._state_path = self.run / "state.json"
         self._supervisor: Supervisor | None = None
         self._lock: IO[str] | None = None
+        self._mine = False
+        """Whether `stop` is meant for the stack that runs: it was started or found by this object."""
 
     # --- start and stop ---------------------------------------------------------------------------------------
 
     async def start(self, spec: StackSpec, progress: Progress = _silent) -> Endpoints:
         """Start everything and wait until it is ready. Raises Fatal, and leaves nothing then, nor where it is cancelled."""
         self._lock = self._acquire()
+        self._mine = True
         try:
             return await self._start(spec, progress)
         except BaseException:
@@ -114,7 +117,7 @@ class LocalStack:
             config_path=str(self.config_path),
             endpoints=endpoints,
             worker_command=spec.worker_command,
-            programs=(*(_server_program(server) for server in servers), simulator),
+            programs=(*(server_program(server) for server in servers), simulator),
             metrics_ports={},
         )
         self._write(state)
@@ -136,15 +139,17 @@ class LocalStack:
         self._publish(state)
         return endpoints
 
-    async def stop(self) -> list[int]:
-        """Stop everything, workers first. Bounded; returns when no process of the stack is left.
+    async def stop(self) -> None:
+        """Stop what this object has started or found, workers first. Bounded; returns when no process of it is left.
 
-        It may be called at any time, also where nothing runs. What did not end by itself was killed: those pids are returned, and
-        supervisord's where another process is its owner.
+        It may be called at any time and again; a start that was refused leaves it nothing to stop.
         """
+        if not self._mine:
+            return
         try:
-            return await asyncio.to_thread(self._stop)
+            await asyncio.to_thread(self._stop)
         finally:
+            self._mine = False
             if self._lock is not None:
                 self._lock.close()
                 self._lock = None
@@ -260,7 +265,9 @@ class LocalStack:
             processes = {p.name: p for p in await asyncio.to_thread(supervisor.processes)}
             late = asyncio.get_running_loop().time() > deadline_s
             for name, ready in list(waiting.items()):
-                process = processes[name]
+                process = processes.get(name)
+                if process is None:
+                    raise Fatal(name, "was taken away while it started", "start again")
                 pids[name] |= {process.pid} - {0}
                 if await asyncio.to_thread(ready):
                     del waiting[name]
@@ -299,7 +306,16 @@ def find_running(home: Path | None = None) -> LocalStack | None:
         stack._running()
     except Fatal:
         return None
+    stack._mine = True
     return stack
+
+
+async def down(home: Path | None = None) -> list[int]:
+    """Stop the stack of this home, and end what one that was killed has left.
+
+    Returns the pids of what did not end when its supervisord was asked to, itself included where another process had started it.
+    """
+    return await asyncio.to_thread(LocalStack(home)._stop)
 
 
 def find_config(path: Path | None) -> Config:
@@ -321,12 +337,6 @@ def find_config(path: Path | None) -> Config:
 def _prepare(servers: Sequence[Server]) -> None:
     with ThreadPoolExecutor(len(servers)) as pool:
         list(pool.map(lambda server: server.prepare(), servers))
-
-
-def _server_program(server: Server) -> Program:
-    stop_signal = server.stop_signal.name.removeprefix("SIG")
-    restart = not isinstance(server, S3Server)
-    return Program(server.name, tuple(server.command()), str(server.dir), stop_signal, restart)
 
 
 def _accepts(port: int) -> bool:
@@ -382,11 +392,10 @@ def _run_scale(args: argparse.Namespace) -> int:
 
 
 def _run_down(_: argparse.Namespace) -> int:
-    stack = LocalStack()
-    running = find_running(stack.home) is not None
-    ended = asyncio.run(stack.stop())
-    if running:
-        print(f"stopped the stack in {stack.home}")
+    running = find_running()
+    ended = asyncio.run(down())
+    if running is not None:
+        print(f"stopped the stack in {running.home}")
     else:
         print(f"ended {len(ended)} processes that a stack had left" if ended else "nothing runs here")
     return 0

@@ -222,8 +222,10 @@ class PostgresServer(Server):
         if (data / "PG_VERSION").exists():
             return
         data.mkdir(mode=0o700, exist_ok=True)
+        remedy = ""
         if "setpriv" in _as_ordinary_user():
             shutil.chown(data, _FALLBACK_USER)
+            remedy = f"run as an ordinary user, or where the user {_FALLBACK_USER} can go"
         options = ["-U", "headgate", "-E", "UTF8", "--locale=C", "-A", "trust", "--auth-local=reject", "-N"]
         _run(
             self.name,
@@ -373,7 +375,7 @@ def _signal_group(pid: int, number: signal.Signals) -> None:
         os.killpg(pid, number)
 
 
-def _run(where: str, command: Sequence[str], cwd: Path) -> None:
+def _run(where: str, command: Sequence[str], cwd: Path, remedy: str = "") -> None:
     """Run a command that takes seconds. Raises Fatal with the last line that it printed."""
     try:
         done = subprocess.run(
@@ -389,4 +391,4 @@ def _run(where: str, command: Sequence[str], cwd: Path) -> None:
         raise Fatal(where, str(error)) from error
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "nothing was printed").splitlines()[-1]
-        raise Fatal(where, f"{Path(command[0]).name} … exited with {done.returncode}: {said}")
+        raise Fatal(where, f"{Path(command[0]).name} … exited with {done.returncode}: {said}", remedy)

@@ -14,26 +14,24 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
-from collections.abc import Sequence
 from dataclasses import replace
+from email.utils import formatdate
 from hashlib import blake2b
-from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
 import orjson
 import structlog
-import yaml
 from aiohttp import web
 
 from ingest.clock import Clock, SystemClock
 from ingest.errors import Fatal, HeadgateError
-from shard_config.model import ServiceProfile
+from shard_config.load import shipped_services
 from workers.simulated import sts
 from workers.simulated.cloudwatch import AwsError, Page, get_metric_data, list_metrics, parse_data_request
 from workers.simulated.faults import Asked, Faults, happens, spoil_results
 from workers.simulated.metering import Bill, Quotas
-from workers.simulated.protocols import CBOR, JSON, Protocol, date_headers, xml
+from workers.simulated.protocols import CBOR, JSON, Protocol, answer_headers, xml
 from workers.simulated.sts import Caller
 from workers.traces import TraceWorld
 from workers.world import Truth, World, account_ids
@@ -95,6 +93,7 @@ class Simulator:
 
     async def _listen(self, host: str, port: int) -> None:
         app = web.Application(client_max_size=_BODY_BYTES_MAX)
+        app.on_response_prepare.append(self._stamp)
         app.router.add_get("/healthz", self._serve_healthz)
         app.router.add_get("/billing", self._serve_billing)
         app.router.add_get("/faults", self._serve_faults)
@@ -106,6 +105,11 @@ class Simulator:
         await web.TCPSite(self._runner, host, port).start()
         address = self._runner.addresses[0]
         self.url = f"http://{address[0]}:{address[1]}"
+
+    async def _stamp(self, _: web.Request, response: web.StreamResponse) -> None:
+        """What is not AWS has the simulated time too: aiohttp has put the machine's. AWS's answers have their query time."""
+        if "x-amzn-RequestId" not in response.headers:
+            response.headers["Date"] = formatdate(self._clock.now_s(), usegmt=True)
 
     # --- what is not AWS ---
 
@@ -141,7 +145,7 @@ class Simulator:
         raw = await request.read()
         await self._lag()
         faults, now_s = self.faults, self._clock.now_s()
-        headers = date_headers(now_s)
+        headers = answer_headers(now_s)
         try:
             caller = self._caller(request)
             what, attempt = b"", 0
@@ -202,7 +206,7 @@ class Simulator:
     async def _serve_sts(self, request: web.Request) -> web.Response:
         form = {k: str(v) for k, v in (await request.post()).items()}
         await self._lag()
-        headers = {"Content-Type": "text/xml"} | date_headers(self._clock.now_s())
+        headers = {"Content-Type": "text/xml"} | answer_headers(self._clock.now_s())
         action = form.get("Action", "")
         # SDKs judge credentials by the machine's time, others by the run's: neither may see fresh ones as expired.
         issued_at_s = max(self._clock.now_s(), self._credential_clock.now_s())
@@ -357,16 +361,9 @@ def _truth(args: argparse.Namespace) -> Truth:
     regions = [r.strip() for r in args.regions.split(",") if r.strip()]
     if args.accounts < 1 or args.metrics < 0 or not regions:
         raise Fatal("simulate", "a world needs an account and a region", "see headgate simulate --help")
-    return World(args.seed, account_ids(args.accounts), regions, args.metrics, shipped_profiles())
-
-
-def shipped_profiles() -> Sequence[ServiceProfile]:
-    """The service profiles that Headgate ships, by service. Raises Fatal where there are none."""
-    folder = resources.files("shard_config") / "services"
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
-    if not files:
-        raise Fatal("simulate", "no service profiles are installed", "serve a folder by --traces")
-    return [ServiceProfile.model_validate(yaml.safe_load(f.read_bytes())) for f in files]
+    return World(
+        args.seed, account_ids(args.accounts), regions, args.metrics, tuple(shipped_services().values())
+    )
 
 
 async def _serve(truth: Truth, args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from workers.servers import LOOPBACK
+from workers.servers import LOOPBACK, S3Server, Server
 from workers.supervise import Program
 
 CHECKOUT = str(Path(__file__).resolve().parent.parent)
@@ -103,3 +103,9 @@ class State:
 
 def exporter_name(number: int) -> str:
     return f"exporter-{number}"
+
+
+def server_program(server: Server) -> Program:
+    stop_signal = server.stop_signal.name.removeprefix("SIG")
+    restart = not isinstance(server, S3Server)
+    return Program(server.name, tuple(server.command()), str(server.dir), stop_signal, restart)

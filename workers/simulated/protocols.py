@@ -78,6 +78,6 @@ def xml(root: str, content: Mapping[str, Any]) -> str:
     return f'<{root} xmlns="https://sts.amazonaws.com/doc/2011-06-15/">{inner}</{root}>'
 
 
-def date_headers(now_s: int) -> dict[str, str]:
+def answer_headers(now_s: int) -> dict[str, str]:
     """The answer's own time, in whole seconds as HTTP has it, and a request id."""
     return {"Date": formatdate(now_s, usegmt=True), "x-amzn-RequestId": str(uuid4())}
