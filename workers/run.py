@@ -27,10 +27,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from ingest.clock import SystemClock
 from ingest.schedule import grids_of, horizon
 from ingest.sinks.connection import open_connection, translated
+from shard_config.load import shipped_services
 from shard_config.model import Config
 from workers.local import Endpoints, LocalStack, StackSpec, find_config
 from workers.samples import export_csv
-from workers.simulator import shipped_profiles
 from workers.status import render, status
 from workers.traces import TraceWorld
 from workers.verify import Verdict, verify
@@ -63,7 +63,7 @@ class Scene:
 def made_up_scene(accounts: int, metrics: int, seed: int, once: bool) -> Scene:
     """Simulated accounts × 2 regions, and Headgate's own workers as a second source."""
     ids = account_ids(accounts)
-    profiles = [p for p in shipped_profiles() if p.service in SERVICES]
+    profiles = [shipped_services()[name] for name in SERVICES]
     to_s = int(time.time()) // 300 * 300
     horizon_s = (to_s - 3600, to_s) if once else None
     regions = ",".join(REGIONS)
@@ -262,7 +262,7 @@ def _simulators_bill(url: str) -> int | None:
             bill = json.load(answer)
     except (OSError, ValueError):
         return None
-    return sum(account["metrics_requested"] for account in bill["accounts"].values())
+    return sum(int(account["metrics_requested"]) for account in bill["accounts"].values())
 
 
 def _print_summary(
