@@ -45,6 +45,7 @@ from workers.supervise import MARK, Process, Program, Supervisor, is_of, kill_le
 __all__ = ["Endpoints", "LocalStack", "StackSpec", "find_config", "find_running", "register"]
 
 READY_TIMEOUT_S = 90.0
+
 STARTS_MAX = 3
 """A process that was started so often and is not ready will not be."""
 SHARDS_MAX = 64
@@ -76,8 +77,6 @@ class LocalStack:
         self._lock: IO[str] | None = None
         self._mine = False
         """Whether `stop` is meant for the stack that runs: it was started or found by this object."""
-
-    # --- start and stop ---------------------------------------------------------------------------------------
 
     async def start(self, spec: StackSpec, progress: Progress = _silent) -> Endpoints:
         """Start everything and wait until it is ready. Raises Fatal, and leaves nothing then, nor where it is cancelled."""
@@ -173,8 +172,6 @@ class LocalStack:
             self._state_path.unlink(missing_ok=True)
         return killed
 
-    # --- look and change --------------------------------------------------------------------------------------
-
     @property
     def endpoints(self) -> Endpoints:
         """Raises Fatal where the stack does not run."""
@@ -207,8 +204,6 @@ class LocalStack:
             await self._wait_ready(supervisor, {n: _readyz(p) for n, p in added.items()}, progress)
             self._publish(after)
         return list(added), [n for n in before.metrics_ports if n not in after.metrics_ports]
-
-    # --- within -----------------------------------------------------------------------------------------------
 
     def _acquire(self) -> IO[str]:
         """Become the owner: a lock that the kernel gives back when this process ends, however it ends."""

@@ -231,6 +231,7 @@ class PostgresServer(Server):
             self.name,
             [*_as_ordinary_user(), str(_pg_bin() / "initdb"), "-D", str(data), *options],
             cwd=self.dir,
+            remedy=remedy,
         )
 
     def command(self) -> Sequence[str]:
