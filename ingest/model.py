@@ -118,7 +118,7 @@ def point_hashes(
     ids: SeriesIds, timestamps_s: NDArray[np.int64], values: NDArray[np.float64]
 ) -> NDArray[np.uint64]:
     """A 64-bit hash of each (series, timestamp, value); `ids` has one row a point. −0 counts as 0."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         bits = (values + 0.0).view(np.uint64)
         h = _mix(ids[:, 0] + np.uint64(0x9E3779B97F4A7C15))
         h = _mix(h ^ ids[:, 1])

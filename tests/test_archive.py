@@ -367,6 +367,13 @@ async def test_the_second_put_gets_what_the_first_one_archived(store: Store) -> 
     assert await store.archive.get(first.receipt.archive_key) == first
 
 
+async def test_a_put_that_is_repeated_by_its_own_run_is_told_of_itself(store: Store) -> None:
+    task = archived(b"one")
+    await store.archive.put(task)
+
+    assert await store.archive.put(task) == task
+
+
 async def test_an_ordinary_task_is_one_object(store: Store) -> None:
     task = archived(*(bytes([n]) * 1000 for n in range(20)))
 
@@ -574,6 +581,25 @@ async def test_a_server_that_never_answers_is_transient_at_the_deadline() -> Non
 
     assert asked == ["GET"]
     assert "0.2 s" in failed.value.what
+
+
+async def test_cancelling_a_put_cancels_it_and_is_no_transient() -> None:
+    reached = asyncio.Event()
+
+    def answer(_: str) -> None:
+        reached.set()
+
+    async with (
+        answering(answer) as (s3, asked),
+        open_archive(s3, ManualClock(TICK_S), SESSION) as archive,
+    ):
+        put = asyncio.create_task(archive.put(archived(b"one")))
+        await asyncio.wait_for(reached.wait(), 5)
+        put.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await put
+
+    assert asked == ["PUT"]
 
 
 async def test_a_body_that_breaks_off_is_transient(no_backoff: None) -> None:

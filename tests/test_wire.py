@@ -164,6 +164,14 @@ def test_an_empty_batch_makes_no_payload() -> None:
     assert wire.encode_batch(batch_of(SAMPLE.series, [0, 0, 0], [], [])) == []
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_signalling_nan_travels_without_a_warning() -> None:
+    bits = np.array([0x7FF0000000000001] * 5, np.uint64)
+    batch = replace(SAMPLE, values=bits.view(np.float64))
+
+    assert_same(batch, wire.decode_batch(wire.encode_batch(batch)[0].value, LIMITS))
+
+
 def test_a_batch_says_points_and_digests_of_its_windows() -> None:
     datum = datum_of(SAMPLE)
 
@@ -808,6 +816,7 @@ def test_the_fingerprint_in_a_header_is_the_schemas_little_endian() -> None:
         assert schema.fingerprint == rabin(canonical.encode()).to_bytes(8, "little")
 
 
+# A golden file is written when its schema is, once: from then on bytes like these are in archives.
 def golden(name: str) -> bytes:
     return bytes.fromhex((GOLDEN / f"{name}.hex").read_text())
 
