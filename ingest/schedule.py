@@ -144,7 +144,7 @@ def _due_with_past(
         resume_s = grid.floor(now_s - startup_lookback_s)
     elif planned_until_s < tick - grid.poll_interval_s:
         # What was planned last before the outage has not been looked at since it settled.
-        resume_s = planned_until_s - grid.lookback_s
+        resume_s = grid.floor(planned_until_s) - grid.lookback_s
     else:
         resume_s = live_from
     return [live], blocks(grid, min(resume_s, live_from), live_from)
@@ -159,7 +159,7 @@ def _due_without_past(grid: Grid, planned_until_s: int | None, now_s: int) -> li
     if planned_until_s >= end:
         return []
     now = TaskItem(grid.service, start, end, grid.poll_interval_s)
-    return [now, *blocks(grid, planned_until_s, start)] if planned_until_s < start else [now]
+    return [now, *blocks(grid, grid.floor(planned_until_s), start)] if planned_until_s < start else [now]
 
 
 def _task(

@@ -1,0 +1,243 @@
+"""The schedule's guarantees, each by its name in the module's docstring."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ingest.model import Target, Task, TaskItem, TaskKind
+from ingest.schedule import BLOCK_POINTS_MAX, Grid, blocks, due, grids_of, horizon
+from shard_config.model import Account, Config, ExpositionJob, ServiceProfile
+
+TARGET = Target("cloudwatch", "123456789012", "eu-west-1")
+NODES = Target("exposition", "lab", "local")
+REVISION = "0011223344556677"
+NOON_S = 1_767_268_800  # 2026-01-01T12:00:00Z
+LOOKBACK_S = 3600
+
+EC2 = Grid("ec2", poll_interval_s=300, period_s=60, settling_s=600)
+NODE = Grid("node", poll_interval_s=30, period_s=30, settling_s=0, has_past=False)
+
+
+def plan(grids: list[Grid], until_s: dict[str, int], now_s: int, lookback_s: int = LOOKBACK_S) -> list[Task]:
+    """What is due, remembered in `until_s` as the coordinator does."""
+    tasks = due(TARGET, grids, until_s, now_s, REVISION, lookback_s)
+    for item in (item for task in tasks for item in task.items):
+        until_s[item.service] = max(until_s.get(item.service, 0), item.end_s)
+    return tasks
+
+
+def items_of(tasks: list[Task], service: str) -> list[TaskItem]:
+    return [item for task in tasks for item in task.items if item.service == service]
+
+
+@st.composite
+def grids(draw: st.DrawFn, name: str = "service", has_past: bool = True) -> Grid:
+    period_s = draw(st.sampled_from([1, 10, 60, 300]))
+    poll_interval_s = period_s * draw(st.sampled_from([1, 2, 5, 60]))
+    settling_s = draw(st.integers(0, 5 * poll_interval_s)) if has_past else 0
+    return Grid(name, poll_interval_s, period_s, settling_s, has_past)
+
+
+@st.composite
+def calls(draw: st.DrawFn, poll_interval_s: int) -> list[int]:
+    """Times at which a coordinator asks: mostly a second or a poll apart, now and then after an outage."""
+    gaps = st.one_of(
+        st.integers(1, 3),
+        st.integers(1, 2 * poll_interval_s),
+        st.integers(1, 500 * poll_interval_s),
+    )
+    times = [NOON_S + draw(st.integers(0, poll_interval_s))]
+    for gap in draw(st.lists(gaps, min_size=0, max_size=12)):
+        times.append(times[-1] + gap)
+    return times
+
+
+@given(data=st.data())
+def test_every_window_that_closed_is_planned_over_any_sequence_of_calls(data: st.DataObject) -> None:
+    grid = data.draw(grids())
+    times = data.draw(calls(grid.poll_interval_s))
+    until_s: dict[str, int] = {}
+    planned: set[tuple[int, int]] = set()
+    for now_s in times:
+        for item in items_of(plan([grid], until_s, now_s), grid.service):
+            assert item.end_s <= now_s
+            planned |= {(w.start_s, w.end_s) for w in item.windows()}
+    first_s = grid.floor(times[0] - LOOKBACK_S)
+    closed = range(first_s, grid.floor(times[-1]), grid.poll_interval_s)
+    assert {(t, t + grid.poll_interval_s) for t in closed} <= planned
+    assert all(start_s % grid.poll_interval_s == 0 for start_s, _ in planned)
+
+
+@given(data=st.data())
+def test_every_window_of_a_source_without_a_past_is_planned_exactly_once(data: st.DataObject) -> None:
+    grid = data.draw(grids(has_past=False))
+    times = data.draw(calls(grid.poll_interval_s))
+    until_s: dict[str, int] = {}
+    planned = Counter(
+        w.start_s
+        for now_s in times
+        for item in items_of(plan([grid], until_s, now_s), grid.service)
+        for w in item.windows()
+    )
+    expected = range(grid.floor(times[0]), times[-1] + 1, grid.poll_interval_s)
+    assert planned == Counter(expected)
+
+
+@given(data=st.data())
+def test_each_window_is_looked_at_once_more_after_it_has_settled_before_it_is_left(
+    data: st.DataObject,
+) -> None:
+    grid = data.draw(grids())
+    times = data.draw(calls(grid.poll_interval_s))
+    until_s: dict[str, int] = {}
+    newest_look_s: dict[int, int] = {}
+    for now_s in times:
+        for item in items_of(plan([grid], until_s, now_s), grid.service):
+            newest_look_s.update((w.end_s, now_s) for w in item.windows())
+    # What the live task of the last call still covers is not left yet.
+    left = {e: s for e, s in newest_look_s.items() if e + grid.lookback_s < grid.floor(times[-1])}
+    assert all(look_s >= end_s + grid.settling_s for end_s, look_s in left.items())
+
+
+@given(data=st.data())
+def test_the_same_question_is_the_same_task_for_whoever_asks(data: st.DataObject) -> None:
+    grid = data.draw(grids())
+    now_s = NOON_S + data.draw(st.integers(0, 10**6))
+    until_s = data.draw(st.none() | st.integers(0, 900).map(lambda n: grid.floor(now_s - n * 60)))
+    memory = {} if until_s is None else {grid.service: until_s}
+    later_s = data.draw(st.integers(now_s, grid.floor(now_s) + grid.poll_interval_s - 1))
+    mine = due(TARGET, [grid], memory, now_s, REVISION, 0)
+    theirs = due(TARGET, [grid], memory, later_s, REVISION, 0)
+    assert [t.task_id for t in mine] == [t.task_id for t in theirs]
+
+
+def test_one_that_forgot_plans_the_same_whole_blocks_as_one_that_remembers() -> None:
+    remembers = due(TARGET, [EC2], {"ec2": NOON_S - 5 * 86_400}, NOON_S, REVISION, LOOKBACK_S)
+    forgot = due(TARGET, [EC2], {}, NOON_S, REVISION, 5 * 86_400)
+    # They differ at most in the oldest block, which begins where each resumes.
+    assert {t.task_id for t in remembers[:-1]} <= {t.task_id for t in forgot}
+
+
+def test_a_task_that_asks_for_something_else_has_another_id() -> None:
+    base = due(TARGET, [EC2], {}, NOON_S, REVISION, 0)[0].task_id
+    assert base != due(TARGET, [EC2], {}, NOON_S, "ffffffffffffffff", 0)[0].task_id
+    assert base != due(TARGET, [EC2], {}, NOON_S + 300, REVISION, 0)[0].task_id
+    assert base != due(NODES, [EC2], {}, NOON_S, REVISION, 0)[0].task_id
+
+
+@given(data=st.data())
+def test_an_outage_is_paid_for_in_blocks_of_one_calls_worth(data: st.DataObject) -> None:
+    grid = data.draw(grids())
+    windows = data.draw(st.integers(2, 3000))
+    until_s = {grid.service: NOON_S - windows * grid.poll_interval_s}
+    live, *overdue = plan([grid], until_s, NOON_S)
+    assert live.kind == TaskKind.LIVE
+    assert live.items[0].end_s == grid.floor(NOON_S)
+    lengths = [i.end_s - i.start_s for task in overdue for i in task.items]
+    for length_s in lengths:
+        assert length_s <= grid.block_s
+        assert length_s // grid.period_s <= max(BLOCK_POINTS_MAX, grid.poll_interval_s // grid.period_s)
+    # Only the oldest and the newest block may be partial.
+    assert all(length_s == grid.block_s for length_s in lengths[1:-1])
+    assert [t.tick_s for t in overdue] == sorted((t.tick_s for t in overdue), reverse=True)
+    assert {t.kind for t in overdue} <= {TaskKind.BACKLOG}
+
+
+def test_inner_cuts_of_blocks_are_multiples_of_the_block_length() -> None:
+    cuts = blocks(EC2, NOON_S - 2 * 86_400, NOON_S)
+    assert [c.start_s % EC2.block_s for c in cuts[:-1]] == [0] * (len(cuts) - 1)
+    assert (cuts[0].end_s, cuts[-1].start_s) == (NOON_S, NOON_S - 2 * 86_400)
+
+
+def test_a_first_start_plans_the_lookback_and_nothing_before() -> None:
+    tasks = due(TARGET, [EC2], {}, NOON_S, REVISION, LOOKBACK_S)
+    assert [(t.kind, t.items[0].start_s - NOON_S, t.items[0].end_s - NOON_S) for t in tasks] == [
+        (TaskKind.LIVE, -900, 0),
+        (TaskKind.BACKLOG, -3600, -900),
+    ]
+
+
+def test_nothing_is_due_twice_within_one_interval() -> None:
+    until_s: dict[str, int] = {}
+    assert plan([EC2, NODE], until_s, NOON_S) != []
+    assert plan([EC2, NODE], until_s, NOON_S + 29) == []
+
+
+def test_services_that_are_due_at_one_time_share_one_live_task() -> None:
+    rds = Grid("rds", poll_interval_s=60, period_s=60, settling_s=120)
+    live = due(TARGET, [EC2, rds], {}, NOON_S + 61, REVISION, 0)[0]
+    assert [(i.service, i.start_s - NOON_S, i.end_s - NOON_S) for i in live.items] == [
+        ("ec2", -900, 0),
+        ("rds", -120, 60),
+    ]
+    assert live.tick_s == NOON_S + 60
+
+
+def test_a_memory_that_is_off_the_grid_is_resumed_on_the_grid() -> None:
+    # The poll interval was 60 s and is 300 s now; then the coordinator was away.
+    tasks = due(TARGET, [EC2], {"ec2": NOON_S - 7200 + 60}, NOON_S, REVISION, LOOKBACK_S)
+    assert min(i.start_s for i in items_of(tasks, "ec2")) <= NOON_S - 7200
+    assert all(i.start_s % 300 == i.end_s % 300 == 0 for i in items_of(tasks, "ec2"))
+    tasks = due(NODES, [NODE], {"node": NOON_S - 310}, NOON_S, REVISION, LOOKBACK_S)
+    assert [i.start_s - NOON_S for i in items_of(tasks, "node")] == [0, -330]
+
+
+def test_a_window_without_a_past_expires_at_its_end_and_a_missed_one_has_expired() -> None:
+    now, missed = due(NODES, [NODE], {"node": NOON_S - 90}, NOON_S + 7, REVISION, 0)
+    assert (now.kind, now.items[0].start_s, now.expires_s) == (TaskKind.LIVE, NOON_S, NOON_S + 30)
+    assert (missed.kind, missed.items[0].start_s, missed.expires_s) == (
+        TaskKind.BACKLOG,
+        NOON_S - 90,
+        NOON_S,
+    )
+
+
+def test_a_cloudwatch_task_never_expires() -> None:
+    assert {t.expires_s for t in due(TARGET, [EC2], {}, NOON_S, REVISION, LOOKBACK_S)} == {0}
+
+
+@given(data=st.data())
+def test_a_horizon_looks_once_at_every_window_that_it_touches_oldest_first(data: st.DataObject) -> None:
+    grid = data.draw(grids())
+    from_s = NOON_S + data.draw(st.integers(0, 10**5))
+    to_s = from_s + data.draw(st.integers(1, 10**5))
+    tasks = horizon(TARGET, [grid], from_s, to_s, to_s, REVISION)
+    starts = [w.start_s for t in tasks for i in t.items for w in i.windows()]
+    assert starts == list(range(grid.floor(from_s), grid.ceil(to_s), grid.poll_interval_s))
+
+
+def test_a_horizon_asks_a_source_without_a_past_for_the_window_that_lasts() -> None:
+    (task,) = horizon(NODES, [NODE], 0, 3600, NOON_S + 5, REVISION)
+    assert [(i.start_s, i.end_s) for i in task.items] == [(NOON_S, NOON_S + 30)]
+    assert task.expires_s == NOON_S + 30
+
+
+@pytest.mark.parametrize(("settling_s", "lookback_s"), [(0, 0), (1, 300), (299, 300), (300, 300), (301, 600)])
+def test_the_lookback_is_the_settling_time_rounded_up_to_windows(settling_s: int, lookback_s: int) -> None:
+    assert Grid("s", 300, 60, settling_s).lookback_s == lookback_s
+
+
+def test_a_configuration_has_every_account_and_region_with_its_services_and_jobs() -> None:
+    config = Config(
+        accounts=(Account(id="123456789012", regions=("us-east-1", "eu-west-1"), services=("sqs", "ec2")),),
+        exposition=(
+            ExpositionJob(name="node", account="lab", region="local", endpoints=("http://a:1/metrics",)),
+            ExpositionJob(
+                name="gpu", account="lab", region="local", interval_s=15, endpoints=("http://a:2/m",)
+            ),
+        ),
+        services=(
+            ServiceProfile(service="ec2", namespace="AWS/EC2", poll_interval_s=300, settling_s=600),
+            ServiceProfile(service="sqs", namespace="AWS/SQS", poll_interval_s=60, settling_s=0),
+        ),
+    )
+    sqs = Grid("sqs", 60, 60, 0)
+    assert grids_of(config) == {
+        Target("cloudwatch", "123456789012", "eu-west-1"): (EC2, sqs),
+        Target("cloudwatch", "123456789012", "us-east-1"): (EC2, sqs),
+        NODES: (Grid("gpu", 15, 15, 0, has_past=False), NODE),
+    }
