@@ -10,31 +10,18 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
 import pytest
-from botocore.exceptions import ClientError, EndpointConnectionError
 
-from ingest.clock import ManualClock, SystemClock
-from ingest.errors import HeadgateError, Rejected, Transient
-from ingest.model import Batch, LookStatus, Outcome, Series, SeriesKey, Target, TaskItem
+from ingest.clock import SystemClock
+from ingest.errors import Transient
+from ingest.model import Batch, LookStatus, Outcome, SeriesKey, Target, TaskItem
 from ingest.sources import aws, cloudwatch
-from ingest.sources.aws_errors import Denied, Expired, Throttled, translate
 from ingest.sources.cloudwatch import CloudWatchSource
-from ingest.sources.columns import tables_of
-from ingest.sources.discovery import metrics_of, series_of
-from ingest.sources.limiter import Limiter
-from ingest.sources.look import date_ms
+from ingest.sources.discovery import series_of
 from ingest.sources.metric_data import (
-    POINTS_PER_CALL_MAX,
-    Answer,
-    Malformed,
     Page,
     Result,
-    check,
-    page_of,
-    plan,
-    retention_s,
 )
 from shard_config.model import Config, MetricProfile, ServiceProfile
 from workers import simulator
@@ -183,207 +170,6 @@ def true_as_observed(truth: Truth, batches: Sequence[Batch], item: TaskItem, pro
     )
 
 
-# --- planning -------------------------------------------------------------------------------------------------
-
-
-def some_series(count: int) -> list[Series]:
-    return [Series(SeriesKey("1", REGION, "N", "M", (("d", str(n)),), "Sum", 60)) for n in range(count)]
-
-
-@pytest.mark.parametrize(
-    ("series", "length_s", "queries"),
-    [
-        (0, 900, []),
-        (499, 900, [499]),
-        (501, 900, [500, 1]),
-        (500, 201 * 60, [500]),  # 100,500 datapoints
-        (500, 202 * 60, [499, 1]),  # 499 × 202 are 100,798
-        (3, 50_400 * 60, [2, 1]),
-        (2, 100_800 * 60, [1, 1]),
-    ],
-)
-def test_a_call_has_at_most_500_queries_and_100800_datapoints(
-    series: int, length_s: int, queries: list[int]
-) -> None:
-    calls = plan(tables_of(some_series(series)), 0, length_s, 60)
-    assert [c.queries for c in calls] == queries
-    assert all(c.points(60) <= POINTS_PER_CALL_MAX for c in calls)
-
-
-def test_a_range_too_long_for_one_series_is_cut_without_gap_or_overlap() -> None:
-    end_s = 250_000 * 60
-    calls = plan(tables_of(some_series(1)), 0, end_s, 60)
-    edges = [(c.start_s, c.end_s) for c in calls]
-    assert edges == [(0, 6_048_000), (6_048_000, 12_096_000), (12_096_000, end_s)]
-
-
-def test_start_and_end_are_widened_to_whole_periods() -> None:
-    [call] = plan(tables_of(some_series(1)), 61, 3599, 60)
-    assert (call.start_s, call.end_s) == (60, 3600)
-
-
-def test_ids_are_unique_in_a_call_and_say_which_row_they_are() -> None:
-    second = plan(tables_of(some_series(700)), 0, 300, 60)[1]
-    queries = second.request([0, 199])["MetricDataQueries"]
-    assert [q["Id"] for q in queries] == ["q0", "q199"]
-    assert queries[1]["MetricStat"]["Metric"]["Dimensions"] == [{"Name": "d", "Value": "699"}]
-
-
-@pytest.mark.parametrize(
-    ("period_s", "days"), [(1, 0.125), (30, 0.125), (60, 15), (300, 63), (3600, 455), (86400, 455)]
-)
-def test_retention_is_by_period(period_s: int, days: float) -> None:
-    assert retention_s(period_s) == days * 86_400
-
-
-def test_a_profile_says_which_metrics_are_asked_for_with_which_statistics() -> None:
-    listed = [("NetworkIn", (("a", "1"),)), ("CPUUtilization", (("a", "1"),)), ("Other", ()), ("Other", ())]
-    chosen = series_of(listed, target_of(), EC2)
-    assert [(s.key.metric, s.key.stat, s.unit) for s in chosen] == [
-        ("CPUUtilization", "Average", "Percent"),
-        ("CPUUtilization", "Maximum", "Percent"),
-        ("NetworkIn", "Sum", "Bytes"),
-    ]
-    everything = series_of(listed, target_of(), SQS)
-    assert [(s.key.metric, s.key.stat) for s in everything] == [
-        ("CPUUtilization", "Sum"),
-        ("NetworkIn", "Sum"),
-        ("Other", "Sum"),
-    ]
-
-
-# --- merging --------------------------------------------------------------------------------------------------
-
-
-def page(*results: Result, token: str = "") -> Page:
-    return Page(results, (), token, 0)
-
-
-def test_pages_are_merged_by_id_in_any_order() -> None:
-    answer = Answer(frozenset({0, 1}))
-    answer.add(page(Result("q1", "PartialData", [60], [1.0]), Result("q0", "Complete", [60], [5.0])))
-    answer.add(page(Result("q1", "Complete", [120.0], [2.0])))
-    assert answer.points == {1: ([60, 120], [1.0, 2.0]), 0: ([60], [5.0])}
-    assert answer.rows("Complete") == [0, 1]
-
-
-def test_an_id_that_is_absent_or_cut_off_is_not_complete() -> None:
-    answer = Answer(frozenset({0, 1, 2, 3}))
-    answer.add(page(Result("q0", "PartialData", [60], [1.0]), Result("q3", "Complete", [], [])))
-    assert answer.rows("Complete") == [3]
-
-
-def test_a_good_page_does_not_heal_a_failed_id() -> None:
-    answer = Answer(frozenset({0}))
-    answer.add(page(Result("q0", "InternalError", [], [])))
-    answer.add(page(Result("q0", "Complete", [60], [1.0])))
-    assert answer.rows("Complete") == []
-
-
-@pytest.mark.parametrize(
-    "result",
-    [
-        Result("q7", "Complete", [], []),
-        Result("", "Complete", [], []),
-        Result("q-1", "Complete", [], []),
-        Result("q0", "Complete", [60], []),
-    ],
-)
-def test_a_page_that_contradicts_the_question_or_itself_is_refused_whole(result: Result) -> None:
-    with pytest.raises(Malformed):
-        check(page(Result("q1", "Complete", [60], [1.0]), result), frozenset({0, 1}))
-
-
-@pytest.mark.parametrize("answer", [{}, {"message": b'{"MetricDataRes'}, {"MetricDataResults": None}])
-def test_a_body_that_was_cut_off_is_not_an_empty_answer(answer: dict[str, Any]) -> None:
-    with pytest.raises(Malformed):
-        page_of(answer)
-    with pytest.raises(Transient):
-        metrics_of(answer, "AWS/EC2")
-
-
-@pytest.mark.parametrize(
-    ("header", "expected"),
-    [
-        ("Tue, 24 Nov 2026 05:50:41 GMT", 1795499441_000),
-        ("Tue, 24 Nov 2026 05:50:41 -0000", 1795499441_000),
-        ("yesterday", None),
-        ("", None),
-        (None, None),
-    ],
-)
-def test_the_date_header_is_read_or_known_to_be_unreadable(header: str | None, expected: int | None) -> None:
-    assert date_ms(header) == expected
-
-
-# --- errors and quotas ----------------------------------------------------------------------------------------
-
-
-def refused(code: str, status: int = 400) -> ClientError:
-    return ClientError(
-        {"Error": {"Code": code, "Message": "m"}, "ResponseMetadata": {"HTTPStatusCode": status}}, "X"
-    )
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (refused("Throttling"), Throttled),
-        (refused("ThrottlingException"), Throttled),
-        (refused("RequestLimitExceeded", 503), Throttled),
-        (refused("AccessDenied", 403), Denied),
-        (refused("AccessDeniedException"), Denied),
-        (refused("ExpiredToken", 403), Expired),
-        (refused("InternalServiceError", 500), Transient),
-        (refused("ValidationError"), Rejected),
-        (EndpointConnectionError(endpoint_url="x"), Transient),
-        (aiohttp.ClientPayloadError("x"), Transient),
-        (ConnectionResetError(), Transient),
-        (KeyError("x"), Transient),
-    ],
-)
-def test_an_error_says_what_the_caller_does(error: Exception, kind: type[HeadgateError]) -> None:
-    assert type(translate(error, "here")) is kind
-
-
-KEY = (ACCOUNTS[0], REGION, "GetMetricData")
-
-
-async def test_all_tasks_together_keep_the_quota() -> None:
-    clock = ManualClock(0)
-    limiter = Limiter(clock)
-    for _ in range(100):
-        await limiter.acquire(KEY, 1 / 50, deadline_s=1e9)
-    assert clock.monotonic_s() == pytest.approx(99 / 50)
-
-
-async def test_a_throttle_halves_the_rate_at_most_once_a_second_and_it_comes_back_slowly() -> None:
-    clock = ManualClock(0)
-    limiter = Limiter(clock)
-    for _ in range(5):
-        limiter.throttled(KEY)
-    assert limiter.share(KEY) == 0.5
-    clock.advance(2)
-    assert limiter.share(KEY) == pytest.approx(0.7)
-    clock.advance(60)
-    assert limiter.share(KEY) == 1
-    for _ in range(20):
-        clock.advance(1)
-        limiter.throttled(KEY)
-    assert Limiter.SHARE_MIN <= limiter.share(KEY) < 0.2
-
-
-async def test_a_turn_past_the_deadline_is_refused_at_once_and_takes_nothing() -> None:
-    clock = ManualClock(0)
-    limiter = Limiter(clock)
-    await limiter.acquire(KEY, 10, deadline_s=5)
-    with pytest.raises(Transient, match="before the deadline"):
-        await limiter.acquire(KEY, 10, deadline_s=5)
-    assert clock.monotonic_s() == 0
-    await limiter.acquire(KEY, 10, deadline_s=20)
-    assert clock.monotonic_s() == pytest.approx(10, abs=0.2)
-
-
 # --- looks ----------------------------------------------------------------------------------------------------
 
 
@@ -476,7 +262,7 @@ async def test_a_series_without_a_whole_answer_leaves_the_look_partial_never_com
         item = item_of()
         batches, outcome = await looked(source, item)
         assert outcome.status is LookStatus.PARTIAL
-        assert "without a whole answer" in outcome.detail
+        assert "have no whole answer" in outcome.detail
         assert 0 < sum(len(b.series) for b in batches) < outcome.series
         assert outcome.requests["GetMetricData"] == 3
         assert true_as_observed(sim.truth, batches, item, EC2)
@@ -499,6 +285,43 @@ async def test_an_outage_ends_failed_after_bounded_attempts(
         assert outcome.status is LookStatus.FAILED
         assert outcome.detail
         assert outcome.requests == {"GetMetricData": 5}
+
+
+async def test_a_series_is_emitted_once_and_as_of_its_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cloudwatch, "ROUND_PAUSE_S", (0.01,))
+    rounds = 0
+
+    async def answering(access: Any, request: Mapping[str, Any]) -> Page:
+        """q0 is whole at the second ask, q1 never, q2 never at all."""
+        nonlocal rounds
+        rounds += 1
+        at_s = request["StartTime"]
+        results = {
+            "q0": Result("q0", "PartialData" if rounds == 1 else "Complete", [at_s], [float(rounds)]),
+            "q1": Result("q1", "PartialData", [at_s], [float(rounds)]),
+        }
+        asked = [query["Id"] for query in request["MetricDataQueries"]]
+        return Page([results[i] for i in asked if i in results], (), "", rounds * 1000)
+
+    async with rig(World(7, ACCOUNTS[:1], [REGION], 3, [SQS]), profiles=[SQS]) as (sim, _):
+        source = CloudWatchSource(config_of(sim, [SQS]), CLOCK, answering)
+        batches, outcome = await looked(source, item_of("sqs"))
+        await source.close()
+    points = [[value for _, value in values] for values in landed(batches).values()]
+    assert points == [[2.0], [2.0]]
+    assert [b.observed_at_ms for b in batches] == [2000, 2000]
+    assert (outcome.status, outcome.observed_at_ms) == (LookStatus.PARTIAL, 1000)
+    assert (outcome.metrics_billed, rounds) == (6, 2)
+
+
+async def test_an_answer_that_is_cut_off_is_counted_as_billed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aws, "BACKOFF_S", (0.01,) * 2)
+    async with rig(World(7, ACCOUNTS[:1], [REGION], 4, [SQS]), profiles=[SQS]) as (sim, source):
+        await looked(source, item_of("sqs"))
+        sim.faults = Faults(malformed_share=1)
+        _, outcome = await looked(source, item_of("sqs"))
+        assert (outcome.status, outcome.metrics_billed) == (LookStatus.FAILED, 12)
+        assert sim.billing()["accounts"][ACCOUNTS[0]]["metrics_requested"] == 4 + 12
 
 
 async def test_a_first_discovery_that_fails_is_a_failure_and_not_an_empty_target(
@@ -699,6 +522,31 @@ async def test_fifty_looks_at_a_denied_role_share_one_refusal() -> None:
             tasks = [group.create_task(looked(source, item_of())) for _ in range(50)]
         assert {t.result()[1].status for t in tasks} == {LookStatus.FORBIDDEN}
         assert sum(t.result()[1].requests.get("AssumeRole", 0) for t in tasks) == 1
+
+
+async def test_credentials_are_renewed_before_they_expire_and_kept_while_sts_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def away(*_: Any) -> Any:
+        raise Transient("aws AssumeRole", "no answer")
+
+    world = World(7, ACCOUNTS[:1], [REGION], 40, [EC2])
+    clock = _Ahead()
+    sim = await simulator.start(world, clock=CLOCK, calls_per_s=0)
+    source = CloudWatchSource(config_of(sim, [EC2]), clock)
+    try:
+        outcomes = [(await _all(source, clock))[1]]
+        clock.ahead_s = aws.LIFETIME_S - aws.REFRESH_MARGIN_S + 1
+        with monkeypatch.context() as patched:
+            patched.setattr(source._aws, "_obtain", away)
+            outcomes.append((await _all(source, clock))[1])
+        clock.ahead_s += aws.FAILURE_KEPT_S
+        outcomes.append((await _all(source, clock))[1])
+    finally:
+        await source.close()
+        await sim.close()
+    assert [o.status for o in outcomes] == [LookStatus.COMPLETE] * 3
+    assert [o.requests.get("AssumeRole", 0) for o in outcomes] == [1, 0, 1]
 
 
 async def test_credentials_that_expire_are_renewed_once_and_the_look_goes_on() -> None:

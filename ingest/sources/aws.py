@@ -33,9 +33,8 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-ATTEMPTS_MAX = 8
-"""Of one request, over 9 s at the most: with half of all requests throttled, one in 256 fails for good."""
 BACKOFF_S = (0.1, 0.2, 0.4, 0.8, 1.6, 3.0, 3.0)
+"""Between the attempts of one request, so eight in all: with half of all requests throttled, one in 256 fails for good."""
 CLIENTS_MAX = 256
 CONNECTIONS_MAX = 8
 """Per client: a look has at most four calls in flight, and a live and a backlog look may meet."""
@@ -187,7 +186,7 @@ class Aws:
                     raise failure from error
             # No jitter: the limiter spaces what comes back at the same moment.
             await self._clock.sleep(pause_s or 0)
-        raise Transient(request.where, f"no answer in {ATTEMPTS_MAX} attempts")
+        raise AssertionError("the last attempt returns or raises")
 
     @asynccontextmanager
     async def client(self, service: str, access: Access) -> AsyncIterator[Any]:
@@ -236,18 +235,29 @@ class Aws:
         async with self._refreshing.setdefault(account.id, asyncio.Lock()):
             if known := self._unexpired(account.id):
                 return known
-            if failed := self._failures.get(account.id):
-                until_s, failure = failed
-                if self._clock.monotonic_s() < until_s:
-                    raise failure.with_traceback(None)
-            try:
-                fresh = await self._obtain(account, deadline_s, tally)
-            except HeadgateError as failure:
-                log.warning("aws_credentials_refused", account=account.id, error=str(failure))
-                self._failures[account.id] = (self._clock.monotonic_s() + FAILURE_KEPT_S, failure)
-                raise
-            self._credentials[account.id] = fresh
-            return fresh
+            failure = self._recent_failure(account.id)
+            if failure is None:
+                try:
+                    fresh = self._credentials[account.id] = await self._obtain(account, deadline_s, tally)
+                    return fresh
+                except HeadgateError as error:
+                    log.warning("aws_credentials_refused", account=account.id, error=str(error))
+                    failure = error
+                    # What only this caller's deadline cut short says nothing to the others.
+                    if isinstance(error, Denied) or self._clock.monotonic_s() + max(BACKOFF_S) < deadline_s:
+                        self._failures[account.id] = (self._clock.monotonic_s() + FAILURE_KEPT_S, error)
+            old = self._credentials.get(account.id)
+            if (
+                old is not None
+                and isinstance(failure, Transient)
+                and self._clock.monotonic_s() < old.renew_s + REFRESH_MARGIN_S
+            ):
+                return old  # STS is away, and these still hold for some minutes
+            raise failure.with_traceback(None)
+
+    def _recent_failure(self, account: str) -> HeadgateError | None:
+        until_s, failure = self._failures.get(account, (float("-inf"), None))
+        return failure if self._clock.monotonic_s() < until_s else None
 
     def _unexpired(self, account: str) -> Credentials | None:
         """What is kept for an account, while it need not be renewed."""
@@ -274,21 +284,17 @@ class Aws:
                 request["ExternalId"] = account.external_id.get_secret_value()
             access = Access(region, replace(found, account=""))
 
-            async def assume(access: Access) -> Any:
+            async def assume(access: Access) -> Credentials:
                 async with self.client("sts", access) as sts:
-                    return (await sts.assume_role(**request))["Credentials"]
+                    given = (await sts.assume_role(**request))["Credentials"]
+                renew_s = asked_s + LIFETIME_S - REFRESH_MARGIN_S
+                keys = given["AccessKeyId"], given["SecretAccessKey"], given["SessionToken"]
+                return Credentials(account.id, *keys, renew_s)
 
-            given = await self._attempts(
+            found = await self._attempts(
                 _Request((account.id, region, "AssumeRole"), 1 / STS_CALLS_PER_S, deadline_s, tally),
                 access,
                 assume,
-            )
-            found = Credentials(
-                account.id,
-                given["AccessKeyId"],
-                given["SecretAccessKey"],
-                given["SessionToken"],
-                asked_s + LIFETIME_S - REFRESH_MARGIN_S,
             )
         await self._verify(account, Access(region, found), deadline_s, tally)
         return found

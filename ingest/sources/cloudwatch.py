@@ -45,9 +45,8 @@ from shard_config.model import Account, Config, ServiceProfile
 log = structlog.get_logger()
 
 CALLS_IN_FLIGHT = 4
-ROUNDS_MAX = 4
-"""How often an Id is asked for. AWS bills every round."""
 ROUND_PAUSE_S = (0.2, 1.0, 3.0)
+"""Before an Id without a whole answer is asked for again, so four times in all. AWS bills every round."""
 GIVE_UP_AFTER = 3
 """Calls in a row that used up their attempts: then the look stops asking, for there is an outage."""
 CONTINUATION_PAGES_BILLED = False
@@ -175,8 +174,6 @@ class CloudWatchSource:
             for row in settled:
                 partly.pop(row, None)
             partly |= {r: (answer.observed_at_ms, answer.points[r]) for r in open_rows if r in answer.points}
-            if forbidden:
-                run.note(f"{len(forbidden)} of {call.queries} series of a call are forbidden")
             if answer.failure is not None:
                 run.fail(answer.failure)
                 break
@@ -184,7 +181,6 @@ class CloudWatchSource:
             if not open_rows:
                 return
             if pause_s is None or self._clock.monotonic_s() + pause_s >= run.ask_deadline_s:
-                run.note(f"{len(open_rows)} of {call.queries} series of a call stayed without a whole answer")
                 break
             await self._clock.sleep(pause_s)
         for observed_at_ms in sorted({observed for observed, _ in partly.values()}):
@@ -274,6 +270,11 @@ class CloudWatchSource:
         if nothing and item.start_s < run.observed_at_ms // 1000 - kept_s:
             status = LookStatus.EXPIRED
             run.note(f"periods of {run.profile.period_s} s are kept for {kept_s // 3600} h")
+        missing = run.queries - run.complete - run.forbidden
+        if run.forbidden:
+            run.notes.append(f"{run.forbidden} of {run.queries} queries are forbidden")
+        if missing:
+            run.notes.append(f"{missing} of {run.queries} queries have no whole answer")
         return Outcome(
             status,
             "; ".join(run.notes),
