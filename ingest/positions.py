@@ -2,7 +2,8 @@
 
 * A position outside the log is Fatal, never guessed at: the topic was created again, or its retention passed the position.
 * On assignment the record before the position is read again and must be the one that the store remembers, for Kafka's clients
-  read on silently in a topic that was created again and has grown past the old position.
+  read on silently in a topic that was created again and has grown past the old position. Nothing is taken up before that. Only where
+  retention has taken exactly that record, there is nothing to compare.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Positions:
     def fresh(self, records: Sequence[Record]) -> list[Record]:
         """The records to take up, in order: not of other partitions, not before the position.
 
-        Raises Fatal where the record before the position is not the remembered one.
+        Raises Fatal where the record before the position is not the remembered one, or was not there to be read.
         """
         return [r for r in records if self._is_fresh(r)]
 
@@ -90,16 +91,24 @@ class Positions:
         here = self._places.get(at.partition)
         if here is None:
             return False
-        if here.verify and at.offset == here.next - 1:
-            if value_id(record.value) != here.last_value_id:
-                raise Fatal(
-                    f"topic {self._topic}/{at.partition}",
-                    f"record {at.offset} is not the one that landed before the position",
-                    "the topic was created again: fill the gap from the archive, then move the position",
-                )
+        if here.verify and at.offset >= here.next - 1:
+            self._compare(record, here)
             here.verify = False
-            return False
         return at.offset >= here.next
+
+    def _compare(self, record: Record, here: _Place) -> None:
+        before = here.next - 1
+        if record.position.offset != before:
+            what = f"record {before} before the position did not come"
+        elif value_id(record.value) != here.last_value_id:
+            what = f"record {before} is not the one that landed before the position"
+        else:
+            return
+        raise Fatal(
+            f"topic {self._topic}/{record.position.partition}",
+            what,
+            "the topic was created again: fill the gap from the archive, then move the position",
+        )
 
 
 def value_id(value: bytes) -> bytes:

@@ -64,6 +64,7 @@ class Reader:
         self._open = open_partitions
         self._close = close_partitions
         self._taking = asyncio.Lock()
+        self._revocations = 0
         self.consumer = consumer(self)
 
     async def assigned(self, partitions: Sequence[int]) -> dict[int, int]:
@@ -74,6 +75,7 @@ class Reader:
     async def revoked(self, partitions: Sequence[int]) -> None:
         async with self._taking:
             self._close()
+            self._revocations += 1
         _log.info("partitions_revoked", topic=self.consumer.topic, partitions=list(partitions))
 
     async def run(self, lifecycle: Lifecycle) -> None:
@@ -89,13 +91,16 @@ class Reader:
                     continue
                 lifecycle.ready = True
                 LAG.labels(topic=self.consumer.topic).set(self.consumer.lag())
+                revocations = self._revocations
                 for some in slices(records):
-                    await self._until_it_works(lifecycle, partial(self._once, some))
+                    await self._until_it_works(lifecycle, partial(self._once, some, revocations))
         finally:
             await self.consumer.stop()
 
-    async def _once(self, records: Sequence[Record]) -> None:
+    async def _once(self, records: Sequence[Record], revocations: int) -> None:
         async with self._taking:
+            if revocations != self._revocations:
+                return  # they may be ours again by now: then they are read again, from the store's position
             next_offsets = await self._take(records)
         try:
             await self.consumer.commit(next_offsets)
