@@ -224,11 +224,8 @@ class Consumer:
         try:
             got = await client.getmany(timeout_ms=int(timeout_s * 1000), max_records=records_max)
         except (OffsetOutOfRangeError, NoOffsetForPartitionError) as error:
-            raise Fatal(
-                f"group {self.group} on {self.topic}",
-                f"its position is outside the log: {error}",
-                "the topic was created again, or its retention passed the position; see `headgate status`",
-            ) from error
+            await self._check_positions(error)
+            return []
         except KafkaError as error:
             raise Transient(
                 f"group {self.group} on {self.topic}", f"{type(error).__name__} {error}"
@@ -249,6 +246,22 @@ class Consumer:
                 self._next[tp.partition] = batch[-1].offset + 1
         await self._watch(client, bool(records))
         return records
+
+    async def _check_positions(self, error: KafkaError) -> None:
+        """Raise Fatal where an open partition's position is outside the log.
+
+        Before a partition is opened, aiokafka starts at the group's committed offset, and complains where that has expired or never was; `assigned`
+        may know better, so such a complaint counts only where it is true of where we really stand.
+        """
+        for partition, (first, end) in (await self.bounds(list(self._next))).items():
+            here = self._next[partition]
+            if not first <= here <= end:
+                raise Fatal(
+                    f"group {self.group} on {self.topic}/{partition}",
+                    f"its position {here} is outside the log's [{first}, {end}]: {error}",
+                    "the topic was created again, or its retention passed the position; see `headgate status`",
+                ) from error
+            self._require().seek(TopicPartition(self.topic, partition), here)
 
     async def commit(self, next_offsets: Mapping[int, int]) -> None:
         """Commit partition → next offset. A commit that a rebalance overtook is dropped: its new owner decides."""

@@ -49,7 +49,15 @@ def run_worker(
     """Run one worker until it ends or is told to stop; returns the process's exit code."""
     configure_logs(name)
     try:
-        uvloop.run(_serve(main, host, metrics_port))
+        try:
+            uvloop.run(_serve(main, host, metrics_port))
+        except BaseExceptionGroup as group:
+            # Of several errors at once the gravest decides; the others came of the same stop.
+            if (fatal := group.subgroup(Fatal)) is not None:
+                raise _first(fatal) from group
+            if (known := group.subgroup(HeadgateError)) is not None:
+                raise _first(known) from group
+            raise
     except Fatal as error:
         _log.critical("worker_stopped_for_safety", where=error.where, what=error.what, remedy=error.remedy)
         return 3
@@ -60,6 +68,13 @@ def run_worker(
         _log.exception("worker_crashed")
         return 1
     return 0
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 async def _serve(main: Callable[[Lifecycle], Awaitable[None]], host: str, metrics_port: int) -> None:

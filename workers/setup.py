@@ -15,16 +15,16 @@ from aiobotocore.session import get_session
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 from botocore.exceptions import BotoCoreError, ClientError
-from ingest.sinks.postgres import PostgresSink
 
 from ingest import ledger
 from ingest.clock import SystemClock
 from ingest.errors import Fatal, Transient
 from ingest.log import commit_start
 from ingest.sinks.migrate import migrate
+from ingest.sinks.postgres import PostgresSink
 from shard_config.model import S3, Config, Kafka
 from workers import local
-from workers.names import exporter_group
+from workers.names import exporter_group, landing_group, ledger_group
 
 RETENTION_MS = {
     "collect": 3 * 86_400_000,
@@ -52,10 +52,11 @@ async def setup(config: Config) -> list[str]:
                 done.append(f"topic {topic} with {count} partitions")
     kafka = config.kafka
     await commit_start(kafka.bootstrap, kafka.topic("collect"), exporter_group(kafka), config.slots)
-    for sink_name, topic, count in (
-        ("postgres", kafka.topic("raw"), kafka.raw_partitions),
-        (ledger.SINK, kafka.topic("ledger"), kafka.ledger_partitions),
+    for sink_name, group, topic, count in (
+        ("postgres", landing_group(kafka), kafka.topic("raw"), kafka.raw_partitions),
+        (ledger.SINK, ledger_group(kafka), kafka.topic("ledger"), kafka.ledger_partitions),
     ):
+        await commit_start(kafka.bootstrap, topic, group, count)
         sink = await PostgresSink.connect(config.postgres, sink_name=sink_name, clock=clock)
         try:
             await sink.init_positions(topic, range(count))
