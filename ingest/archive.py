@@ -43,7 +43,7 @@ from ingest.clock import Clock
 from ingest.errors import Rejected, Transient
 from ingest.model import BatchId, Receipt, Target, Task
 from ingest.ports import ArchivedTask, Payload
-from ingest.validate import Reason
+from ingest.validate import SLUG, Reason
 from shard_config.model import S3
 
 OBJECT_BYTES_MAX = 8 * 1024 * 1024
@@ -62,9 +62,8 @@ _FRAME = struct.Struct(">I")
 _PART_ENTRY = struct.Struct(">16sI")
 _COUNTS = struct.Struct(">IIIQ")
 _FOOTER_BYTES = _COUNTS.size + 16 + len(_TASK)
-_SLUG = r"[a-z0-9][a-z0-9-]{0,62}"
 _KEY = re.compile(
-    rf"(?:[A-Za-z0-9][A-Za-z0-9._=-]*/)*v1/{_SLUG}/{_SLUG}/{_SLUG}/\d{{4}}/\d\d/\d\d/(?P<tick>\d+)-[0-9a-f]{{32}}"
+    rf"(?:[A-Za-z0-9][A-Za-z0-9._=-]*/)*v1/{SLUG}/{SLUG}/{SLUG}/\d{{4}}/\d\d/\d\d/(?P<tick>\d+)-[0-9a-f]{{32}}"
 )
 
 

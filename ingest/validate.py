@@ -22,7 +22,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from ingest.model import Batch, BatchId, DeadLetter, RecordPosition, Series
+from ingest.model import Batch, BatchId, DeadLetter, Receipt, RecordPosition, Series, Task
 from shard_config.model import Limits
 
 DEAD_POINTS_MAX = 1_000
@@ -68,6 +68,9 @@ class Reason(StrEnum):
     OUT_OF_RANGE = "out_of_range"
     """A number, or a word out of a vocabulary, that means nothing here."""
 
+    BAD_NAME = "bad_name"
+    """A task's id, or a piece of its target, that could not be part of an archive key."""
+
     # An object of the archive, or its key (ingest.archive).
     SPOILT = "spoilt"
     """The object is not whole, or is not what its manifest says."""
@@ -89,6 +92,20 @@ class Reason(StrEnum):
     # A series, met again (the sinks).
     LABELS_DIFFER = "labels_differ"
     """A series id that is known with other labels."""
+
+
+# --- names ----------------------------------------------------------------------------------------------------
+
+SLUG = r"[a-z0-9][a-z0-9-]{0,62}"
+_TARGET = re.compile(f"{SLUG}/{SLUG}/{SLUG}")
+_TASK_ID = re.compile("[0-9a-f]{32}")
+
+
+def task_problem(task: Task | Receipt) -> Reason | None:
+    """Why a task, or its receipt, could have no archive key (or None): its id, its target or its tick."""
+    if not _TASK_ID.fullmatch(task.task_id) or not _TARGET.fullmatch(str(task.target)):
+        return Reason.BAD_NAME
+    return None if 0 <= task.tick_s <= TIMESTAMP_S_MAX else Reason.OUT_OF_RANGE
 
 
 # --- labels ---------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from ingest.model import (
     TaskKind,
     WindowCount,
 )
-from ingest.validate import TIMESTAMP_S_MAX, Reason
+from ingest.validate import TIMESTAMP_S_MAX, Reason, task_problem
 
 __all__ = [
     "batch_id_of",
@@ -55,8 +55,7 @@ _Word = TypeVar("_Word", TaskKind, LookStatus)
 
 def encode_task(task: Task) -> bytes:
     """A Task's record value. Raises Rejected."""
-    for item in task.items:
-        _check_item(item)
+    _check_task(task)
     return _write(
         "task",
         {
@@ -79,6 +78,7 @@ def decode_task(value: bytes) -> Task:
 
 def encode_receipt(receipt: Receipt) -> bytes:
     """A Receipt's record value. Raises Rejected."""
+    _check_task(receipt)
     return _write(
         "receipt",
         {
@@ -178,6 +178,15 @@ def _item_fields(item: TaskItem) -> avro.Datum:
     return {"service": item.service, "start_s": item.start_s, "end_s": item.end_s, "grid_s": item.grid_s}
 
 
+def _check_task(task: Task | Receipt) -> None:
+    if problem := task_problem(task):
+        raise Rejected(
+            "task", problem, f"{task.task_id[:80]!r} of {str(task.target)[:80]!r}, tick {task.tick_s}"
+        )
+    for one in task.items:
+        _check_item(one.item if isinstance(one, ReceiptItem) else one)
+
+
 def _check_item(item: TaskItem) -> None:
     """Whole windows, at least one, and not more than anybody should loop over."""
     if item.grid_s >= 1 and abs(item.start_s) <= TIMESTAMP_S_MAX:
@@ -188,13 +197,11 @@ def _check_item(item: TaskItem) -> None:
 
 
 def _item(datum: avro.Datum) -> TaskItem:
-    item = TaskItem(datum["service"], datum["start_s"], datum["end_s"], datum["grid_s"])
-    _check_item(item)
-    return item
+    return TaskItem(datum["service"], datum["start_s"], datum["end_s"], datum["grid_s"])
 
 
 def _task(datum: avro.Datum) -> Task:
-    return Task(
+    task = Task(
         task_id=datum["task_id"],
         target=_target(datum),
         config_revision=datum["config_revision"],
@@ -204,6 +211,8 @@ def _task(datum: avro.Datum) -> Task:
         expires_s=datum["expires_s"],
         items=tuple(_item(item) for item in datum["items"]),
     )
+    _check_task(task)
+    return task
 
 
 def _receipt_item_fields(done: ReceiptItem) -> avro.Datum:
@@ -254,7 +263,7 @@ def _receipt_item(datum: avro.Datum) -> ReceiptItem:
 
 
 def _receipt(datum: avro.Datum) -> Receipt:
-    return Receipt(
+    receipt = Receipt(
         task_id=datum["task_id"],
         target=_target(datum),
         shard=datum["shard"],
@@ -264,6 +273,8 @@ def _receipt(datum: avro.Datum) -> Receipt:
         archive_key=datum["archive_key"],
         items=tuple(_receipt_item(item) for item in datum["items"]),
     )
+    _check_task(receipt)
+    return receipt
 
 
 def _word(vocabulary: type[_Word], word: str) -> _Word:

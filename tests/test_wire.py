@@ -553,7 +553,7 @@ def mutated(rng: random.Random, value: bytes) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_changes_are_read_or_rejected_and_nothing_else(seed: int) -> None:
     rng = random.Random(seed)
     table = series_table.encode(SAMPLE.series, SAMPLE.ids, LIMITS)
@@ -685,7 +685,10 @@ item = st.builds(
     st.integers(1, wire.WINDOWS_PER_ITEM_MAX),
     st.integers(1, 2**31 - 1),
 )
-targets = st.builds(Target, text, text, text)
+name = st.from_regex("[a-z0-9][a-z0-9-]{0,62}", fullmatch=True)
+targets = st.builds(Target, name, name, name)
+task_ids = st.from_regex("[0-9a-f]{32}", fullmatch=True)
+ticks = st.integers(0, 253_402_300_799)
 outcomes = st.builds(
     Outcome, st.sampled_from(LookStatus), text, long, long, st.dictionaries(text, long, max_size=3), long
 )
@@ -698,14 +701,22 @@ def tuples(of: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 tasks = st.builds(
-    Task, text, targets, text, long, st.integers(0, 2**31 - 1), st.sampled_from(TaskKind), long, tuples(item)
+    Task,
+    task_ids,
+    targets,
+    text,
+    ticks,
+    st.integers(0, 2**31 - 1),
+    st.sampled_from(TaskKind),
+    long,
+    tuples(item),
 )
 receipts = st.builds(
     Receipt,
-    text,
+    task_ids,
     targets,
     text,
-    long,
+    ticks,
     long,
     long,
     text,
@@ -750,7 +761,12 @@ def test_a_dead_letter_comes_back(letter: DeadLetter) -> None:
         (replace(TASK, items=(TaskItem("ec2", 0, 300, 0),)), "out_of_range"),
         (replace(TASK, attempt=cast(int, "1")), "bad_datum"),
         (replace(TASK, attempt=True), "bad_datum"),
-        (replace(TASK, tick_s=2**63), "bad_datum"),
+        (replace(TASK, tick_s=2**63), "out_of_range"),
+        (replace(TASK, tick_s=-1), "out_of_range"),
+        (replace(TASK, expires_s=2**63), "bad_datum"),
+        (replace(TASK, task_id="../" * 10 + "00"), "bad_name"),
+        (replace(TASK, target=Target("cloudwatch", "..", "eu-west-1")), "bad_name"),
+        (replace(TASK, target=Target("cloudwatch", "a/b", "eu-west-1")), "bad_name"),
         (replace(TASK, tick_s=cast(int, 1.0)), "bad_datum"),
         (replace(TASK, config_revision="a\0b"), "control_character"),
         (replace(TASK, config_revision="\ud800"), "bad_datum"),
@@ -762,6 +778,15 @@ def test_a_task_that_would_not_be_read_is_not_written(task: Task, reason: str) -
         wire.encode_task(task)
 
     assert refused.value.reason == reason
+
+
+def test_a_task_whose_target_could_leave_its_archive_key_is_rejected() -> None:
+    foreign = wire.encode_task(TASK).replace(b"eu-west-1", b"eu_west/1")
+
+    with pytest.raises(Rejected) as refused:
+        wire.decode_task(foreign)
+
+    assert refused.value.reason == "bad_name"
 
 
 def test_a_task_of_an_unknown_kind_is_rejected() -> None:
