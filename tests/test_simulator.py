@@ -245,6 +245,14 @@ def test_501_queries_are_refused() -> None:
         (body_of([query(1, METRICS[0])], NOW_S + 1, NOW_S), "ValidationError", "must be less than"),
         (body_of([query(1, METRICS[0])], ScanBy="Down"), "ValidationError", "ScanBy"),
         (body_of([query(1, METRICS[0])], MaxDatapoints=100_801), "ValidationError", "MaxDatapoints"),
+        (
+            body_of([{"Id": "q1", "MetricStat": {"Metric": [], "Period": 60, "Stat": "Sum"}}]),
+            "ValidationError",
+            "required",
+        ),
+        (body_of([query(1, METRICS[0])], MaxDatapoints="many"), "", "not a GetMetricData request"),
+        (body_of([1]), "", "not a GetMetricData request"),  # type: ignore[list-item]
+        (body_of([query(1, METRICS[0])], start_s="yesterday"), "", "not a timestamp"),  # type: ignore[arg-type]
         ({"StartTime": 1, "EndTime": 2}, "MissingParameter", "MetricDataQueries is required"),
     ],
 )

@@ -47,6 +47,10 @@ def invalid(message: str) -> AwsError:
     return AwsError("ValidationError", message, query_code="ValidationError")
 
 
+def _unreadable(what: str) -> AwsError:
+    return AwsError("SerializationException", what)
+
+
 def _invalid_token() -> AwsError:
     return AwsError("InvalidNextToken", "Request token is invalid", query_code="InvalidNextToken")
 
@@ -79,9 +83,10 @@ class DataRequest:
         return _fingerprint(replace(self, token=""))
 
     def datapoints(self) -> int:
-        """What AWS charges against the datapoints quota: range ÷ period, whatever there is."""
+        """What is charged against the datapoints quota: range ÷ period, whatever there is, up to one page's worth."""
         span_s = self.end_s - self.start_s
-        return sum(max(1, span_s // q.question.period_s) for q in self.queries)
+        estimate = sum(max(1, span_s // q.question.period_s) for q in self.queries)
+        return min(estimate, self.datapoints_max)
 
 
 def parse_data_request(body: Mapping[str, Any]) -> DataRequest:
@@ -95,7 +100,7 @@ def parse_data_request(body: Mapping[str, Any]) -> DataRequest:
             )
     raw = body["MetricDataQueries"]
     if not isinstance(raw, list):
-        raise AwsError("SerializationException", "MetricDataQueries is not a list")
+        raise _unreadable("MetricDataQueries is not a list")
     if len(raw) > QUERIES_MAX:
         raise invalid(f"The collection MetricDataQueries must not have a size greater than {QUERIES_MAX}.")
     start_s, end_s = _seconds(body["StartTime"], "StartTime"), _seconds(body["EndTime"], "EndTime")
@@ -103,13 +108,16 @@ def parse_data_request(body: Mapping[str, Any]) -> DataRequest:
         raise invalid("The parameter StartTime must not equal parameter EndTime.")
     if start_s > end_s:
         raise invalid("The parameter StartTime must be less than the parameter EndTime.")
-    queries = tuple(_query(n, q) for n, q in enumerate(raw, 1))
+    try:
+        queries = tuple(_query(n, q) for n, q in enumerate(raw, 1))
+        datapoints_max = int(body.get("MaxDatapoints") or DATAPOINTS_MAX)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise _unreadable(f"the body is not a GetMetricData request: {e!r}") from e
     if len({q.id for q in queries}) < len(queries):
         raise invalid("The values for parameter id in MetricDataQueries are not unique.")
     scan = body.get("ScanBy") or "TimestampDescending"
     if scan not in ("TimestampDescending", "TimestampAscending"):
         raise invalid(f"The value {scan} for parameter ScanBy is not supported.")
-    datapoints_max = int(body.get("MaxDatapoints") or DATAPOINTS_MAX)
     if not 1 <= datapoints_max <= DATAPOINTS_MAX:
         raise invalid(f"The parameter MaxDatapoints must be between 1 and {DATAPOINTS_MAX}.")
     return DataRequest(
@@ -169,7 +177,7 @@ def _seconds(value: Any, name: str) -> int:
             return int(value // 1)
     except ValueError:
         pass
-    raise AwsError("SerializationException", f"{name} {value!r} is not a timestamp")
+    raise _unreadable(f"{name} {value!r} is not a timestamp")
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------
@@ -190,7 +198,7 @@ def _resume(token: str, fingerprint: str) -> tuple[int, int, int]:
         if of != fingerprint:
             raise _invalid_token()
         return int(as_of_s), int(index), int(skip)
-    except ValueError as e:
+    except (ValueError, TypeError) as e:
         raise _invalid_token() from e
 
 
@@ -297,7 +305,10 @@ def list_metrics(truth: Truth, account: str, region: str, body: Mapping[str, Any
     if active not in (None, "PT3H"):
         raise invalid("The parameter RecentlyActive must be PT3H.")
     namespace, name = body.get("Namespace"), body.get("MetricName")
-    wanted = [(d["Name"], d.get("Value")) for d in body.get("Dimensions") or ()]
+    try:
+        wanted = [(d["Name"], d.get("Value")) for d in body.get("Dimensions") or ()]
+    except (AttributeError, KeyError, TypeError) as e:
+        raise _unreadable(f"Dimensions are not filters: {e!r}") from e
     fingerprint = _fingerprint((namespace, name, wanted, active))
     as_of_s, first = now_s, 0
     if body.get("NextToken"):

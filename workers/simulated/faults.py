@@ -15,7 +15,7 @@ from typing import Any, Self
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """All off by default. A share is a probability in [0, 1], of calls where it does not say "result"."""
+    """All off by default. A share is a probability in [0, 1]: of CloudWatch calls, where it does not say of what."""
 
     seed: int = 0
     throttle_share: float = 0.0
