@@ -17,6 +17,7 @@ from ingest.clock import SystemClock
 from ingest.errors import Transient
 from ingest.model import Batch, LookStatus, Outcome, SeriesKey, Target, TaskItem
 from ingest.sources import aws, cloudwatch
+from ingest.sources.aws import Access
 from ingest.sources.cloudwatch import CloudWatchSource
 from ingest.sources.discovery import series_of
 from ingest.sources.metric_data import (
@@ -391,6 +392,42 @@ async def test_points_past_retention_are_expired_and_not_empty() -> None:
         batches, outcome = await looked(source, item_of(ago_s=20 * 86_400))
         assert (batches, outcome.status) == ([], LookStatus.EXPIRED)
         assert "kept for 360 h" in outcome.detail
+
+
+@asynccontextmanager
+async def small_pages(sim: Simulator) -> AsyncIterator[CloudWatchSource]:
+    """A source whose calls are answered in pages of 50 datapoints."""
+
+    async def get(access: Access, request: Mapping[str, Any]) -> Page:
+        return await source._get_by_botocore(access, {**request, "MaxDatapoints": 50})
+
+    source = CloudWatchSource(config_of(sim), CLOCK, get)
+    try:
+        yield source
+    finally:
+        await source.close()
+
+
+async def test_all_pages_are_read_and_merged_and_are_as_of_the_first() -> None:
+    async with rig() as (sim, _), small_pages(sim) as source:
+        item = item_of()
+        batches, outcome = await looked(source, item)
+        points = landed(batches)
+        assert outcome.status is LookStatus.COMPLETE
+        assert outcome.requests["GetMetricData"] > 5
+        assert outcome.metrics_billed == outcome.series  # pages are billed once
+        assert points == truth_of(sim.truth, item, EC2, outcome.observed_at_ms // 1000)
+
+
+async def test_a_token_that_leads_back_ends_the_call_and_leaves_the_look_partial() -> None:
+    async with rig(faults=Faults(token_loop_share=0.3)) as (sim, _), small_pages(sim) as source:
+        item = item_of()
+        batches, outcome = await looked(source, item)
+        assert outcome.status is LookStatus.PARTIAL
+        assert "the same NextToken came twice" in outcome.detail
+        assert 1 < outcome.requests["GetMetricData"] < 50
+        everything = truth_of(sim.truth, item, EC2, outcome.observed_at_ms // 1000)
+        assert all(set(points) <= set(everything[key]) for key, points in landed(batches).items())
 
 
 async def test_pages_that_go_round_in_a_circle_end_the_look() -> None:

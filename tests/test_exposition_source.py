@@ -43,6 +43,12 @@ size_bucket{le="+Inf"} 2
 limit +Inf
 """
 
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exposition, "RETRY_PAUSE_S", 0.02)
+
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
