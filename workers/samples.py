@@ -16,7 +16,8 @@ import csv
 import io
 import json
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -137,7 +138,7 @@ async def find_series(connection: asyncpg.Connection, wanted: Filter, at_most: i
 
 async def stream(
     connection: asyncpg.Connection, wanted: Filter
-) -> AsyncIterator[list[tuple[Labels, str, float]]]:
+) -> AsyncGenerator[list[tuple[Labels, str, float]]]:
     """(labels, timestamp, value) of the samples that match, by time and then by series, in lists of bounded length."""
     parameters: list[Any] = []
     terms = []
@@ -149,19 +150,20 @@ async def stream(
             terms.append(f"ts {operator} to_timestamp(${len(parameters)}::float8)")
     where = f"WHERE {' AND '.join(terms)}" if terms else ""
     cache: dict[bytes, Labels] = {}
-    async with connection.transaction(isolation="repeatable_read", readonly=True):
-        query = f"SELECT series, ts, value FROM samples {where} ORDER BY ts, series"
-        cursor = await connection.cursor(query, *parameters)
-        while rows := await cursor.fetch(ROWS_A_FETCH):
-            missing = list({row[0] for row in rows} - cache.keys())
-            if missing:
-                if len(cache) + len(missing) > LABELS_CACHED_MAX:
-                    cache.clear()
-                    missing = list({row[0] for row in rows})
-                found = await connection.fetch(f"{_LABELS} WHERE id = ANY($1::uuid[])", missing)
-                cache.update((row["id"], _labels(row)) for row in found)
-            texts = {ts: rfc3339(ts) for ts in {row[1] for row in rows}}
-            yield [(cache[series], texts[ts], value) for series, ts, value in rows]
+    with translated("samples"):
+        async with connection.transaction(isolation="repeatable_read", readonly=True):
+            query = f"SELECT series, ts, value FROM samples {where} ORDER BY ts, series"
+            cursor = await connection.cursor(query, *parameters)
+            while rows := await cursor.fetch(ROWS_A_FETCH):
+                missing = list({row[0] for row in rows} - cache.keys())
+                if missing:
+                    if len(cache) + len(missing) > LABELS_CACHED_MAX:
+                        cache.clear()
+                        missing = list({row[0] for row in rows})
+                    found = await connection.fetch(f"{_LABELS} WHERE id = ANY($1::uuid[])", missing)
+                    cache.update((row["id"], _labels(row)) for row in found)
+                texts = {ts: rfc3339(ts) for ts in {row[1] for row in rows}}
+                yield [(cache[series], texts[ts], value) for series, ts, value in rows]
 
 
 # --- writing --------------------------------------------------------------------------------------------------
@@ -176,19 +178,21 @@ async def export_csv(
     """
     prefixes: dict[Labels, str] = {}
     count = 0
-    with translated("export"), out_path.open("w", encoding="utf-8", newline="") as file:
-        file.write(",".join(EXPORT_COLUMNS) + "\n")
-        async for rows in stream(connection, Filter(from_s=from_s, to_s=to_s)):
-            if len(prefixes) > LABELS_CACHED_MAX:
-                prefixes.clear()
-            lines = []
-            for labels, timestamp, value in rows:
-                prefix = prefixes.get(labels)
-                if prefix is None:
-                    prefix = prefixes[labels] = _csv_prefix(labels)
-                lines.append(f"{prefix}{timestamp},{value!r}\n")
-            file.write("".join(lines))
-            count += len(rows)
+    batches = stream(connection, Filter(from_s=from_s, to_s=to_s))
+    async with aclosing(batches):
+        with out_path.open("w", encoding="utf-8", newline="") as file:
+            file.write(",".join(EXPORT_COLUMNS) + "\n")
+            async for rows in batches:
+                if len(prefixes) > LABELS_CACHED_MAX:
+                    prefixes.clear()
+                lines = []
+                for labels, timestamp, value in rows:
+                    prefix = prefixes.get(labels)
+                    if prefix is None:
+                        prefix = prefixes[labels] = _csv_prefix(labels)
+                    lines.append(f"{prefix}{timestamp},{value!r}\n")
+                file.write("".join(lines))
+                count += len(rows)
     return count
 
 
@@ -204,23 +208,24 @@ async def show(
     """Write the samples that match to `out`; returns the exit code: 1 where there are none, 2 where CSV would be ambiguous."""
     with translated("samples"):
         series = await find_series(connection, wanted, SERIES_LISTED_MAX)
-        if not series:
-            err.write(await _nothing_matches(connection, wanted))
-            return 1
-        if format_ == "csv" and len(series) > 1:
-            err.write(differences(series))
-            return 2
-        begin, one, between, end = _FORMATS[format_]
-        count = 0
-        async for rows in stream(connection, wanted):
+    if not series:
+        err.write(await _nothing_matches(connection, wanted))
+        return 1
+    if format_ == "csv" and len(series) > 1:
+        err.write(differences(series))
+        return 2
+    begin, one, between, end = _FORMATS[format_]
+    count = 0
+    async with aclosing(stream(connection, wanted)) as batches:
+        async for rows in batches:
             out.write(between if count else begin)
             out.write(between.join(one(*row) for row in rows))
             count += len(rows)
-        if not count:
-            err.write(await _nothing_then(connection, len(series)))
-            return 1
-        out.write(end)
-        return 0
+    if not count:
+        err.write(await _nothing_then(connection, len(series)))
+        return 1
+    out.write(end)
+    return 0
 
 
 def _as_json(labels: Labels, timestamp: str, value: float) -> str:

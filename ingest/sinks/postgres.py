@@ -16,7 +16,6 @@ and all of them where that COPY meets a key after all, take a temporary table an
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,9 +27,9 @@ import structlog
 
 from ingest.clock import Clock
 from ingest.errors import Fatal, HeadgateError
-from ingest.model import Series, digest_of
+from ingest.model import digest_of
 from ingest.ports import Advance, Landable, Landed, SeriesRejected, StoredPosition
-from ingest.sinks import statements
+from ingest.sinks import series, statements
 from ingest.sinks.connection import bounded, open_connection, server_of, translated
 from ingest.sinks.copy import COLUMNS, TIMESTAMP_MAX_S, TIMESTAMP_MIN_S, Rows, copy_stream, rows_of
 from ingest.sinks.partitions import create_partitions
@@ -146,7 +145,7 @@ class PostgresSink:
     async def land(self, advances: Sequence[Advance], batches: Sequence[Landable]) -> Landed:
         refused = [(b.batch_id, i) for b in batches for i in _unstorable(b)]
         if refused:
-            raise SeriesRejected(self._where, "unstorable", "NaN, NUL or no such time", refused)
+            raise SeriesRejected(self._where, "unstorable", "NaN, or no such time", refused)
 
         async def work(connection: asyncpg.Connection) -> Landed:
             known = await self._known(connection, batches)
@@ -181,13 +180,13 @@ class PostgresSink:
         rows: Rows,
     ) -> int:
         """The transaction, tried again where that may help; the number of rows that went through staging."""
-        met = self._first_met(batches)
+        met = series.first_met(self._where, batches, self._seen)
         for attempt in range(1, LAND_ATTEMPTS + 1):
             try:
                 self._days |= await create_partitions(connection, rows.days(), self._days)
                 async with connection.transaction():
                     await self._advance(connection, advances)
-                    await self._insert_series(connection, met, batches)
+                    await series.insert(connection, self._where, met, batches, self._now())
                     staged = await self._insert_rows(connection, rows, careful=attempt > 1)
                     await self._insert_landed(connection, batches)
             except _RETRIED as error:
@@ -217,43 +216,6 @@ class PostgresSink:
                 )
         nexts, ids = [a.next for a in advances], [a.last_value_id for a in advances]
         await connection.execute(statements.MOVE_POSITIONS, self._sink, topics, numbers, nexts, ids)
-
-    def _first_met(self, batches: Sequence[Landable]) -> dict[bytes, Series]:
-        """Series that this process has not landed yet, by id."""
-        met: dict[bytes, Series] = {}
-        for b in batches:
-            raw = b.batch.ids.astype(">u8").tobytes()
-            for i in np.flatnonzero(~self._seen.knows(b.batch.ids)).tolist():
-                met[raw[i * 16 : i * 16 + 16]] = b.batch.series[i]
-        return met
-
-    async def _insert_series(
-        self, connection: asyncpg.Connection, met: Mapping[bytes, Series], batches: Sequence[Landable]
-    ) -> None:
-        if not met:
-            return
-        keys = [one.key for one in met.values()]
-        columns: list[list[Any]] = [
-            list(met),
-            *([getattr(k, name) for k in keys] for name in ("account", "region", "namespace", "metric")),
-            [json.dumps(dict(k.dimensions)) for k in keys],
-            *([getattr(k, name) for k in keys] for name in ("stat", "period_s")),
-            [one.unit for one in met.values()],
-        ]
-        await connection.execute(statements.INSERT_SERIES, *columns, self._now())
-        others = {row["id"] for row in await connection.fetch(statements.OTHER_LABELS, *columns)}
-        if others:
-            raise SeriesRejected(
-                self._where,
-                "label_conflict",
-                f"{len(others)} ids have landed with other labels",
-                [
-                    (b.batch_id, i)
-                    for b in batches
-                    for i, high_low in enumerate(b.batch.ids.astype(">u8"))
-                    if high_low.tobytes() in others
-                ],
-            )
 
     async def _insert_rows(self, connection: asyncpg.Connection, rows: Rows, *, careful: bool) -> int:
         suspect = np.ones(len(rows), np.bool_) if careful else self._seen.may_conflict(rows)
@@ -380,5 +342,6 @@ def _unstorable(one: Landable) -> list[int]:
     """Indices of series with what PostgreSQL, or our order of values, has no place for. Validation lets none through."""
     b = one.batch
     bad = np.isnan(b.values) | (b.timestamps_s < TIMESTAMP_MIN_S) | (b.timestamps_s > TIMESTAMP_MAX_S)
-    series = np.unique(np.repeat(np.arange(len(b.series)), b.counts)[bad])
-    return series.tolist() if bad.any() else []
+    if not bad.any():
+        return []
+    return [int(i) for i in np.unique(np.repeat(np.arange(len(b.series)), b.counts)[bad])]
