@@ -2,17 +2,18 @@
 
 Guarantees:
 
-* *Announced exists*: S3, then Kafka `raw`, then the receipt; whoever commits the task's offset does so after `collect` returned.
-* *Not paid twice*: a task that may be a second try asks the archive first, and what is archived is published from there.
-  Where two runs of one task race, put-if-absent picks one, and both publish that one.
-* *Every task ends with a receipt*, failures included; a look that failed is in it as failed, never as empty.
-
-Raises Transient only where the receipt itself could not be written: the task stays open and is taken again.
+* *Announced exists*: S3, then Kafka `raw`, then the receipt; whoever commits the task's offset does so after `publish` returned.
+* *Not paid twice*: a task that may be a second try asks the archive first, and what is archived is published from there. Publishing
+  that fails is tried again with the answer in hand. (An archive that cannot be read costs a second look, not data.)
+* Where two runs of one task race, put-if-absent picks one, and both publish that one. What the other paid for is in a receipt too.
+* *Every task ends with a receipt*, failures included; a look that failed is in it as failed, never as empty. That holds for a
+  source that raises or hangs as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, replace
 
 import structlog
@@ -20,10 +21,9 @@ import structlog
 from ingest import wire
 from ingest.archive import archive_key
 from ingest.clock import Clock
-from ingest.errors import Rejected, Transient
+from ingest.errors import Fatal, Rejected, Transient
 from ingest.log import Outgoing, Sender
 from ingest.model import (
-    Batch,
     LookStatus,
     Outcome,
     Receipt,
@@ -39,11 +39,26 @@ from ingest.ports import Archive, ArchivedTask, Payload, Source
 
 _log = structlog.get_logger()
 
+OVERTIME_S = 10.0
+"""Past its deadline a source has this long to say so itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class Topics:
     raw: str
     ledger: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What is to be published of a task.
+
+    `own` is the receipt of what this run asked and paid for: None where all came from the archive. Where another run's answer is
+    archived, it is that answer's receipt with this run's times and cost, and no points: the other's receipt counts them.
+    """
+
+    archived: ArchivedTask
+    own: Receipt | None
 
 
 def raw_key(target: Target) -> bytes:
@@ -80,18 +95,37 @@ class Collector:
         self._deadline_s = deadline_s
 
     async def collect(self, task: Task, *, maybe_second_try: bool) -> Receipt:
-        """Execute one task and return its receipt, which is on the ledger topic by then."""
-        kept_under = archive_key(task, self._prefix)
+        """Execute one task and return its receipt, which is on the ledger topic by then. Raises Transient where it is not."""
+        answer = await self.answer(task, maybe_second_try=maybe_second_try)
+        await self.publish(answer)
+        return answer.archived.receipt
+
+    async def answer(self, task: Task, *, maybe_second_try: bool) -> Answer:
+        """Look and archive, or take from the archive what is there already. Raises Fatal only."""
+        try:
+            kept_under = archive_key(task, self._prefix)
+        except Rejected as error:
+            failed = tuple(_failed(i, LookStatus.FAILED, f"not asked: {error}") for i in task.items)
+            receipt = self._receipt(task, "", self._clock.now_ms(), failed)
+            return Answer(ArchivedTask(receipt, ()), receipt)
         done = await self._archived(kept_under) if maybe_second_try else None
         if done is None:
-            done = await self._look_and_archive(task, kept_under)
-        else:
-            _log.info("task_published_from_archive", task=task.task_id, target=str(task.target))
-        key = raw_key(task.target)
+            return await self._look_and_archive(task, kept_under)
+        _log.info("task_published_from_archive", task=task.task_id, target=str(task.target))
+        return Answer(done, None)
+
+    async def publish(self, answer: Answer) -> None:
+        """Batches, then receipts. Raises Transient: publish the same again."""
+        done = answer.archived
+        target = done.receipt.target
+        key = raw_key(target)
         await self._sender.send(self._topics.raw, [Outgoing(key, p.value) for p in done.payloads])
-        receipt = Outgoing(str(task.target).encode(), wire.encode_receipt(done.receipt))
-        await self._sender.send(self._topics.ledger, [receipt])
-        return done.receipt
+        receipts = [done.receipt]
+        if answer.own not in (None, done.receipt):
+            receipts.append(answer.own)
+        await self._sender.send(
+            self._topics.ledger, [Outgoing(str(target).encode(), wire.encode_receipt(r)) for r in receipts]
+        )
 
     async def _archived(self, key: str) -> ArchivedTask | None:
         try:
@@ -101,7 +135,7 @@ class Collector:
             _log.warning("archive_not_readable", key=key, error=str(error))
             return None
 
-    async def _look_and_archive(self, task: Task, key: str) -> ArchivedTask:
+    async def _look_and_archive(self, task: Task, key: str) -> Answer:
         started_at_ms = self._clock.now_ms()
         deadline_s = self._clock.monotonic_s() + self._deadline_s
         items: list[ReceiptItem] = []
@@ -110,7 +144,19 @@ class Collector:
             done, found = await self._look(task, item, deadline_s)
             items.append(done)
             payloads += found
-        receipt = Receipt(
+        receipt = self._receipt(task, key, started_at_ms, tuple(items))
+        try:
+            archived = await self._archive.put(ArchivedTask(receipt, tuple(payloads)))
+        except (Transient, Rejected) as error:
+            _log.error("task_not_archived", task=task.task_id, target=str(task.target), error=str(error))
+            receipt = _not_archived(receipt, str(error))
+            return Answer(ArchivedTask(receipt, ()), receipt)
+        if archived.receipt == receipt:
+            return Answer(archived, receipt)
+        return Answer(archived, _lost(receipt, archived.receipt))
+
+    def _receipt(self, task: Task, key: str, started_at_ms: int, items: tuple[ReceiptItem, ...]) -> Receipt:
+        return Receipt(
             task_id=task.task_id,
             target=task.target,
             shard=self._shard,
@@ -118,13 +164,8 @@ class Collector:
             started_at_ms=started_at_ms,
             finished_at_ms=self._clock.now_ms(),
             archive_key=key,
-            items=tuple(items),
+            items=items,
         )
-        try:
-            return await self._archive.put(ArchivedTask(receipt, tuple(payloads)))
-        except (Transient, Rejected) as error:
-            _log.error("task_not_archived", task=task.task_id, target=str(task.target), error=str(error))
-            return ArchivedTask(_not_archived(receipt, str(error)), ())
 
     async def _look(self, task: Task, item: TaskItem, deadline_s: float) -> tuple[ReceiptItem, list[Payload]]:
         if task.expires_s and self._clock.now_s() >= task.expires_s:
@@ -134,17 +175,37 @@ class Collector:
         source = self._sources.get(task.target.source)
         if source is None:
             return _failed(item, LookStatus.FAILED, f"no source {task.target.source!r} in this shard"), []
+        try:
+            return await self._ask(source, task, item, deadline_s)
+        except Fatal:
+            raise
+        except Exception as error:
+            # Sources promise not to raise. One that does, or hangs, must not stop the other targets of its shard.
+            _log.exception("source_raised", target=str(task.target), service=item.service)
+            return _failed(item, LookStatus.FAILED, f"the source raised {type(error).__name__}: {error}"), []
+
+    async def _ask(
+        self, source: Source, task: Task, item: TaskItem, deadline_s: float
+    ) -> tuple[ReceiptItem, list[Payload]]:
         payloads: list[Payload] = []
         counts: list[WindowCount] = []
         points = 0
         outcome: Outcome | None = None
-        async for answer in source.look(task.task_id, task.target, item, deadline_s):
-            if isinstance(answer, Batch):
-                payloads += wire.encode_batch(answer)
-                counts += window_counts(answer.point_ids(), answer.timestamps_s, answer.values, answer.grid_s)
-                points += answer.points
-            else:
-                outcome = answer
+        answers = source.look(task.task_id, task.target, item, deadline_s)
+        try:
+            async with asyncio.timeout(max(0.0, deadline_s - self._clock.monotonic_s()) + OVERTIME_S):
+                async for answer in answers:
+                    if isinstance(answer, Outcome):
+                        outcome = answer
+                        continue
+                    payloads += wire.encode_batch(answer)
+                    counts += window_counts(
+                        answer.point_ids(), answer.timestamps_s, answer.values, answer.grid_s
+                    )
+                    points += answer.points
+        finally:
+            if isinstance(answers, AsyncGenerator):
+                await answers.aclose()
         if outcome is None:
             return _failed(item, LookStatus.FAILED, "the source ended without an outcome"), []
         if outcome.status is LookStatus.COMPLETE and not outcome.observed_at_ms:
@@ -180,3 +241,27 @@ def _not_archived(receipt: Receipt, why: str) -> Receipt:
         for i in receipt.items
     )
     return replace(receipt, archive_key="", items=items)
+
+
+def _lost(own: Receipt, archived: Receipt) -> Receipt:
+    """The receipt of a run that came second: another's answer, at its own cost."""
+    cost = {i.item.service: i.outcome for i in own.items}
+    items = tuple(
+        replace(
+            i,
+            points=0,
+            outcome=replace(
+                i.outcome,
+                requests=cost[i.item.service].requests,
+                metrics_billed=cost[i.item.service].metrics_billed,
+            ),
+        )
+        for i in archived.items
+    )
+    return replace(
+        archived,
+        shard=own.shard,
+        started_at_ms=own.started_at_ms,
+        finished_at_ms=own.finished_at_ms,
+        items=items,
+    )
