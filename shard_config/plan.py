@@ -1,0 +1,201 @@
+"""Targets × slots → an assignment. Pure, and made for being made again.
+
+Let W be the weight of all targets and k the slots in use. A target is *heavy* where it weighs more than a mean slot of what is left once
+every heavier one has a slot to itself: that is decided heaviest first, and ends at the first that is not. The others are *light*; their
+mean slot is the *level*, L = W_light / (k − heavy), and the *cap* is L + max(0.05 · L, heaviest light target).
+
+* **Coverage**: every target has exactly one slot, and a retired slot has none.
+* **Balance**: a heavy target has its slot to itself; no other slot exceeds the cap. So the heaviest slot is at most 1.05 of the
+  mean where no target exceeds 0.05 of it, and otherwise at most the mean plus the heaviest target.
+* **Determinism**: the result depends on the arguments' content alone: not on the order of a mapping, nor on machine, process or Python.
+* **Stability**: against `previous` it moves at most 1.1 of the least weight that any plan with this Balance has to move, whatever changed
+  (targets, weights, slots, retirements). A target that is new moves nothing.
+
+Why Stability holds. Whatever a plan does, the targets of a slot that is gone move. A slot that is not to hold a heavy target keeps light
+ones up to the cap: it loses all heavy ones and the lightest set of light ones that reaches its excess. A slot that holds a heavy target
+keeps that at best. As many slots as there are heavy targets become slots of the second kind, and the least sum over all choices is had by
+taking those where the second kind is cheapest against the first. That is a lower bound; and it is reached, since everything that was moved
+or is new finds a place without moving more: each heavy target an empty slot, and each light one the lightest slot, which is below the
+level, and so stays below the cap. The factor 1.1 is the lightest set's: finding that is a subset sum, which `_shed` approximates
+from above. A margin of 0.05 · L before anything moves keeps small changes of weights from moving anything.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import accumulate
+from typing import Final
+
+MARGIN: Final = 0.05
+"""How far beyond the level a slot of small targets may go."""
+
+MOVED_SLACK: Final = 0.1
+"""How much more than the least weight may move."""
+
+ROUNDING: Final = 1e-9
+"""Floats that differ by less than this part are equal: what was put up to the cap is not beyond it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A target that changes its slot."""
+
+    target: str
+    weight: float
+    before: int
+    after: int
+
+
+def plan(
+    weights: Mapping[str, float],
+    slots: int,
+    previous: Mapping[str, int] | None = None,
+    retired: Collection[int] = frozenset(),
+) -> dict[str, int]:
+    """Slot by target, in the targets' order by name.
+
+    `weights` may be in any unit; they are finite and not negative (of targets that weigh nothing only their number is balanced).
+    Slots are numbered from 0; those in `retired` get nothing. `previous` may name targets and slots that are no more.
+    Raises ValueError for a weight that is none, and where no slot is in use.
+    """
+    usable = [slot for slot in range(slots) if slot not in frozenset(retired)]
+    if not usable:
+        raise ValueError(f"none of {slots} slots is in use")
+    for target, weight in weights.items():
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"the weight of {target} is {weight}, not a finite number from 0 up")
+    order = _heaviest_first(weights)
+    heavy, cap = _heavy_and_cap([weights[target] for target in order], len(usable))
+    held: dict[int, list[str]] = {slot: [] for slot in usable}
+    for target in order if previous else ():
+        if (slot := (previous or {}).get(target, -1)) in held:
+            held[slot].append(target)
+    giants = frozenset(order[:heavy])
+    found = _keep(held, weights, giants, cap)
+    _place([t for t in order if t not in found], found, weights, giants, usable)
+    return {target: found[target] for target in sorted(found)}
+
+
+def moves(before: Mapping[str, int], after: Mapping[str, int], weights: Mapping[str, float]) -> list[Move]:
+    """What changes its slot from one plan to another, heaviest first. Targets that are new or gone do not move."""
+    changed = {t: weights[t] for t, slot in after.items() if before.get(t, slot) != slot}
+    return [Move(t, changed[t], before[t], after[t]) for t in _heaviest_first(changed)]
+
+
+def _heaviest_first(weights: Mapping[str, float]) -> list[str]:
+    """Equal weights by a digest of the name: by name, the regions of one account would stand together."""
+
+    def place(target: str) -> tuple[float, bytes, str]:
+        return -weights[target], blake2b(target.encode(), digest_size=8).digest(), target
+
+    return sorted(weights, key=place)
+
+
+def _heavy_and_cap(descending: Sequence[float], slots: int) -> tuple[int, float]:
+    """(number of heavy targets, cap of the other slots), of weights from the heaviest down."""
+    left = [*reversed(list(accumulate(reversed(descending)))), 0.0]
+    heavy = 0
+    for weight in descending[: slots - 1]:
+        if weight * (slots - heavy) <= left[heavy] * (1 + ROUNDING):
+            break
+        heavy += 1
+    level = left[heavy] / (slots - heavy)
+    heaviest_light = descending[heavy] if heavy < len(descending) else 0.0
+    return heavy, level + max(MARGIN * level, heaviest_light)
+
+
+def _keep(
+    held: Mapping[int, Sequence[str]], weights: Mapping[str, float], heavy: Collection[str], cap: float
+) -> dict[str, int]:
+    """What stays where it is: the most weight, but for MOVED_SLACK, that leaves room for a plan in balance.
+
+    `held` has what each usable slot held, heaviest first.
+    """
+    shared: dict[int, Sequence[str]] = {}
+    alone: dict[int, Sequence[str]] = {}
+    for slot, targets in held.items():
+        light = [t for t in targets if t not in heavy]
+        gone = _shed([weights[t] for t in light], cap)
+        shared[slot] = [t for i, t in enumerate(light) if i not in gone]
+        alone[slot] = targets[:1] if len(light) < len(targets) else ()
+
+    def loss(slot: int) -> tuple[float, float, int]:
+        """What it costs to give a slot to a heavy target."""
+        kept = _sum(shared[slot], weights)
+        return kept - _sum(alone[slot], weights), kept, slot
+
+    reserved = frozenset(heapq.nsmallest(len(heavy), held, key=loss)) if heavy else frozenset()
+    return {t: slot for slot in held for t in (alone if slot in reserved else shared)[slot]}
+
+
+def _shed(descending: Sequence[float], cap: float) -> frozenset[int]:
+    """Indices of a set whose loss brings the sum down to `cap`, at most 1 + MOVED_SLACK times as heavy as the lightest such set.
+
+    Sums of the weights between slack and excess are collected in buckets, the largest of each; what is found in a bucket is off by less
+    than a bucket for each weight in it and one more, and below the excess there are less than 1 / MOVED_SLACK of those. Weights up to
+    the slack fill what is left, and miss by less than the slack. A weight from the excess up is a set by itself.
+    """
+    excess = math.fsum(descending) - cap
+    if excess <= ROUNDING * cap:
+        return frozenset()
+    slack = MOVED_SLACK * excess
+    middle = [i for i, weight in enumerate(descending) if slack < weight < excess]
+    single = [i for i, weight in enumerate(descending) if weight >= excess][-1:]
+    small = [i for i, weight in enumerate(descending) if weight <= slack]
+    small_sum = math.fsum(descending[i] for i in small)
+    best = (descending[single[0]], tuple(single)) if single else (math.inf, ())
+    bucket = slack * MOVED_SLACK
+    sums: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    total: float = 0.0
+    chosen: tuple[int, ...] = ()
+    for i in middle:
+        if best[0] <= excess + slack or total + small_sum >= excess:
+            break
+        for below, indices in list(sums.values()):
+            grown = (below + descending[i], (*indices, i))
+            if grown[0] >= excess:
+                best = min(best, grown)
+            elif grown > sums.get(place := int(grown[0] / bucket), (0.0, ())):
+                sums[place] = grown
+                total, chosen = max((total, chosen), grown)
+    if total + small_sum < excess:
+        return frozenset(best[1])
+    filled = list(chosen)
+    for i in small:
+        if total >= excess:
+            break
+        total += descending[i]
+        filled.append(i)
+    return frozenset(min(best, (total, tuple(filled)))[1])
+
+
+def _place(
+    unplaced: Sequence[str],
+    found: dict[str, int],
+    weights: Mapping[str, float],
+    heavy: Collection[str],
+    usable: Sequence[int],
+) -> None:
+    """Give a slot to each target of `unplaced`, which is ordered heaviest first, and move nothing else."""
+    loads: dict[int, list[float]] = {slot: [] for slot in usable}
+    for target, slot in found.items():
+        loads[slot].append(weights[target])
+    taken = {found[target] for target in heavy if target in found}
+    # By number of targets where loads are equal, so that targets that weigh nothing are spread too.
+    queue = [(math.fsum(load), len(load), slot) for slot, load in loads.items() if slot not in taken]
+    heapq.heapify(queue)
+    for target in unplaced:
+        load, count, slot = queue[0]
+        found[target] = slot
+        if target in heavy:
+            heapq.heappop(queue)
+        else:
+            heapq.heapreplace(queue, (load + weights[target], count + 1, slot))
+
+
+def _sum(targets: Iterable[str], weights: Mapping[str, float]) -> float:
+    return math.fsum(weights[t] for t in targets)
