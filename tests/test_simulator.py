@@ -24,6 +24,7 @@ from botocore.exceptions import ClientError, ConnectionClosedError
 
 from ingest.clock import Clock, ManualClock
 from ingest.errors import Fatal
+from shard_config.load import shipped_services
 from shard_config.model import MetricProfile, ServiceProfile
 from workers import simulator
 from workers.simulated.cloudwatch import AwsError, get_metric_data, list_metrics, parse_data_request
@@ -813,8 +814,28 @@ def test_a_folder_that_is_none_is_refused_before_anything_listens(
 ) -> None:
     args = parsed("--traces", str(tmp_path))
 
-    assert args.run(args) == 1
-    assert "http" not in capsys.readouterr().out
+    with pytest.raises(Fatal, match=r"there is no \*.csv in it"):
+        args.run(args)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_service_without_a_profile_is_refused() -> None:
+    args = parsed("--services", "ec2, nothing")
+
+    with pytest.raises(Fatal, match=r"no profile for nothing \(there are .*ec2"):
+        args.run(args)
+
+
+def test_the_commands_world_is_the_one_that_its_words_describe() -> None:
+    args = parsed(
+        "--accounts", "2", "--regions", f"{REGION}, us-east-1", "--services", "ec2", "--metrics", "30"
+    )
+    truth = simulator.truth_of(args)
+    same = World(1, account_ids(2), (REGION, "us-east-1"), 30, [shipped_services()["ec2"]])
+
+    assert (truth.accounts, truth.regions) == (ACCOUNTS, (REGION, "us-east-1"))
+    assert truth.metrics(SECOND, "us-east-1") == same.metrics(SECOND, "us-east-1")
+    assert len(truth.metrics(SECOND, "us-east-1")) == 30
 
 
 async def test_the_command_prints_its_url_serves_traces_and_ends_cleanly_on_sigterm(tmp_path: Path) -> None:

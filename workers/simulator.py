@@ -25,7 +25,7 @@ import structlog
 from aiohttp import web
 
 from ingest.clock import Clock, SystemClock
-from ingest.errors import Fatal, HeadgateError
+from ingest.errors import Fatal
 from shard_config.load import shipped_services
 from workers.simulated import sts
 from workers.simulated.cloudwatch import AwsError, Page, get_metric_data, list_metrics, parse_data_request
@@ -316,6 +316,12 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="each account has them all (default %(default)s)",
     )
     add(
+        "--services",
+        default="",
+        metavar="S,S",
+        help="of the shipped profiles, whose metrics they have in equal parts (default all)",
+    )
+    add(
         "--metrics",
         type=int,
         default=200,
@@ -345,25 +351,28 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGTERM or SIGINT. Prints the URL, one line, once it answers."""
-    try:
-        truth = _truth(args)
-        asyncio.run(_serve(truth, args))
-    except HeadgateError as e:
-        log.error("simulator_refused", error=str(e))
-        return 1
+    """Serve until SIGTERM or SIGINT. Prints the URL, one line, once it answers. Raises Fatal where it cannot."""
+    asyncio.run(_serve(truth_of(args), args))
     return 0
 
 
-def _truth(args: argparse.Namespace) -> Truth:
+def truth_of(args: argparse.Namespace) -> Truth:
+    """The truth that the command's words describe. Raises Fatal where they describe none."""
     if args.traces is not None:
         return TraceWorld(args.traces)
-    regions = [r.strip() for r in args.regions.split(",") if r.strip()]
+    regions, services = _words(args.regions), _words(args.services)
+    shipped = shipped_services()
+    unknown = [name for name in services if name not in shipped]
+    if unknown:
+        raise Fatal("simulate", f"no profile for {', '.join(unknown)}", f"there are {', '.join(shipped)}")
     if args.accounts < 1 or args.metrics < 0 or not regions:
         raise Fatal("simulate", "a world needs an account and a region", "see headgate simulate --help")
-    return World(
-        args.seed, account_ids(args.accounts), regions, args.metrics, tuple(shipped_services().values())
-    )
+    profiles = [shipped[name] for name in services or shipped]
+    return World(args.seed, account_ids(args.accounts), regions, args.metrics, profiles)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 async def _serve(truth: Truth, args: argparse.Namespace) -> None:
