@@ -1,0 +1,69 @@
+"""Prices against the figures of AWS's price list, worked out by hand."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+
+from shard_config.model import Aws
+from shard_config.price import Prices, stretched_poll_s
+
+PRICES = Prices()
+
+
+@pytest.mark.parametrize(("poll_s", "usd"), [(60, 43_200), (300, 8_640), (900, 2_880)])
+def test_a_month_of_100_000_metrics_costs_by_the_poll_and_not_by_the_point(poll_s: int, usd: int) -> None:
+    assert PRICES.day_usd(100_000, poll_s) * 30 == usd
+
+
+def test_the_dearer_reading_is_the_default() -> None:
+    assert PRICES.metrics_billed(500, 3, pages=2) == 3000
+
+
+def test_up_to_five_statistics_of_a_metric_can_be_read_as_one() -> None:
+    once = Prices(statistics_count_once=True)
+    assert [once.metrics_billed(10, n) for n in (1, 5, 6)] == [10, 10, 20]
+
+
+def test_pages_can_be_read_as_free() -> None:
+    assert Prices(pages_count_again=False).metrics_billed(500, 1, pages=3) == 500
+
+
+def test_listing_is_free_up_to_a_million_requests_a_month() -> None:
+    assert PRICES.list_metrics_usd(1_000_000) == 0
+    assert PRICES.list_metrics_usd(1_000_001) == Decimal("0.00001")
+    assert PRICES.list_metrics_usd(2000, before=999_000) == Decimal("0.01")
+
+
+def test_an_object_each_5_minutes_for_2_000_targets_is_86_dollars_in_30_days() -> None:
+    assert PRICES.put_usd(2000 * 288 * 30) == Decimal("86.4")
+
+
+def test_a_look_is_priced_as_if_the_free_requests_were_used_up() -> None:
+    assert PRICES.look_usd(5000, {"GetMetricData": 10, "ListMetrics": 100}) == Decimal("0.051")
+
+
+def test_many_small_sums_are_exact() -> None:
+    assert sum((PRICES.get_metric_data_usd(1) for _ in range(100_000)), Decimal()) == 1
+
+
+def test_a_configuration_states_its_prices() -> None:
+    aws = Aws(usd_per_1000_metrics=0.007, statistics_count_once=True, pages_count_again=False)
+    expected = Prices(Decimal("0.007"), statistics_count_once=True, pages_count_again=False)
+    assert Prices.of(aws) == expected
+    assert Prices.of(Aws()) == Prices()
+
+
+@pytest.mark.parametrize(
+    ("budget", "poll_s"),
+    [("3", 300), ("2.88", 300), ("2.879", 600), ("0.5", 1800), ("0.0288", 30_000)],
+)
+def test_a_poll_stretches_by_whole_windows_until_the_budget_holds(budget: str, poll_s: int) -> None:
+    """A look at 1,000 metrics is a cent; 288 a day are $2.88."""
+    assert stretched_poll_s(Decimal("0.01"), 300, Decimal(budget)) == poll_s
+
+
+def test_no_budget_buys_no_look() -> None:
+    with pytest.raises(ValueError, match="buys no look"):
+        stretched_poll_s(Decimal("0.01"), 300, Decimal(0))
