@@ -44,7 +44,7 @@ from workers.supervise import MARK, Process, Program, Supervisor, is_of, kill_le
 
 __all__ = ["Endpoints", "LocalStack", "StackSpec", "find_config", "find_running", "register"]
 
-READY_TIMEOUT_S = 90.0
+READY_TIMEOUT_S = 120.0
 
 STARTS_MAX = 3
 """A process that was started so often and is not ready will not be."""
