@@ -72,7 +72,7 @@ WHERE look_id IN (
 RETURNING target, service, window_start, window_end, status, observed_at, windows"""
 
 _LANDED = """UPDATE windows w SET landed_as_of = $5, points = coalesce(c.points, 0), digest = coalesce(c.digest, 0),
-    sealed_at = CASE WHEN sealed_at IS NULL AND $5 >= settles_at THEN $6 ELSE sealed_at END
+    sealed_at = CASE WHEN w.sealed_at IS NULL AND $5 >= w.settles_at THEN $6 ELSE w.sealed_at END
 FROM windows AS v LEFT JOIN unnest($7::timestamptz[], $8::bigint[], $9::bigint[]) AS c (start, points, digest)
     ON c.start = v.window_start
 WHERE v.target = $1 AND v.service = $2 AND v.window_start >= $3 AND v.window_start < $4
