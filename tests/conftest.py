@@ -1,6 +1,6 @@
 """The servers that tests run against: containers where a Docker engine answers, else processes of this machine.
 
-Either way they are real, start once a run and only if a selected test needs them, and are gone at its end.
+HEADGATE_TEST_SERVERS=processes asks for processes in any case. Either way they are real, start once a run and only if a selected test needs them, and are gone at its end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from workers.servers import (
 
 
 def _docker_answers() -> bool:
-    if not (os.environ.get("DOCKER_HOST") or Path("/var/run/docker.sock").exists()):
+    if os.environ.get("HEADGATE_TEST_SERVERS") == "processes" or not (
+        os.environ.get("DOCKER_HOST") or Path("/var/run/docker.sock").exists()
+    ):
         return False
     import docker  # type: ignore[import-untyped]  # it ships no types
 
@@ -108,7 +110,7 @@ def _start_containers(wanted: list[str], _: Path) -> tuple[dict[str, str], Calla
     from testcontainers.core.wait_strategies import HttpWaitStrategy
 
     kafka = (
-        KafkaContainer("confluentinc/cp-kafka:8.1.0")
+        KafkaContainer("confluentinc/cp-kafka:7.9.0")
         .with_kraft()
         .with_env("KAFKA_AUTO_CREATE_TOPICS_ENABLE", "false")
         .with_env("KAFKA_TRANSACTION_STATE_LOG_REPLICATION_FACTOR", "1")
