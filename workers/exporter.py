@@ -3,7 +3,8 @@
 * At most `tasks_in_flight` tasks run at once; a partition's committed offset never passes a task without a receipt.
 * At a rebalance it drains for up to `DRAIN_S`, commits, and cancels the rest: its next owner takes those again, from the archive
   where they are there already.
-* A task that cannot write its receipt (Kafka is away) is tried again until it can, or until the slot goes away.
+* A receipt that cannot be written (Kafka is away) is written again until it can be, or until the slot goes away; nobody is asked
+  again for that.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from prometheus_client import Counter, Gauge, Histogram
 from ingest import wire
 from ingest.archive import open_archive
 from ingest.clock import Clock, SystemClock
-from ingest.collect import Collector, Topics
+from ingest.collect import Answer, Collector, Topics
 from ingest.errors import Fatal, Rejected, Transient
 from ingest.log import Consumer, Producer
-from ingest.model import LookStatus, Receipt, SourceName
+from ingest.model import LookStatus, SourceName
 from ingest.offsets import OffsetTracker
 from ingest.ports import Record
 from ingest.sources.cloudwatch import CloudWatchSource
@@ -72,6 +73,7 @@ class Exporter:
         self._second_try_below: dict[int, int] = {}
         self._running: dict[asyncio.Task[None], int] = {}
         self._recent: OrderedDict[str, None] = OrderedDict()
+        self._executing: dict[str, asyncio.Task[None]] = {}
 
     async def assigned(self, partitions: Sequence[int]) -> dict[int, int]:
         """Open partitions where the group's committed offsets say."""
@@ -99,7 +101,11 @@ class Exporter:
             task.cancel()
         if cancelled:
             await asyncio.wait(cancelled, timeout=DRAIN_S)
-        await self._commit()
+        try:
+            await self._commit()
+        except Transient as error:
+            # The next owner takes what was not committed again, from the archive.
+            _log.warning("commit_skipped", error=str(error))
         self._trackers = {}
         SLOTS.set(0)
         _log.info("slots_revoked", slots=list(partitions), handed_back=len(cancelled))
@@ -150,42 +156,52 @@ class Exporter:
             _log.error("task_not_readable", partition=at.partition, offset=at.offset, error=str(error))
             tracker.done(at.offset)
             return
-        second = at.offset < self._second_try_below.get(at.partition, 0) or task.task_id in self._recent
-        self._remember(task.task_id)
         started_s = self._clock.monotonic_s()
-        while True:
-            try:
-                receipt = await self._collector.collect(task, maybe_second_try=second)
-            except Transient as error:
-                _log.warning(
-                    "receipt_not_written", task=task.task_id, target=str(task.target), error=str(error)
-                )
-                second = True
-                await self._clock.sleep(error.retry_after_s)
-            else:
-                break
+        while (same := self._executing.get(task.task_id)) is not None:
+            # Announced twice. When that one has ended, its answer is in the archive.
+            await asyncio.wait({same})
+        second = at.offset < self._second_try_below.get(at.partition, 0) or task.task_id in self._recent
+        me = asyncio.current_task()
+        assert me is not None  # noqa: S101  # only a task runs this
+        self._executing[task.task_id] = me
+        self._remember(task.task_id)
+        try:
+            answer = await self._collector.answer(task, maybe_second_try=second)
+            await self._publish(answer)
+        finally:
+            del self._executing[task.task_id]
         tracker.done(at.offset)
         TASK_SECONDS.observe(self._clock.monotonic_s() - started_s)
-        self._count(receipt)
+        self._count(answer)
+
+    async def _publish(self, answer: Answer) -> None:
+        """However long it takes: until then the task is not finished, and its offset not committed."""
+        while True:
+            try:
+                return await self._collector.publish(answer)
+            except Transient as error:
+                receipt = answer.archived.receipt
+                _log.warning(
+                    "receipt_not_written", task=receipt.task_id, target=str(receipt.target), error=str(error)
+                )
+                await self._clock.sleep(error.retry_after_s)
 
     def _remember(self, task_id: str) -> None:
         self._recent[task_id] = None
         if len(self._recent) > RECENT_TASKS_MAX:
             self._recent.popitem(last=False)
 
-    def _count(self, receipt: Receipt) -> None:
-        statuses = {i.outcome.status for i in receipt.items}
-        status = (
-            LookStatus.COMPLETE
-            if statuses == {LookStatus.COMPLETE}
-            else min(statuses - {LookStatus.COMPLETE})
-        )
-        TASKS.labels(status=status).inc()
-        for item in receipt.items:
+    def _count(self, answer: Answer) -> None:
+        receipt = answer.archived.receipt
+        failed = {i.outcome.status for i in receipt.items} - {LookStatus.COMPLETE}
+        TASKS.labels(status=min(failed, default=LookStatus.COMPLETE)).inc()
+        # What came from the archive was asked for, and counted, by another run.
+        for item in answer.own.items if answer.own else ():
             POINTS.inc(item.points)
             BILLED.labels(account=receipt.target.account).inc(item.outcome.metrics_billed)
             for api, count in item.outcome.requests.items():
                 REQUESTS.labels(api=api).inc(count)
+        for item in receipt.items:
             if item.outcome.status is not LookStatus.COMPLETE:
                 _log.warning(
                     "look_not_complete",
@@ -196,10 +212,11 @@ class Exporter:
                 )
 
     async def _commit(self) -> None:
-        moved = {p: t.next for p, t in self._trackers.items() if t.next > t.committed}
-        await self.consumer.commit(moved)
-        for p, offset in moved.items():
-            self._trackers[p].committed = offset
+        # A rebalance may put other trackers in place meanwhile.
+        moved = {p: (t, t.next) for p, t in self._trackers.items() if t.next > t.committed}
+        await self.consumer.commit({p: offset for p, (_, offset) in moved.items()})
+        for tracker, offset in moved.values():
+            tracker.committed = offset
 
 
 async def serve(config: Config, shard: str, lifecycle: Lifecycle) -> None:
