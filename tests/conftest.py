@@ -1,6 +1,7 @@
 """The servers that tests run against: containers where a Docker engine answers, else processes of this machine.
 
-HEADGATE_TEST_SERVERS=processes asks for processes in any case. Either way they are real, start once a run and only if a selected test needs them, and are gone at its end.
+Either way they are real, start once a run and only if a selected test needs them, and are gone at its end.
+HEADGATE_TEST_SERVERS=processes asks for processes in any case.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from workers.servers import (
 
 
 def _docker_answers() -> bool:
-    if os.environ.get("HEADGATE_TEST_SERVERS") == "processes" or not (
-        os.environ.get("DOCKER_HOST") or Path("/var/run/docker.sock").exists()
-    ):
+    if os.environ.get("HEADGATE_TEST_SERVERS") == "processes":
+        return False
+    if not (os.environ.get("DOCKER_HOST") or Path("/var/run/docker.sock").exists()):
         return False
     import docker  # type: ignore[import-untyped]  # it ships no types
 
