@@ -2,8 +2,8 @@
 
 Guarantees:
 
-* **No surprise.** Scalars follow YAML 1.2's core schema, so `no` is a word and 0x10 is text; tags, several documents, keys that are not
-  plain words and duplicate keys (which PyYAML drops without a word) are errors.
+* **No surprise.** What PyYAML writes reads back the same; but yes, no, on and off, dates, hexadecimals and 1:30 are text, as they look. Tags,
+  several documents, keys that are not plain words and duplicate keys (which PyYAML drops without a word) are errors.
 * **Bounded.** Text over 5 MB, nesting over 20 levels and aliases that repeat over 10,000 nodes are refused while parsing, before
   they are expanded: the tree is built from parser events, never by recursion over what the text asks for.
 """
@@ -27,8 +27,9 @@ Path = tuple[str | int, ...]
 
 # libyaml where PyYAML was built with it (every wheel is): 5 MB take a second instead of a minute.
 _LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_INT: Final = re.compile(r"[-+]?[0-9]+")
-_FLOAT: Final = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+# Digits behind a zero are octal to YAML 1.1, decimal to YAML 1.2: a number either way, for whoever wants text to put it in quotes.
+_INT: Final = re.compile(r"[-+]?(0[0-7]*|[1-9][0-9]*)")
+_FLOAT: Final = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?")
 _WORDS: Final[dict[str, Scalar]] = {
     "": None,
     "~": None,
@@ -248,7 +249,7 @@ def _line(event: yaml.Event) -> int:
 
 
 def _scalar(event: yaml.ScalarEvent) -> Scalar:
-    """YAML 1.2's core schema; what is quoted is text."""
+    """A plain scalar's value; what is quoted is text."""
     text: str = event.value
     if not event.implicit[0]:
         return text

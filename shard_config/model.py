@@ -77,7 +77,7 @@ class MetricProfile(Strict):
     unit: str = ""
     min: float | None = None
     max: float | None = None
-    """A value outside of [min, max] is dead-lettered: bounds that hold for every statistic asked for, or none."""
+    """No statistic asked for is outside of [min, max]. The simulated AWS makes up values in it."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
