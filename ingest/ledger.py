@@ -4,7 +4,8 @@ Guarantees:
 
 * *Planned before work*: a window is in `windows` because a planned task said so, whether or not anybody collected it.
 * *Order does not matter*: folding the same records in any order, any number of times, ends in the same windows; the
-  newest complete look wins by its `observed_at`, the newest attempt by its `finished_at`.
+  newest complete look wins by its `observed_at`, the newest attempt by its `finished_at`; of equals the one with more points, and
+  the last by status and detail, so that a tie has no order either.
 * *Landed is the sink's own word*: a look has landed when each of its batches is in `landed`, nothing else counts.
 * *A position moves with its rows*, by compare-and-set in one transaction, as in the sink.
 
@@ -24,7 +25,7 @@ import asyncpg
 import orjson
 
 from ingest import wire
-from ingest.errors import Fatal, Rejected
+from ingest.errors import Fatal, Rejected, Transient
 from ingest.model import LookStatus, Receipt, ReceiptItem, Task, TaskItem
 from ingest.ports import Advance, Record, StoredPosition
 from ingest.sinks.connection import open_connection, translated
@@ -57,18 +58,18 @@ ON CONFLICT DO NOTHING"""
 
 _ATTEMPTED = """UPDATE windows SET last_status = $5, last_detail = $6, last_finished_at = $7
 WHERE target = $1 AND service = $2 AND window_start >= $3 AND window_start < $4
-    AND (last_finished_at IS NULL OR last_finished_at <= $7)"""
+    AND (last_finished_at IS NULL OR (last_finished_at, last_status, last_detail) < ($7, $5, $6))"""
 
 _COLLECTED = """UPDATE windows SET collected_as_of = greatest(collected_as_of, $5)
 WHERE target = $1 AND service = $2 AND window_start >= $3 AND window_start < $4"""
 
 _NEWLY_LANDED = """UPDATE looks SET landed_at = $2
-WHERE look_id IN (
+WHERE look_id = ANY(ARRAY(
     SELECT look_id FROM looks l
     WHERE landed_at IS NULL AND NOT EXISTS (
         SELECT FROM unnest(l.batch_ids) AS wanted
         WHERE NOT EXISTS (SELECT FROM landed WHERE sink = $1 AND batch_id = wanted))
-    ORDER BY look_id LIMIT 500 FOR UPDATE SKIP LOCKED)
+    ORDER BY look_id LIMIT 500 FOR UPDATE SKIP LOCKED))
 RETURNING target, service, window_start, window_end, status, observed_at, windows"""
 
 _LANDED = """UPDATE windows w SET landed_as_of = $5, points = coalesce(c.points, 0), digest = coalesce(c.digest, 0),
@@ -76,7 +77,8 @@ _LANDED = """UPDATE windows w SET landed_as_of = $5, points = coalesce(c.points,
 FROM windows AS v LEFT JOIN unnest($7::timestamptz[], $8::bigint[], $9::bigint[]) AS c (start, points, digest)
     ON c.start = v.window_start
 WHERE v.target = $1 AND v.service = $2 AND v.window_start >= $3 AND v.window_start < $4
-    AND (v.landed_as_of IS NULL OR v.landed_as_of < $5)
+    AND (v.landed_as_of IS NULL
+        OR (v.landed_as_of, v.points, v.digest) < ($5, coalesce(c.points, 0), coalesce(c.digest, 0)))
     AND w.target = v.target AND w.service = v.service AND w.window_start = v.window_start"""
 
 _POSITIONS = """SELECT partition, next, last_value_id FROM positions
@@ -85,8 +87,16 @@ WHERE sink = $1 AND topic = $2 AND partition = ANY($3)"""
 _ADVANCE = """UPDATE positions SET next = $4, last_value_id = $5
 WHERE sink = $1 AND topic = $2 AND partition = $3 AND next = $6"""
 
-_PLANNED_UNTIL = """SELECT target, service, extract(epoch FROM max(window_end))::bigint AS until_s
-FROM windows GROUP BY target, service"""
+# One probe of the index a target and service, however many windows they have: PostgreSQL has no skip scan.
+_PLANNED_UNTIL = """WITH RECURSIVE pairs AS (
+    (SELECT target, service FROM windows ORDER BY target, service LIMIT 1)
+    UNION ALL
+    SELECT found.target, found.service FROM pairs p, LATERAL (
+        SELECT w.target, w.service FROM windows w WHERE (w.target, w.service) > (p.target, p.service)
+        ORDER BY w.target, w.service LIMIT 1) AS found)
+SELECT target, service, (SELECT extract(epoch FROM max(w.window_end))::bigint FROM windows w
+    WHERE w.target = p.target AND w.service = p.service) AS until_s
+FROM pairs p"""
 
 _WEIGHTS = """SELECT target, sum(series) AS weight FROM (
     SELECT DISTINCT ON (target, service) target, service, series FROM looks
@@ -139,6 +149,10 @@ class Ledger:
             with translated("ledger"):
                 async with asyncio.timeout(STATEMENTS_TIMEOUT_S):
                     yield connection
+        except asyncpg.InternalClientError as error:
+            # What asyncpg says of a connection that the server ended just now.
+            connection.terminate()
+            raise Transient("ledger", f"{type(error).__name__}: {error}") from error
         except BaseException:
             # Cancelling a query would make asyncpg open further connections (its #1326).
             connection.terminate()
@@ -167,10 +181,12 @@ class Ledger:
                 await _advance(connection, advance)
             for fact in facts:
                 if isinstance(fact, Task):
-                    await self._planned(connection, fact, _at(now_s))
-                else:
-                    for item in fact.items:
-                        await self._receipt(connection, fact, item, _at(now_s))
+                    await _planned(connection, fact, _at(now_s))
+            # Windows in one order for all processes, as `fold_landed` takes them, so that no two wait for each other.
+            for fact, item in sorted(((f, i) for f in facts for i in f.items), key=_window_order):
+                await self._windows(connection, str(fact.target), _item_of(item), _at(now_s))
+                if isinstance(fact, Receipt) and isinstance(item, ReceiptItem):
+                    await _receipt(connection, fact, item)
 
     async def fold_landed(self, sink: str, now_s: int) -> int:
         """Mark up to 500 looks whose batches have all landed in `sink`, and their windows; returns how many. Raises Transient."""
@@ -208,23 +224,6 @@ class Ledger:
             await connection.executemany(_REMEMBER, rows)
             await connection.execute("DELETE FROM targets WHERE NOT target = ANY($1)", list(slots))
 
-    async def _planned(self, connection: asyncpg.Connection, task: Task, now: datetime) -> None:
-        target = str(task.target)
-        await connection.execute(
-            _TASK,
-            task.task_id,
-            target,
-            task.config_revision,
-            _at(task.tick_s),
-            task.kind,
-            task.attempt,
-            now,
-            _at(task.expires_s) if task.expires_s else None,
-            wire.encode_task(task),
-        )
-        for item in task.items:
-            await self._windows(connection, target, item, now)
-
     async def _windows(
         self, connection: asyncpg.Connection, target: str, item: TaskItem, now: datetime
     ) -> None:
@@ -239,38 +238,6 @@ class Ledger:
             now,
         )
 
-    async def _receipt(
-        self, connection: asyncpg.Connection, receipt: Receipt, done: ReceiptItem, now: datetime
-    ) -> None:
-        target, item, outcome = str(receipt.target), done.item, done.outcome
-        await self._windows(connection, target, item, now)
-        span = (target, item.service, _at(item.start_s), _at(item.end_s))
-        finished_at = _at(receipt.finished_at_ms / 1000)
-        observed_at = _at(outcome.observed_at_ms / 1000) if outcome.observed_at_ms else None
-        await connection.execute(
-            _LOOK,
-            receipt.task_id,
-            item.service,
-            finished_at,
-            target,
-            receipt.shard,
-            _at(receipt.started_at_ms / 1000),
-            *span[2:],
-            outcome.status,
-            outcome.detail,
-            observed_at,
-            outcome.series,
-            done.points,
-            outcome.metrics_billed,
-            orjson.dumps(outcome.requests).decode(),
-            receipt.archive_key,
-            list(done.batches),
-            orjson.dumps([[w.start_s, w.points, w.digest] for w in done.windows]).decode(),
-        )
-        await connection.execute(_ATTEMPTED, *span, outcome.status, outcome.detail, finished_at)
-        if outcome.status is LookStatus.COMPLETE:
-            await connection.execute(_COLLECTED, *span, observed_at)
-
 
 def _decode(record: Record) -> Task | Receipt:
     try:
@@ -281,6 +248,60 @@ def _decode(record: Record) -> Task | Receipt:
             f"is no ledger record: {error.what}",
             "only Headgate may write this topic: check its ACLs, and that consumers were rolled before exporters",
         ) from error
+
+
+def _item_of(item: TaskItem | ReceiptItem) -> TaskItem:
+    return item.item if isinstance(item, ReceiptItem) else item
+
+
+def _window_order(work: tuple[Task | Receipt, TaskItem | ReceiptItem]) -> tuple[str, str, int]:
+    item = _item_of(work[1])
+    return str(work[0].target), item.service, item.start_s
+
+
+async def _planned(connection: asyncpg.Connection, task: Task, now: datetime) -> None:
+    await connection.execute(
+        _TASK,
+        task.task_id,
+        str(task.target),
+        task.config_revision,
+        _at(task.tick_s),
+        task.kind,
+        task.attempt,
+        now,
+        _at(task.expires_s) if task.expires_s else None,
+        wire.encode_task(task),
+    )
+
+
+async def _receipt(connection: asyncpg.Connection, receipt: Receipt, done: ReceiptItem) -> None:
+    target, item, outcome = str(receipt.target), done.item, done.outcome
+    span = (target, item.service, _at(item.start_s), _at(item.end_s))
+    finished_at = _at(receipt.finished_at_ms / 1000)
+    observed_at = _at(outcome.observed_at_ms / 1000) if outcome.observed_at_ms else None
+    await connection.execute(
+        _LOOK,
+        receipt.task_id,
+        item.service,
+        finished_at,
+        target,
+        receipt.shard,
+        _at(receipt.started_at_ms / 1000),
+        *span[2:],
+        outcome.status,
+        outcome.detail,
+        observed_at,
+        outcome.series,
+        done.points,
+        outcome.metrics_billed,
+        orjson.dumps(outcome.requests).decode(),
+        receipt.archive_key,
+        list(done.batches),
+        orjson.dumps([[w.start_s, w.points, w.digest] for w in done.windows]).decode(),
+    )
+    await connection.execute(_ATTEMPTED, *span, outcome.status, outcome.detail, finished_at)
+    if outcome.status is LookStatus.COMPLETE:
+        await connection.execute(_COLLECTED, *span, observed_at)
 
 
 async def _advance(connection: asyncpg.Connection, to: Advance) -> None:
