@@ -136,8 +136,12 @@ def render(path: Path) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean "x"?`, or nothing where nothing is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f'did you mean "{near[0]}"?' if near else ""
+    by_lower = {name.lower(): name for name in known}
+    lower = word.lower()
+    near = difflib.get_close_matches(lower, by_lower, n=3, cutoff=0.6)
+    # Of equals, the one with the same letters: us-esat-1 is us-east-1 before us-west-1.
+    near.sort(key=lambda name: sorted(name) != sorted(lower))
+    return f'did you mean "{by_lower[near[0]]}"?' if near else ""
 
 
 def parse(text: str, file: str, errors: list[ConfigError]) -> Node:
@@ -168,7 +172,8 @@ class _Builder:
             # libyaml marks the end of the text one line too far.
             line = min(mark.line + 1, self._text.count("\n") + 1) if mark else 1
             what = f"not YAML: {error.problem}" + (f" {error.context}" if error.context else "")
-            raise self._fatal(line, (), what) from None
+            tab = "YAML indents with spaces, not tabs" if "cannot start any token" in what else ""
+            raise self._fatal(line, (), what, tab) from None
         except yaml.reader.ReaderError as error:
             line = self._text.count("\n", 0, error.position) + 1
             raise self._fatal(line, (), f"not YAML: {error.reason}") from None

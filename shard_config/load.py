@@ -3,7 +3,8 @@
 Guarantees:
 
 * **All at once.** Every error of a file is in one `ConfigErrors`, each with file, line, path, what is wrong and, where something is near,
-  what was probably meant. Only what leaves no tree to go on with (broken YAML, a file past its bounds) stands alone.
+  what was probably meant. Only what leaves no tree to go on with (broken YAML, a file past its bounds) stands alone, and what is
+  judged of an account, job or service as a whole (such as period against poll interval) waits until its keys are right one by one.
 * **No secret in a message.** `external_id`, `password` and a DSN are never quoted.
 * **Touches nothing** but the file, the secrets' files that it names, and the environment passed in. Regions are botocore's own list.
 
@@ -13,15 +14,13 @@ fills accounts that leave `regions` or `services` out; `docs/configuration.md` d
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path as FilePath
 from typing import Final, TypeVar
 
-from botocore.loaders import Loader
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -35,7 +34,9 @@ from shard_config.document import (
     parse,
     render,
 )
+from shard_config.known import known_regions, shipped_documents, shipped_services
 from shard_config.model import (
+    SLUG_PATTERN,
     Account,
     Config,
     Defaults,
@@ -101,42 +102,6 @@ def loads(text: str, name: str, environ: Mapping[str, str]) -> Config:
     return _Loading(name, environ).config(text)
 
 
-@functools.cache
-def known_regions() -> frozenset[str]:
-    """The regions of all partitions that have CloudWatch, from botocore's data files."""
-    partitions = Loader().load_data("endpoints")["partitions"]
-    # Without the intersection FIPS endpoints such as fips-us-east-1 would pass for regions.
-    return frozenset(
-        region
-        for partition in partitions
-        for region in partition["services"].get("monitoring", {}).get("endpoints", {})
-        if region in partition["regions"]
-    )
-
-
-@functools.cache
-def _shipped_documents() -> Mapping[str, dict[str, object]]:
-    folder = resources.files("shard_config") / "services"
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
-    errors: list[ConfigError] = []
-    found = {}
-    for file in files:
-        root = parse(file.read_text(encoding="utf-8"), file.name, errors)
-        found[file.name.removesuffix(".yaml")] = {key: node.plain() for key, node in root.mapping.items()}
-    if errors:
-        raise ConfigErrors(errors)
-    return found
-
-
-@functools.cache
-def shipped_services() -> Mapping[str, ServiceProfile]:
-    """The profiles in shard_config/services, by service."""
-    return {
-        name: ServiceProfile.model_validate_json(json.dumps(document))
-        for name, document in _shipped_documents().items()
-    }
-
-
 class _Loading:
     """One file on its way. Collects errors; `config` raises them at the end."""
 
@@ -156,7 +121,7 @@ class _Loading:
         accounts = self._accounts(root, profiles)
         jobs = self._exposition(root)
         rest = self._rest(root)
-        if not self._filled(root, "accounts") and not self._filled(root, "exposition"):
+        if not any(node.value for key, node in root.mapping.items() if key in ("accounts", "exposition")):
             self._error(1, (), "nothing to collect: neither accounts nor exposition", "add one of them")
         if self._errors or rest is None:
             raise ConfigErrors(self._errors)
@@ -176,9 +141,9 @@ class _Loading:
         profiles = dict(shipped_services())
         for name, node in self._section(root, "services", dict).mapping.items():
             path: Path = ("services", name)
-            shipped = _shipped_documents().get(name, {})
+            shipped = shipped_documents().get(name, {})
             if not shipped and "namespace" not in node.mapping:
-                near = did_you_mean(name, _shipped_documents())
+                near = did_you_mean(name, shipped_documents())
                 what = f'unknown service "{name}"'
                 self._error(
                     root.mapping["services"].keys[name], path, what, near or "a new one needs a namespace"
@@ -189,6 +154,9 @@ class _Loading:
             if "service" in node.keys:
                 what = "the key that this stands under is the service's name"
                 self._error(node.keys["service"], (*path, "service"), what, "leave it out")
+            if not re.fullmatch(SLUG_PATTERN, name):
+                self._error(root.mapping["services"].keys[name], path, f'"{name}" is not right', _SLUG_FORM)
+                continue
             overrides = node.mapping if isinstance(node.value, dict) else {}
             data = {**shipped, **{key: value.plain() for key, value in overrides.items()}, "service": name}
             known = profiles.get(name) or ServiceProfile(service="unknown", namespace="unknown")
@@ -232,13 +200,17 @@ class _Loading:
 
     def _check_names(self, node: Node, path: Path, services: Mapping[str, object]) -> None:
         """Regions and services that nobody knows."""
-        for kind, known in (("region", known_regions()), ("service", services)):
+        kinds = (
+            ("region", known_regions(), "a region is as eu-west-1"),
+            ("service", services, f"known are {_some(sorted(services))}"),
+        )
+        for kind, known, otherwise in kinds:
             listed = node.get(f"{kind}s")
             for i, item in enumerate(listed.items if listed else []):
                 if isinstance(item.value, str) and item.value not in known:
-                    near = did_you_mean(item.value, known) or f"known are {_some(sorted(known))}"
                     what = f'unknown {kind} "{item.value}"'
-                    self._value_error(item.line, (*path, f"{kind}s", i), what, near)
+                    hint = did_you_mean(item.value, known) or otherwise
+                    self._value_error(item.line, (*path, f"{kind}s", i), what, hint)
 
     def _exposition(self, root: Node) -> list[ExpositionJob]:
         jobs = []
@@ -286,10 +258,6 @@ class _Loading:
             self._value_error(root.keys[key], (key,), f"expected {expected}, got {node.describe()}")
             return Node(node.line, kind())
         return node
-
-    def _filled(self, root: Node, key: str) -> bool:
-        node = root.get(key)
-        return node is not None and bool(node.value)
 
     def _put_secret(self, node: Node, path: Path, key: str, data: dict[str, object]) -> None:
         """Replace {env: NAME} or {file: PATH} in `data` by what it names."""
@@ -358,6 +326,8 @@ class _Loading:
             )
             self._error(line, (*path, *found[:-1]), f'missing key "{key}"', hint)
         else:
+            if kind == "too_short" and node.value:
+                return  # pydantic counts what is right in it, and has said what is not
             secret = not SECRETS.isdisjoint(found)
             got = node.kind() if secret else node.describe()
             what, hint = _what(kind, detail["msg"], context, got, found)
@@ -380,14 +350,15 @@ def _what(kind: str, message: str, context: Mapping[str, object], got: str, path
         return f"expected {_EXPECTED[kind]}, got {got}", quote
     if kind == "string_pattern_mismatch":
         key = next((str(part) for part in reversed(path) if isinstance(part, str)), "")
-        return f"{got} is not right", _FORM.get(key, _SLUG_FORM)
+        return f"{'it' if got == 'text' else got} is not right", _FORM.get(key, _SLUG_FORM)
     if kind == "headgate":
         return message, ""
     if kind == "missing":
         return "too few values", ""
     if kind == "too_short":
         return "must not be empty", ""
-    return message[0].lower() + message[1:] + f", got {got}", ""
+    must = message.replace("Input should be", "must be").replace("greater than or equal to", "at least")
+    return f"{must}, got {got}", ""
 
 
 def _locate(root: Node, loc: Sequence[str | int]) -> tuple[Node, int, Path]:

@@ -54,7 +54,8 @@ def _repeated(values: tuple[str, ...]) -> str | None:
 
 
 AccountId = Annotated[str, StringConstraints(pattern=r"^\d{12}$")]
-Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+SLUG_PATTERN: Final = r"^[a-z0-9][a-z0-9-]{0,62}$"
+Slug = Annotated[str, StringConstraints(pattern=SLUG_PATTERN)]
 HttpUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#]+([/?#]\S*)?$")]
 """Kept as text, not taken apart: it becomes a label as it stands."""
 Statistic = Annotated[
@@ -66,7 +67,7 @@ Statistic = Annotated[
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class MetricProfile(Strict):
@@ -211,7 +212,9 @@ class Aws(Strict):
 
 
 class Kafka(Strict):
-    bootstrap: str = "127.0.0.1:9092"
+    bootstrap: Annotated[str, StringConstraints(pattern=r"^[^\s,/]+:\d{1,5}(,[^\s,/]+:\d{1,5})*$")] = (
+        "127.0.0.1:9092"
+    )
     prefix: Slug = "headgate"
     """Topics are <prefix>.collect, <prefix>.raw, <prefix>.ledger, <prefix>.dead."""
     raw_partitions: int = Field(8, ge=1)
@@ -224,7 +227,9 @@ class Kafka(Strict):
 
 
 class Postgres(Strict):
-    dsn: str = "postgresql://headgate@127.0.0.1:5432/headgate"
+    dsn: Annotated[str, StringConstraints(pattern=r"^postgres(ql)?://")] = (
+        "postgresql://headgate@127.0.0.1:5432/headgate"
+    )
     password: SecretStr | None = None
 
 
@@ -271,7 +276,7 @@ class Config(Strict):
     exposition: tuple[ExpositionJob, ...] = ()
     services: tuple[ServiceProfile, ...] = ()
     """After loading: the shipped profiles that are in use, with the file's overrides and additions applied."""
-    slots: int = Field(24, ge=1)
+    slots: int = Field(24, ge=1, le=10_000)
     """Partitions of the collect topic. The upper bound on shards; never shrinks."""
     tasks_in_flight: int = Field(4, ge=1)
     task_deadline_s: int = Field(120, ge=1)
