@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,8 +64,8 @@ class Rows:
     def __len__(self) -> int:
         return len(self.values)
 
-    def select(self, which: NDArray[np.bool_] | NDArray[np.intp]) -> Rows:
-        """Some of the rows, by mask or by ascending index; `ids` stay as they are."""
+    def select(self, which: slice | NDArray[np.bool_] | NDArray[np.intp]) -> Rows:
+        """Some of the rows, by slice, mask or ascending index; `ids` stay as they are."""
         return Rows(
             self.ids,
             self.series[which],
@@ -98,17 +99,17 @@ def rows_of(batches: Sequence[Batch]) -> Rows:
         raise ValueError("a timestamp is outside PostgreSQL's range")
     ids, of_series = _unique_ids(np.concatenate([b.ids for b in batches]))
     series = np.repeat(of_series, np.concatenate([b.counts for b in batches]))
-    order = _by_time_then_series(timestamps_s, series, len(ids))
+    order = _by_time_then_series(timestamps_s, series)
     rows = Rows(ids, series, timestamps_s, values, versions).select(order)
     return _greatest_of_each(rows)
 
 
-def copy_stream(rows: Rows) -> bytearray:
+def copy_stream(rows: Rows) -> memoryview:
     """The rows in PostgreSQL's binary COPY format, columns as in `COLUMNS`: 58 bytes a row and 21 around them."""
-    stream = bytearray(len(_HEADER) + len(rows) * _ROW.itemsize + len(_TRAILER))
-    stream[: len(_HEADER)] = _HEADER
-    stream[-len(_TRAILER) :] = _TRAILER
-    out = np.frombuffer(stream, _ROW, count=len(rows), offset=len(_HEADER))
+    stream = np.empty(len(_HEADER) + len(rows) * _ROW.itemsize + len(_TRAILER), np.uint8)
+    stream[: len(_HEADER)] = np.frombuffer(_HEADER, np.uint8)
+    stream[-len(_TRAILER) :] = np.frombuffer(_TRAILER, np.uint8)
+    out = stream[len(_HEADER) : -len(_TRAILER)].view(_ROW)
     out["fields"] = len(COLUMNS)
     out["timestamp_bytes"] = out["value_bytes"] = out["version_bytes"] = 8
     out["series_bytes"] = 16
@@ -116,30 +117,34 @@ def copy_stream(rows: Rows) -> bytearray:
     out["series"] = rows.ids[rows.series]
     out["value"] = rows.values
     out["version"] = rows.versions
-    return stream
+    return stream.data
 
 
 def _unique_ids(ids: SeriesIds) -> tuple[SeriesIds, NDArray[np.int64]]:
     """The ids, sorted and each once, and for each id given its index among those."""
-    order = np.lexsort((ids[:, 1], ids[:, 0]))
-    ordered = ids[order]
+    # One half of a hash decides nearly always, and sorting by one takes a third of the time.
+    order = np.argsort(ids[:, 0])
+    high, low = ids[order, 0], ids[order, 1]
+    if ((high[1:] == high[:-1]) & (low[1:] != low[:-1])).any():
+        order = np.lexsort((ids[:, 1], ids[:, 0]))
+        high, low = ids[order, 0], ids[order, 1]
     is_first = np.ones(len(ids), np.bool_)
-    is_first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    is_first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
     index = np.empty(len(ids), np.int64)
     index[order] = np.cumsum(is_first) - 1
-    return ordered[is_first], index
+    return ids[order[is_first]], index
 
 
-def _by_time_then_series(
-    timestamps_s: NDArray[np.int64], series: NDArray[np.int64], series_count: int
-) -> NDArray[np.intp]:
-    """The order of the rows. One sort of a combined 64-bit key where it fits: four times as fast as a lexsort."""
+def _by_time_then_series(timestamps_s: NDArray[np.int64], series: NDArray[np.int64]) -> NDArray[np.intp]:
+    """The order of the rows."""
     if not len(series):
         return np.empty(0, np.intp)
-    oldest_s = timestamps_s.min()
-    if (int(timestamps_s.max() - oldest_s) + 1) * series_count < 1 << 63:
-        return np.argsort((timestamps_s - oldest_s) * series_count + series)
-    return np.lexsort((series, timestamps_s))
+    return np.lexsort((_narrow(series), _narrow(timestamps_s - timestamps_s.min())))
+
+
+def _narrow(numbers: NDArray[np.int64]) -> NDArray[Any]:
+    """Numbers ≥ 0 in the smallest type that holds them: numpy sorts up to 16 bits by radix, in a third of the time."""
+    return numbers.astype(np.min_scalar_type(numbers.max()))
 
 
 def _greatest_of_each(rows: Rows) -> Rows:

@@ -27,7 +27,7 @@ import structlog
 
 from ingest.clock import Clock
 from ingest.errors import Fatal, HeadgateError
-from ingest.model import digest_of
+from ingest.model import BatchId, digest_of
 from ingest.ports import Advance, Landable, Landed, SeriesRejected, StoredPosition
 from ingest.sinks import series, statements
 from ingest.sinks.connection import bounded, open_connection, server_of, translated
@@ -180,15 +180,19 @@ class PostgresSink:
         rows: Rows,
     ) -> int:
         """The transaction, tried again where that may help; the number of rows that went through staging."""
-        met = series.first_met(self._where, batches, self._seen)
+        met = series.first_met(self._where, batches, rows, self._seen)
         for attempt in range(1, LAND_ATTEMPTS + 1):
             try:
                 self._days |= await create_partitions(connection, rows.days(), self._days)
                 async with connection.transaction():
                     await self._advance(connection, advances)
                     await series.insert(connection, self._where, met, batches, self._now())
-                    staged = await self._insert_rows(connection, rows, careful=attempt > 1)
-                    await self._insert_landed(connection, batches)
+                    # The digests are made while the server works; after it they would be two parts in a hundred.
+                    staged, digests = await asyncio.gather(
+                        self._insert_rows(connection, rows, careful=attempt > 1),
+                        asyncio.to_thread(_digests, batches),
+                    )
+                    await self._insert_landed(connection, batches, digests)
             except _RETRIED as error:
                 self._days.clear()
                 log.warning("landing_retried", sink=self._sink, attempt=attempt, error=type(error).__name__)
@@ -219,12 +223,12 @@ class PostgresSink:
 
     async def _insert_rows(self, connection: asyncpg.Connection, rows: Rows, *, careful: bool) -> int:
         suspect = np.ones(len(rows), np.bool_) if careful else self._seen.may_conflict(rows)
-        staged, fresh = rows.select(suspect), rows.select(~suspect)
-        if len(staged):
-            await _copy(connection, "staging", staged)
+        fresh = rows.select(~suspect) if suspect.any() else rows
+        if len(fresh) < len(rows):
+            await _copy(connection, "staging", rows.select(suspect))
             await connection.execute(statements.UPSERT)
         if not len(fresh):
-            return len(staged)
+            return len(rows)
         try:
             async with connection.transaction():
                 await _copy(connection, "samples", fresh)
@@ -233,30 +237,27 @@ class PostgresSink:
             await _copy(connection, "staging", fresh)
             await connection.execute(statements.UPSERT)
             return len(rows)
-        return len(staged)
+        return len(rows) - len(fresh)
 
-    async def _insert_landed(self, connection: asyncpg.Connection, batches: Sequence[Landable]) -> None:
+    async def _insert_landed(
+        self, connection: asyncpg.Connection, batches: Sequence[Landable], digests: Mapping[BatchId, int]
+    ) -> None:
         if not batches:
             return
-        entries = []
-        for one in sorted(batches, key=lambda b: b.batch_id):
-            b = one.batch
-            digest = digest_of(b.point_ids(), b.timestamps_s, b.values)
-            signed = digest - (1 << 64) if digest >> 63 else digest
-            entries.append(
-                (
-                    one.batch_id,
-                    b.task_id,
-                    str(b.target),
-                    b.service,
-                    b.version,
-                    b.points,
-                    one.dead_points,
-                    signed,
-                )
-            )
-        columns = [list(column) for column in zip(*entries, strict=True)]
-        await connection.execute(statements.INSERT_LANDED, self._sink, self._now(), *columns)
+        ordered = sorted(batches, key=lambda one: one.batch_id)
+        await connection.execute(
+            statements.INSERT_LANDED,
+            self._sink,
+            self._now(),
+            [one.batch_id for one in ordered],
+            [one.batch.task_id for one in ordered],
+            [str(one.batch.target) for one in ordered],
+            [one.batch.service for one in ordered],
+            [one.batch.version for one in ordered],
+            [one.batch.points for one in ordered],
+            [one.dead_points for one in ordered],
+            [digests[one.batch_id] for one in ordered],
+        )
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock.now_ms() / 1000, UTC)
@@ -334,8 +335,17 @@ class PostgresSink:
 async def _copy(connection: asyncpg.Connection, table: str, rows: Rows) -> None:
     """COPY from finished buffers, which asyncpg sends without asking anything of us in between."""
     for start in range(0, len(rows), COPY_ROWS_MAX):
-        part = rows.select(np.arange(start, min(start + COPY_ROWS_MAX, len(rows))))
+        part = rows.select(slice(start, start + COPY_ROWS_MAX))
         await connection.copy_to_table(table, source=copy_stream(part), columns=COLUMNS, format="binary")
+
+
+def _digests(batches: Sequence[Landable]) -> dict[BatchId, int]:
+    """The digest of each batch's points, in two's complement."""
+    unsigned = {
+        one.batch_id: digest_of(one.batch.point_ids(), one.batch.timestamps_s, one.batch.values)
+        for one in batches
+    }
+    return {batch_id: d - (1 << 64) if d >> 63 else d for batch_id, d in unsigned.items()}
 
 
 def _unstorable(one: Landable) -> list[int]:

@@ -17,20 +17,24 @@ import numpy as np
 from ingest.model import BatchId, Series
 from ingest.ports import Landable, SeriesRejected
 from ingest.sinks import statements
+from ingest.sinks.copy import Rows
 from ingest.sinks.seen import Seen
 
 
-def first_met(where: str, batches: Sequence[Landable], seen: Seen) -> dict[bytes, Series]:
-    """Series that are not in `seen`, by id.
+def first_met(where: str, batches: Sequence[Landable], rows: Rows, seen: Seen) -> dict[bytes, Series]:
+    """Series of the batches, whose rows these are, that are not in `seen`; by id.
 
     Raises SeriesRejected where labels have a NUL, for which PostgreSQL's text has no place, and where two series of these batches
     share an id.
     """
+    if seen.knows(rows.ids).all():
+        return {}
     met: dict[bytes, Series] = {}
     conflicts: list[tuple[BatchId, int]] = []
     for one in batches:
-        ids = _ids(one)
-        for i in np.flatnonzero(~seen.knows(one.batch.ids)).tolist():
+        new = np.flatnonzero(~seen.knows(one.batch.ids))
+        ids = _ids(one) if len(new) else []
+        for i in new.tolist():
             series = one.batch.series[i]
             if met.setdefault(ids[i], series).key != series.key:
                 conflicts.append((one.batch_id, i))

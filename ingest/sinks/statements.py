@@ -3,25 +3,17 @@
 STAGING = """
 CREATE TEMPORARY TABLE staging
     (ts timestamptz NOT NULL, series uuid NOT NULL, value double precision NOT NULL, version bigint NOT NULL)
-ON COMMIT DELETE ROWS;
--- The statements of this connection look single keys up, in tables that may be new and have no statistics yet.
-SET enable_bitmapscan = off;
-SET enable_hashjoin = off;
-SET enable_mergejoin = off;
+ON COMMIT DELETE ROWS
 """
 
 UPSERT = """
 INSERT INTO samples AS t (ts, series, value, version)
-SELECT s.ts, s.series, s.value, s.version
-FROM (SELECT * FROM staging ORDER BY ts, series) AS s
-WHERE NOT EXISTS (
-    -- What is there already costs an index lookup here, and a speculative insertion below. OFFSET keeps it a lookup.
-    SELECT FROM samples AS o
-    WHERE o.ts = s.ts AND o.series = s.series AND (o.version, o.value) >= (s.version, s.value) OFFSET 0
-)
+SELECT ts, series, value, version FROM staging ORDER BY ts, series
 ON CONFLICT (ts, series) DO UPDATE SET value = excluded.value, version = excluded.version
 WHERE (excluded.version, excluded.value) > (t.version, t.value)
 """
+# Leaving out beforehand what is there already, by an anti-join, pays only where most of it is there unchanged (replays, and
+# those are known by batch id): 100,000 rows in other batches took 185 ms then, but newer ones 757 ms instead of 582.
 
 _NEW_SERIES = """
 unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::int[], $9::text[])
