@@ -60,7 +60,9 @@ class ConfigError:
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.line else self.file
         text = f"{place}: {self.path}: {self.what}" if self.path else f"{place}: {self.what}"
-        return f"{text}; {self.suggestion}" if self.suggestion else text
+        text = f"{text}; {self.suggestion}" if self.suggestion else text
+        # One line, and nothing that a terminal obeys, whatever the file had in it.
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class ConfigErrors(ValueError):

@@ -140,6 +140,59 @@ def test_a_few_aliases_are_welcome_and_a_bomb_is_not() -> None:
     assert error.startswith("headgate.yaml:2: b[100]: aliases repeat more than 10,000 values")
 
 
+# --- whatever stands there ------------------------------------------------------------------------------------
+
+KEYS = sorted(
+    {
+        key
+        for model in (Config, Defaults, Account, ExpositionJob, ServiceProfile)
+        for key in model.model_fields
+    }
+)
+anything = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.sampled_from(KEYS)
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from([*KEYS, "ec2", "env", "file", "kafka.bootstrap", "7"]), inner, max_size=4
+        )
+    ),
+    max_leaves=20,
+)
+
+
+def assert_loads_or_says_where(text: str) -> None:
+    """No exception but ConfigErrors, and each error within the text."""
+    try:
+        loads(text, "headgate.yaml", {})
+    except ConfigErrors as caught:
+        errors = caught.errors
+    else:
+        return
+    assert len(str(ConfigErrors(errors)).splitlines()) == len(errors) > 0
+    assert [error for error in errors if not 1 <= error.line <= text.count("\n") + 1] == []
+
+
+@given(st.dictionaries(st.sampled_from([*Config.model_fields, "defaults"]), anything, max_size=5))
+@settings(deadline=None)
+def test_any_structure_loads_or_says_what_is_wrong(document: dict[str, object]) -> None:
+    assert_loads_or_says_where(yaml.safe_dump(document))
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=200)
+def test_any_damage_to_a_good_file_loads_or_says_what_is_wrong(data: st.DataObject) -> None:
+    text = (CONFIGS / "everything.ok.yml").read_text()
+    at = data.draw(st.integers(0, len(text)))
+    cut = data.draw(st.integers(0, 12))
+    new = data.draw(
+        st.text(max_size=4) | st.sampled_from(["\n", "- ", "{", "]", ": ", "&a ", "*usual", "'", "!x ", "\t"])
+    )
+    assert_loads_or_says_where(text[:at] + new + text[at + cut :])
+
+
 # --- YAML as it looks -----------------------------------------------------------------------------------------
 
 
