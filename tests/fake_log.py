@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from aiokafka.partitioner import DefaultPartitioner
 
 from ingest.errors import Fatal, Transient
-from ingest.log import VALUE_BYTES_MAX, Assigned, Outgoing, Revoked
+from ingest.group import Assigned, Revoked
+from ingest.log import VALUE_BYTES_MAX, Outgoing
 from ingest.model import RecordPosition
 from ingest.ports import Record
 

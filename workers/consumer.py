@@ -15,17 +15,18 @@ from functools import partial
 from pathlib import Path
 
 import structlog
-from ingest.sinks.postgres import PostgresSink
 from prometheus_client import Counter, Gauge, Histogram
 
 from ingest.clock import Clock, SystemClock
 from ingest.errors import Fatal, Transient
+from ingest.group import Consumer
 from ingest.landing import Landing
 from ingest.ledger import Ledger
-from ingest.log import Consumer, Producer
+from ingest.log import Producer
 from ingest.ports import Record
 from ingest.positions import Positions
 from ingest.schedule import grids_of
+from ingest.sinks.postgres import PostgresSink
 from shard_config.model import Config
 from workers import local
 from workers.lifecycle import Lifecycle, run_worker

@@ -24,7 +24,8 @@ from ingest.archive import open_archive
 from ingest.clock import Clock, SystemClock
 from ingest.collect import Answer, Collector, Topics
 from ingest.errors import Fatal, Rejected, Transient
-from ingest.log import Consumer, Producer
+from ingest.group import Consumer
+from ingest.log import Producer
 from ingest.model import LookStatus, SourceName
 from ingest.offsets import OffsetTracker
 from ingest.ports import Record

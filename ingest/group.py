@@ -1,0 +1,301 @@
+"""Kafka: members of consumer groups that know where they stand.
+
+Guarantees:
+
+* A position is never guessed: `auto_offset_reset` is `none`, whoever is assigned partitions says where each starts, and a position
+  outside the log is Fatal.
+* Nothing is handed out before an assignment is opened, nor once it is being revoked.
+* A member that stands still below the high-water mark, or fails for as long, is rebuilt by its watchdog (aiokafka #847, #974, #1039).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import structlog
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
+from aiokafka.errors import CommitFailedError, KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
+
+from ingest.clock import Clock
+from ingest.errors import Fatal, HeadgateError, Transient
+from ingest.log import quietly
+from ingest.model import RecordPosition
+from ingest.ports import Record
+
+_log = structlog.get_logger()
+
+Revoked = Callable[[Sequence[int]], Awaitable[None]]
+Assigned = Callable[[Sequence[int]], Awaitable[Mapping[int, int]]]
+
+
+class Consumer:
+    """One member of one consumer group on one topic.
+
+    `assigned` is awaited with the partitions of each new assignment and returns where each starts (partition → next offset).
+    `revoked` is awaited before all of them go (rebalancing is eager): drain there, within `drain_s`. With `instance_id` the
+    member is static: a restart within the session timeout keeps its partitions.
+    """
+
+    def __init__(
+        self,
+        bootstrap: str,
+        topic: str,
+        group: str,
+        *,
+        client_id: str,
+        clock: Clock,
+        assigned: Assigned,
+        revoked: Revoked,
+        instance_id: str | None = None,
+        session_timeout_s: int = 15,
+        drain_s: int = 20,
+        stall_s: float = 60.0,
+    ) -> None:
+        self.topic = topic
+        self.group = group
+        self._clock = clock
+        self._stall_s = stall_s
+        self._revoked = revoked
+        self._assigned = assigned
+        self._progress_s = self._polled_s = clock.monotonic_s()
+        self._unopened: list[int] = []
+        """Partitions that were assigned and whose start is not known yet."""
+        self._next: dict[int, int] = {}
+        """Partition → next offset to hand out, for the partitions that are open."""
+        self._opening = asyncio.Lock()
+        self._options: dict[str, Any] = {
+            "bootstrap_servers": bootstrap,
+            "group_id": group,
+            "client_id": client_id,
+            "group_instance_id": instance_id,
+            "enable_auto_commit": False,
+            "auto_offset_reset": "none",
+            "session_timeout_ms": session_timeout_s * 1000,
+            "heartbeat_interval_ms": max(1000, session_timeout_s * 1000 // 5),
+            # Defaults to the session timeout, which a drain may outlast.
+            "rebalance_timeout_ms": (drain_s + 10) * 1000,
+            "max_poll_interval_ms": 600_000,
+            "fetch_max_bytes": 16 * 1024 * 1024,
+            "max_partition_fetch_bytes": 4 * 1024 * 1024,
+            "fetch_max_wait_ms": 100,
+            "partition_assignment_strategy": (RoundRobinPartitionAssignor,),
+        }
+        self._client: AIOKafkaConsumer | None = None
+        self._started = False
+
+    async def start(self) -> None:
+        """Join the group. Raises Transient where no broker answers."""
+        client = AIOKafkaConsumer(**self._options)
+        try:
+            await client.start()
+            client.subscribe([self.topic], listener=_Listener(self))
+        except (KafkaError, OSError) as error:
+            await _close_consumer(client)
+            raise Transient(f"topic {self.topic}", f"cannot join group {self.group}: {error}") from error
+        except BaseException:
+            await _close_consumer(client)
+            raise
+        self._client = client
+        self._started = True
+        self._progress_s = self._polled_s = self._clock.monotonic_s()
+
+    async def stop(self) -> None:
+        """Leave (a dynamic member) or just go (a static one), bounded. `revoked` is not called: who stops has drained."""
+        self._started = False
+        await self._leave()
+
+    async def _leave(self) -> None:
+        client, self._client = self._client, None
+        self._forget()
+        if client is not None:
+            await _close_consumer(client)
+
+    def _forget(self) -> None:
+        self._unopened = []
+        self._next.clear()
+
+    async def poll(self, records_max: int, timeout_s: float) -> list[Record]:
+        """Up to that many records; empty after `timeout_s` without one, or a second later in the middle of a rebalance.
+
+        Raises Fatal for a position outside the log, Transient after a stall (the client was left; the next poll joins anew), and what
+        `assigned` raises.
+        """
+        # Time in which nobody polled is not time in which nothing came.
+        self._progress_s += self._clock.monotonic_s() - self._polled_s
+        try:
+            return await self._poll(records_max, timeout_s)
+        finally:
+            self._polled_s = self._clock.monotonic_s()
+
+    async def _poll(self, records_max: int, timeout_s: float) -> list[Record]:
+        if self._client is None and self._started:
+            await self.start()
+        client = self._require()
+        try:
+            await self._open()
+            async with asyncio.timeout(timeout_s + 1.0):
+                got = await client.getmany(timeout_ms=int(timeout_s * 1000), max_records=records_max)
+        except TimeoutError:
+            return []  # aiokafka waits for a rebalance as long as it takes; nothing is lost by not waiting with it
+        except (OffsetOutOfRangeError, NoOffsetForPartitionError) as error:
+            await self._check_positions(error)
+            return []
+        except KafkaError as error:
+            await self._watch(client, failed=True)
+            raise Transient(
+                f"group {self.group} on {self.topic}", f"{type(error).__name__} {error}"
+            ) from error
+        records: list[Record] = []
+        for tp, batch in got.items():
+            # What was fetched before an assignment was opened comes again from where it starts.
+            if tp.partition in self._next:
+                records += (
+                    Record(
+                        RecordPosition(r.topic, r.partition, r.offset),
+                        r.key or b"",
+                        r.value or b"",
+                        r.timestamp,
+                    )
+                    for r in batch
+                )
+                self._next[tp.partition] = batch[-1].offset + 1
+        if records or self.lag() == 0:
+            self._progress_s = self._clock.monotonic_s()
+        else:
+            await self._watch(client, failed=False)
+        return records
+
+    async def _check_positions(self, error: KafkaError) -> None:
+        """Raise Fatal where an open partition's position is outside the log.
+
+        Before a partition is opened, aiokafka starts at the group's committed offset, and complains where that has expired or never was; `assigned`
+        may know better, so such a complaint counts only where it is true of where we really stand.
+        """
+        for partition, (first, end) in (await self.bounds(list(self._next))).items():
+            here = self._next.get(partition)
+            if here is None:
+                continue  # it was revoked meanwhile
+            if not first <= here <= end:
+                raise Fatal(
+                    f"group {self.group} on {self.topic}/{partition}",
+                    f"its position {here} is outside the log's [{first}, {end}]: {error}",
+                    "the topic was created again, or its retention passed the position; see `headgate status`",
+                ) from error
+            self._require().seek(TopicPartition(self.topic, partition), here)
+
+    async def commit(self, next_offsets: Mapping[int, int]) -> None:
+        """Commit partition → next offset. A commit that a rebalance overtook is dropped: its new owner decides."""
+        if not next_offsets:
+            return
+        client = self._require()
+        try:
+            await client.commit({TopicPartition(self.topic, p): o for p, o in next_offsets.items()})
+        except CommitFailedError:
+            _log.info("commit_overtaken_by_rebalance", topic=self.topic, group=self.group)
+        except KafkaError as error:
+            raise Transient(f"group {self.group} on {self.topic}", f"commit: {error}") from error
+
+    def assignment(self) -> list[int]:
+        """The partitions that this member owns now, and has opened."""
+        return sorted(self._next)
+
+    async def bounds(self, partitions: Sequence[int]) -> dict[int, tuple[int, int]]:
+        """Partition → (first offset that is still there, next offset to be written). Raises Transient."""
+        client = self._require()
+        asked = [TopicPartition(self.topic, p) for p in partitions]
+        try:
+            first = await client.beginning_offsets(asked)
+            end = await client.end_offsets(asked)
+        except KafkaError as error:
+            raise Transient(f"topic {self.topic}", f"offsets: {error}") from error
+        return {tp.partition: (first[tp], end[tp]) for tp in asked}
+
+    async def committed(self, partitions: Sequence[int]) -> dict[int, int]:
+        """Partition → the group's committed next offset. Raises Fatal where there is none, Transient."""
+        client = self._require()
+        found: dict[int, int] = {}
+        try:
+            for p in partitions:
+                offset = await client.committed(TopicPartition(self.topic, p))
+                if offset is None:
+                    raise Fatal(
+                        f"group {self.group} on {self.topic}/{p}",
+                        "has no committed offset, so where to go on is not known",
+                        "run `headgate setup` on a new installation; otherwise the group's offsets have expired",
+                    )
+                found[p] = offset
+        except KafkaError as error:
+            raise Transient(f"group {self.group} on {self.topic}", f"committed: {error}") from error
+        return found
+
+    def lag(self) -> int:
+        """Records between where this member stands and the high-water marks that it last heard of."""
+        if self._client is None:
+            return 0
+        heard = ((n, self._client.highwater(TopicPartition(self.topic, p))) for p, n in self._next.items())
+        return sum(max(0, high - n) for n, high in heard if high is not None)
+
+    async def _open(self) -> None:
+        """Ask where newly assigned partitions start, and go there."""
+        async with self._opening:
+            if not self._unopened:
+                return
+            asked = self._unopened
+            starts = await self._assigned(asked)
+            if self._client is None or self._unopened is not asked:
+                return  # they were revoked meanwhile
+            for partition, offset in starts.items():
+                self._client.seek(TopicPartition(self.topic, partition), offset)
+                self._next[partition] = offset
+            self._unopened = []
+
+    def _require(self) -> AIOKafkaConsumer:
+        if self._client is None:
+            raise Transient(f"group {self.group} on {self.topic}", "not started")
+        return self._client
+
+    async def _watch(self, client: AIOKafkaConsumer, *, failed: bool) -> None:
+        """Called where there was no progress; leaves the group where that has lasted too long, and raises Transient."""
+        if self._clock.monotonic_s() - self._progress_s <= self._stall_s or self._client is not client:
+            return
+        what = f"{'failed' if failed else 'stood still'} for {self._stall_s:g} s"
+        _log.warning(
+            "consumer_left_and_rebuilt", topic=self.topic, group=self.group, what=what, lag=self.lag()
+        )
+        partitions = self.assignment()
+        self._forget()
+        try:
+            await self._revoked(partitions)
+        finally:
+            await self._leave()
+        raise Transient(f"group {self.group} on {self.topic}", what)
+
+
+class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Hands a rebalance on. An assignment that could not be opened is tried again by the next poll, which raises its error."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        self._consumer = consumer
+
+    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
+        # First, so that nothing is handed out any more while the owner drains.
+        self._consumer._forget()
+        await self._consumer._revoked(sorted(tp.partition for tp in revoked))
+
+    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
+        consumer = self._consumer
+        consumer._unopened = sorted(tp.partition for tp in assigned)
+        try:
+            await consumer._open()
+        except HeadgateError as error:
+            _log.warning("assignment_not_opened", topic=consumer.topic, error=str(error))
+
+
+async def _close_consumer(client: AIOKafkaConsumer) -> None:
+    if not await quietly(client.stop()):
+        if (fetcher := client._fetcher) is not None:
+            await quietly(fetcher.close())
+        await quietly(client._client.close())
