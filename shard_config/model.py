@@ -260,6 +260,8 @@ class Run(Strict):
     clock_offset_s: int = 0
     horizon_s: tuple[int, int] | None = None
     """Plan the windows of [from, to) once, and nothing else."""
+    source_keeps_all: bool = False
+    """Recorded data: what is old and comes back empty was empty, and has not expired."""
 
 
 class Defaults(Strict):

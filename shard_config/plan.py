@@ -40,6 +40,11 @@ ROUNDING: Final = 1e-9
 """Floats that differ by less than this part are equal: what was put up to the cap is not beyond it."""
 
 
+WEIGHT_MIN: Final = 1e-100
+WEIGHT_MAX: Final = 1e100
+"""Beyond these floats would under- or overflow on the way."""
+
+
 @dataclass(frozen=True, slots=True)
 class Move:
     """A target that changes its slot."""
@@ -58,16 +63,17 @@ def plan(
 ) -> dict[str, int]:
     """Slot by target, in the targets' order by name.
 
-    `weights` may be in any unit; they are finite and not negative (of targets that weigh nothing only their number is balanced).
+    `weights` may be in any unit; each is 0, or WEIGHT_MIN to WEIGHT_MAX. Targets that weigh nothing go where there is least.
     Slots are numbered from 0; those in `retired` get nothing. `previous` may name targets and slots that are no more.
     Raises ValueError for a weight that is none, and where no slot is in use.
     """
-    usable = [slot for slot in range(slots) if slot not in frozenset(retired)]
+    gone = frozenset(retired)
+    usable = [slot for slot in range(slots) if slot not in gone]
     if not usable:
         raise ValueError(f"none of {slots} slots is in use")
     for target, weight in weights.items():
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"the weight of {target} is {weight}, not a finite number from 0 up")
+        if weight != 0 and not WEIGHT_MIN <= weight <= WEIGHT_MAX:
+            raise ValueError(f"the weight of {target} is {weight}, not 0 or {WEIGHT_MIN} to {WEIGHT_MAX}")
     order = _heaviest_first(weights)
     heavy, cap = _heavy_and_cap([weights[target] for target in order], len(usable))
     held: dict[int, list[str]] = {slot: [] for slot in usable}

@@ -22,7 +22,13 @@ Weights = dict[str, float]
 
 weights_of_any_kind = st.dictionaries(
     st.text("abcdefgh/0123456789", min_size=1, max_size=8),
-    st.one_of(st.floats(0, 1e6), st.integers(0, 20).map(float), st.just(1.0)),
+    st.one_of(
+        st.just(0.0),
+        st.floats(1e-100, 1e100),
+        st.floats(1e-6, 1e6),
+        st.integers(0, 20).map(float),
+        st.just(1.0),
+    ),
     max_size=60,
 )
 
@@ -245,7 +251,7 @@ def test_no_targets_make_an_empty_plan() -> None:
     assert plan({}, 3) == {}
 
 
-@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("weight", [-1.0, 1e-101, 1e101, float("nan"), float("inf")])
 def test_a_weight_that_is_none_is_refused(weight: float) -> None:
     with pytest.raises(ValueError, match="the weight of a/b is"):
         plan({"a/b": weight}, 2)
