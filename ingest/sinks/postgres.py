@@ -224,17 +224,18 @@ class PostgresSink:
     async def _insert_rows(self, connection: asyncpg.Connection, rows: Rows, *, careful: bool) -> int:
         suspect = np.ones(len(rows), np.bool_) if careful else self._seen.may_conflict(rows)
         fresh = rows.select(~suspect) if suspect.any() else rows
+        streams = _streams(fresh)
         if len(fresh) < len(rows):
-            await _copy(connection, "staging", rows.select(suspect))
+            await _copy(connection, "staging", _streams(rows.select(suspect)))
             await connection.execute(statements.UPSERT)
-        if not len(fresh):
+        if not streams:
             return len(rows)
         try:
             async with connection.transaction():
-                await _copy(connection, "samples", fresh)
+                await _copy(connection, "samples", streams)
         except asyncpg.UniqueViolationError:
             await connection.execute("DELETE FROM staging")
-            await _copy(connection, "staging", fresh)
+            await _copy(connection, "staging", streams)
             await connection.execute(statements.UPSERT)
             return len(rows)
         return len(rows) - len(fresh)
@@ -332,11 +333,15 @@ class PostgresSink:
             )  # fmt: skip
 
 
-async def _copy(connection: asyncpg.Connection, table: str, rows: Rows) -> None:
-    """COPY from finished buffers, which asyncpg sends without asking anything of us in between."""
-    for start in range(0, len(rows), COPY_ROWS_MAX):
-        part = rows.select(slice(start, start + COPY_ROWS_MAX))
-        await connection.copy_to_table(table, source=copy_stream(part), columns=COLUMNS, format="binary")
+def _streams(rows: Rows) -> list[memoryview]:
+    """The rows as finished buffers, which asyncpg sends without asking anything of us in between."""
+    starts = range(0, len(rows), COPY_ROWS_MAX)
+    return [copy_stream(rows.select(slice(start, start + COPY_ROWS_MAX))) for start in starts]
+
+
+async def _copy(connection: asyncpg.Connection, table: str, streams: Sequence[memoryview]) -> None:
+    for stream in streams:
+        await connection.copy_to_table(table, source=stream, columns=COLUMNS, format="binary")
 
 
 def _digests(batches: Sequence[Landable]) -> dict[BatchId, int]:

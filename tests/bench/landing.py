@@ -26,6 +26,7 @@ from ingest.ports import Advance, Landable
 from ingest.sinks.connection import open_connection
 from ingest.sinks.copy import COLUMNS, copy_stream, rows_of
 from ingest.sinks.migrate import migrate
+from ingest.sinks.partitions import FILLFACTOR
 from ingest.sinks.postgres import PostgresSink
 from shard_config.model import Postgres
 from tests.bench.run import Report
@@ -33,7 +34,7 @@ from workers.servers import PostgresServer
 
 BATCHES, SERIES_A_BATCH, POINTS_A_SERIES = 40, 500, 5
 ROWS = BATCHES * SERIES_A_BATCH * POINTS_A_SERIES
-ROUNDS = 15
+ROUNDS = 31
 CONFLICT_ROUNDS = 5
 START_S = 1_795_478_400
 OBSERVED_MS = 1_795_500_000_000
@@ -126,6 +127,7 @@ async def _measure(dsn: str, report: Report) -> None:
     await plain.execute(
         "CREATE TABLE plain (LIKE samples INCLUDING ALL) PARTITION BY RANGE (ts);"
         "CREATE TABLE plain_20261124 PARTITION OF plain FOR VALUES FROM ('2026-11-24') TO ('2026-11-25')"
+        f" WITH (fillfactor = {FILLFACTOR})"
     )
     sink = await PostgresSink.connect(postgres, clock=SystemClock())
     await sink.init_positions("raw", [0])
