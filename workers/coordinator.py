@@ -3,18 +3,18 @@
 * *Planned before work*: a task goes on `ledger` before it goes on `collect`.
 * While it is down nothing is lost: on its return it plans what it missed, from the ledger. Two at once do no harm: a task's id is
   made from what it asks for.
-* While PostgreSQL is down it goes on from memory; only at its start does it wait for the ledger, for `MEMORY_WAIT_S`.
+* While PostgreSQL is down it goes on from memory; only at its start does it wait for the ledger, for `MEMORY_WAIT_S`. Where that is
+  not long enough it plans as on a first start: windows from before `startup_lookback_s` that an earlier life did not plan stay unplanned.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import structlog
 from prometheus_client import Counter, Gauge
-from shard_config.plan import plan
 
 from ingest import wire
 from ingest.clock import Clock, SystemClock
@@ -24,6 +24,7 @@ from ingest.log import Outgoing, Producer, Sender
 from ingest.model import Target, Task, TaskKind
 from ingest.schedule import Grid, due, grids_of, horizon
 from shard_config.model import Config
+from shard_config.plan import plan
 from workers import local
 from workers.lifecycle import Lifecycle, run_worker
 
@@ -48,9 +49,10 @@ class Coordinator:
         once = config.run.horizon_s is not None
         self._until_s = {t: {} if once else dict(memory.planned_until_s.get(str(t), {})) for t in self._grids}
         self._known = memory.task_ids
+        self._behind = False
         self._to_ledger: list[Task] = []
         # What has no receipt waits on `collect`, or never got there. Twice there is harmless, and paid for once.
-        self._to_collect = [t for t in memory.unanswered if t.target in self._grids]
+        self._to_collect = _live_first(t for t in memory.unanswered if t.target in self._grids)
         self.weights = {
             str(t): max(1.0, memory.weights.get(str(t), float(len(grids))))
             for t, grids in self._grids.items()
@@ -78,7 +80,7 @@ class Coordinator:
                 until_s[item.service] = max(until_s.get(item.service, 0), item.end_s)
             tasks += (t for t in found if t.task_id not in self._known)
         self._to_ledger += sorted(tasks, key=lambda t: t.tick_s)
-        self._to_collect += sorted(tasks, key=lambda t: t.kind != TaskKind.LIVE)
+        self._to_collect = _live_first([*self._to_collect, *tasks])
         return len(tasks)
 
     async def announce(self) -> None:
@@ -105,15 +107,28 @@ class Coordinator:
 
     async def run(self, lifecycle: Lifecycle) -> None:
         """Until told to stop: plan what is due, each second."""
-        lifecycle.ready = True
         while not lifecycle.stop.is_set():
             try:
-                if tasks := self.plan_due():
-                    _log.info("tasks_planned", tasks=tasks)
-                await self.announce()
+                await self.step()
+                lifecycle.ready = True
             except Transient as error:
                 _log.warning("planning_retries", error=str(error))
             await lifecycle.pause(TICK_S)
+
+    async def step(self) -> None:
+        """Plan what is due and announce it. Raises Transient.
+
+        While Kafka does not take what was planned, nothing more is planned: an outage coalesces, and does not pile up here.
+        """
+        if not self._behind and (tasks := self.plan_due()):
+            _log.info("tasks_planned", tasks=tasks)
+        self._behind = True
+        await self.announce()
+        self._behind = False
+
+
+def _live_first(tasks: Iterable[Task]) -> list[Task]:
+    return sorted(tasks, key=lambda t: t.kind != TaskKind.LIVE)
 
 
 async def serve(config: Config, lifecycle: Lifecycle) -> None:
@@ -123,6 +138,8 @@ async def serve(config: Config, lifecycle: Lifecycle) -> None:
     ledger = Ledger(config.postgres, "headgate coordinator", {})
     try:
         memory = await _remember(ledger, clock, lifecycle)
+        if memory is None:
+            return
         coordinator = Coordinator(config, producer, clock, memory)
         try:
             await ledger.remember_plan(coordinator.slots, coordinator.weights, clock.now_s())
@@ -134,16 +151,19 @@ async def serve(config: Config, lifecycle: Lifecycle) -> None:
         await producer.close()
 
 
-async def _remember(ledger: Ledger, clock: Clock, lifecycle: Lifecycle) -> PlannersMemory:
+async def _remember(ledger: Ledger, clock: Clock, lifecycle: Lifecycle) -> PlannersMemory | None:
+    """What the ledger knows; nothing where it cannot be reached for MEMORY_WAIT_S; None where it is time to stop."""
     deadline_s = clock.monotonic_s() + MEMORY_WAIT_S
     while True:
         try:
             return await ledger.memory()
         except Transient as error:
-            if clock.monotonic_s() > deadline_s or await lifecycle.pause(error.retry_after_s):
+            if clock.monotonic_s() > deadline_s:
                 _log.error("planning_without_the_ledger", error=str(error))
                 return PlannersMemory({}, {}, {}, frozenset(), ())
             _log.warning("ledger_not_reachable", error=str(error))
+            if await lifecycle.pause(error.retry_after_s):
+                return None
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

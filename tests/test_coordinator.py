@@ -1,0 +1,262 @@
+"""The coordinator: what it announces in which order, and what survives a restart, an outage and a twin."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from ingest import wire
+from ingest.clock import ManualClock
+from ingest.errors import Transient
+from ingest.ledger import PlannersMemory
+from ingest.log import Outgoing
+from ingest.model import RecordPosition, Target, Task, TaskKind
+from ingest.schedule import due, grids_of
+from shard_config.model import Account, Config, ExpositionJob, Kafka, Run, ServiceProfile
+from tests.conftest import eventually
+from tests.fake_log import FakeBroker, FakeSender
+from workers.coordinator import Coordinator
+from workers.lifecycle import Lifecycle
+
+NOON_S = 1_767_268_800
+NOTHING = PlannersMemory({}, {}, {}, frozenset(), ())
+ACCOUNTS = ("111111111111", "222222222222", "333333333333")
+
+
+def config_of(*accounts: str, exposition: bool = False, horizon_s: tuple[int, int] | None = None) -> Config:
+    return Config(
+        accounts=tuple(Account(id=a, regions=("eu-west-1",), services=("ec2",)) for a in accounts),
+        exposition=(
+            ExpositionJob(name="node", account="lab", region="local", endpoints=("http://a:1/metrics",)),
+        )
+        * exposition,
+        services=(ServiceProfile(service="ec2", namespace="AWS/EC2"),),
+        kafka=Kafka(prefix="t", ledger_partitions=1),
+        slots=4,
+        run=Run(horizon_s=horizon_s),
+    )
+
+
+CONFIG = config_of(*ACCOUNTS)
+
+
+class World:
+    """A coordinator, its clock, and the log that it writes."""
+
+    def __init__(
+        self, config: Config = CONFIG, memory: PlannersMemory = NOTHING, broker: FakeBroker | None = None
+    ) -> None:
+        self.clock = ManualClock(NOON_S)
+        if broker is None:
+            broker = FakeBroker()
+            broker.create("t.ledger", 1)
+            broker.create("t.collect", config.slots)
+        self.broker = broker
+        self.sender = FakeSender(broker)
+        self.coordinator = Coordinator(config, self.sender, self.clock, memory)
+
+    def tasks(self, topic: str) -> list[Task]:
+        """In the order in which they were announced."""
+        return [
+            wire.decode_task(r.value) for name, records in self.sender.sent if name == topic for r in records
+        ]
+
+    @property
+    def planned(self) -> list[Task]:
+        return self.tasks("t.ledger")
+
+    @property
+    def collect(self) -> list[Task]:
+        return self.tasks("t.collect")
+
+
+def ids(tasks: list[Task]) -> list[str]:
+    return sorted(t.task_id for t in tasks)
+
+
+async def test_a_task_is_on_the_ledger_before_it_is_on_collect() -> None:
+    world = World()
+    await world.coordinator.step()
+    assert [topic for topic, _ in world.sender.sent] == ["t.ledger", "t.collect"]
+    assert ids(world.planned) == ids(world.collect) != []
+
+
+async def test_the_ledger_hears_of_the_oldest_first_and_collect_of_live_ones_first() -> None:
+    world = World()
+    await world.coordinator.step()
+    ticks = [t.tick_s for t in world.planned]
+    assert ticks == sorted(ticks)
+    kinds = [t.kind for t in world.collect]
+    assert kinds == sorted(kinds, key=lambda k: k != TaskKind.LIVE)
+    assert set(kinds) == {"live", "backlog"}
+
+
+async def test_a_task_goes_to_its_targets_slot_under_its_targets_key() -> None:
+    world = World()
+    await world.coordinator.step()
+    for record in world.broker.records("t.collect"):
+        target = str(wire.decode_task(record.value).target)
+        assert (record.key, record.position.partition) == (
+            target.encode(),
+            world.coordinator.slots[target],
+        )
+    assert set(world.coordinator.slots) == {f"cloudwatch/{a}/eu-west-1" for a in ACCOUNTS}
+
+
+async def test_nothing_is_announced_twice_and_the_next_interval_is_live_only() -> None:
+    world = World()
+    await world.coordinator.step()
+    before = len(world.collect)
+    await world.coordinator.step()
+    assert len(world.collect) == before
+    world.clock.advance(300)
+    await world.coordinator.step()
+    assert [t.kind for t in world.collect[before:]] == ["live"] * len(ACCOUNTS)
+
+
+@pytest.mark.parametrize("sends_before", [0, 1], ids=["ledger", "collect"])
+async def test_what_kafka_did_not_take_is_announced_later_and_nothing_is_lost(sends_before: int) -> None:
+    world = World()
+    world.sender.failures = [*[None] * sends_before, Transient("topic", "away")]
+    with pytest.raises(Transient, match="away"):
+        await world.coordinator.step()
+    await world.coordinator.step()
+    untroubled = World()
+    await untroubled.coordinator.step()
+    assert ids(world.planned) == ids(untroubled.planned)
+    assert ids(world.collect) == ids(untroubled.collect)
+
+
+async def test_a_long_outage_of_kafka_coalesces_and_does_not_pile_up() -> None:
+    world = World()
+    await world.coordinator.step()
+    before = len(world.collect)
+    world.broker.down = True
+    for _ in range(12):
+        world.clock.advance(300)
+        with pytest.raises(Transient):
+            await world.coordinator.step()
+    world.broker.down = False
+    await world.coordinator.step()
+    await world.coordinator.step()
+    new = world.collect[before:]
+    # The poll that was planned when Kafka went, then the live one, and one block for what was missed.
+    assert len(new) <= 4 * len(ACCOUNTS)
+    windows = {(t.target, w.end_s) for t in new for i in t.items for w in i.windows()}
+    assert {(t.target, NOON_S + 300 * n) for t in new for n in range(1, 13)} <= windows
+
+
+async def test_a_restart_plans_only_what_is_missing() -> None:
+    first = World()
+    await first.coordinator.step()
+    memory = PlannersMemory(
+        {str(t.target): {"ec2": NOON_S} for t in first.planned},
+        first.coordinator.slots,
+        {},
+        frozenset(t.task_id for t in first.planned),
+        (),
+    )
+    second = World(memory=memory)
+    await second.coordinator.step()
+    assert second.collect == []
+    second.clock.advance(900)
+    await second.coordinator.step()
+    ends = {(t.target, w.end_s) for t in second.collect for i in t.items for w in i.windows()}
+    assert {(t.target, NOON_S + n) for t in first.planned for n in (300, 600, 900)} <= ends
+
+
+async def test_tasks_without_a_receipt_are_announced_again_and_live_ones_go_first() -> None:
+    target = Target("cloudwatch", ACCOUNTS[0], "eu-west-1")
+    grids = grids_of(CONFIG)[target]
+    unanswered = due(target, grids, {}, NOON_S, CONFIG.revision, 3600)
+    assert {t.kind for t in unanswered} == {"live", "backlog"}
+    memory = PlannersMemory(
+        {str(target): {"ec2": NOON_S}}, {}, {}, frozenset(t.task_id for t in unanswered), tuple(unanswered)
+    )
+    world = World(memory=memory)
+    await world.coordinator.step()
+    assert set(ids(unanswered)) <= set(ids(world.collect))
+    kinds = [t.kind for t in world.collect]
+    assert kinds == sorted(kinds, key=lambda k: k != TaskKind.LIVE)
+    # They are planned already: only what is new goes on the ledger.
+    assert not set(ids(unanswered)) & set(ids(world.planned))
+
+
+async def test_unanswered_tasks_of_targets_that_are_gone_are_left_alone() -> None:
+    gone = Target("cloudwatch", "999999999999", "eu-west-1")
+    grids = grids_of(config_of("999999999999"))[gone]
+    memory = PlannersMemory({}, {}, {}, frozenset(), tuple(due(gone, grids, {}, NOON_S, "r", 0)))
+    world = World(memory=memory)
+    await world.coordinator.step()
+    assert gone not in {t.target for t in world.collect}
+
+
+async def test_two_at_once_write_the_same_tasks() -> None:
+    one, two = World(), World()
+    two.clock.advance(7)
+    await one.coordinator.step()
+    await two.coordinator.step()
+    assert ids(one.collect) == ids(two.collect)
+
+
+async def test_targets_keep_the_slots_that_are_remembered() -> None:
+    slots = {f"cloudwatch/{a}/eu-west-1": slot for a, slot in zip(ACCOUNTS, (3, 1, 0), strict=True)}
+    assert World(memory=PlannersMemory({}, slots, {}, frozenset(), ())).coordinator.slots == slots
+
+
+async def test_a_target_weighs_what_the_ledger_learned_and_before_that_its_services() -> None:
+    learned = f"cloudwatch/{ACCOUNTS[0]}/eu-west-1"
+    memory = PlannersMemory({}, {}, {learned: 4711.0, "cloudwatch/gone/x": 1.0}, frozenset(), ())
+    weights = World(memory=memory).coordinator.weights
+    assert weights == {learned: 4711.0} | {f"cloudwatch/{a}/eu-west-1": 1.0 for a in ACCOUNTS[1:]}
+
+
+async def test_a_horizon_is_planned_once_in_a_life_and_nothing_else() -> None:
+    config = config_of(*ACCOUNTS, exposition=True, horizon_s=(NOON_S - 3600, NOON_S))
+    # What another run planned before is no reason to leave it out.
+    world = World(
+        config,
+        PlannersMemory({f"cloudwatch/{ACCOUNTS[0]}/eu-west-1": {"ec2": NOON_S}}, {}, {}, frozenset(), ()),
+    )
+    await world.coordinator.step()
+    world.clock.advance(600)
+    await world.coordinator.step()
+    windows = {(t.target.account, w.start_s) for t in world.collect for i in t.items for w in i.windows()}
+    expected = {(a, s) for a in ACCOUNTS for s in range(NOON_S - 3600, NOON_S, 300)}
+    assert windows == expected | {("lab", NOON_S)}
+
+
+async def test_it_is_ready_when_kafka_has_taken_the_plan_and_stops_when_told() -> None:
+    world = World()
+    lifecycle = Lifecycle()
+    world.broker.down = True
+    running = asyncio.create_task(world.coordinator.run(lifecycle))
+    await asyncio.sleep(0.05)
+    assert not lifecycle.ready
+    world.broker.down = False
+
+    async def ready() -> bool:
+        return lifecycle.ready
+
+    await eventually(ready)
+    lifecycle.stop.set()
+    async with asyncio.timeout(10):
+        await running
+    assert len(world.collect) == len(world.planned) > 0
+
+
+async def test_more_tasks_than_fit_one_send_are_all_announced() -> None:
+    class Counting(FakeSender):
+        sizes: list[int] = []  # noqa: RUF012
+
+        async def send(self, topic: str, records: list[Outgoing]) -> list[RecordPosition]:  # type: ignore[override]
+            self.sizes.append(len(records))
+            return await super().send(topic, records)
+
+    config = config_of(*(f"{i:012}" for i in range(300)))
+    world = World(config)
+    counting = Counting(world.broker)
+    coordinator = Coordinator(config, counting, world.clock, NOTHING)
+    await coordinator.step()
+    assert counting.sizes == [500, 100, 500, 100]
