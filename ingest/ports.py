@@ -138,7 +138,7 @@ class Sink(Protocol):
     """Where samples land. One consumer group per sink."""
 
     async def claim(self, topic: str, partitions: Sequence[int]) -> None:
-        """Record that these partitions are ours now, called at each assignment before `positions`.
+        """Record that exactly these partitions of the topic are ours: at each assignment, before `positions`; none at a revocation.
 
         Ends what a previous owner still has open in the sink for them, so that a consumer that was stopped halfway
         does not block its successor. Raises Transient.

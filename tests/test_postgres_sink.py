@@ -18,6 +18,7 @@ from ingest.errors import Fatal, Transient
 from ingest.model import BatchId, digest_of
 from ingest.ports import Advance, Landable, SeriesRejected, Sink
 from ingest.sinks.connection import open_connection
+from ingest.sinks.copy import COLUMNS, copy_stream, rows_of
 from ingest.sinks.migrate import migrate
 from ingest.sinks.partitions import create_partitions
 from ingest.sinks.postgres import PostgresSink
@@ -324,23 +325,68 @@ async def test_a_deadlock_is_tried_again(postgres_store: PostgresStore, account:
 async def test_a_new_owner_ends_what_a_stopped_one_left_open(
     postgres_store: PostgresStore, account: str, topic: str
 ) -> None:
+    """The stopped one is in mid-COPY, where no timeout of the server's would free its keys."""
     await postgres_store.sink.init_positions(topic, [0])
+    one = make_landable(account, [(0, m, 1.0) for m in range(1440)])  # COPY holds a thousand rows back
+    await create_partitions(postgres_store.connection, [MIDNIGHT_S // 86_400], set())
     stopped = await PostgresSink.connect(postgres_store.postgres, clock=CLOCK)
     await stopped.claim(topic, [0])
-    left = stopped._connection  # its process stops after the first statement of a landing
+    left, sent = stopped._connection, asyncio.Event()
     assert left is not None
+
+    async def stalling() -> AsyncIterator[bytes]:
+        yield bytes(copy_stream(rows_of([one.batch])))[:-2]
+        sent.set()
+        await asyncio.Event().wait()
+
     await left.execute("BEGIN")
-    await left.execute("UPDATE positions SET next = 99 WHERE topic = $1", topic)
+    copying = asyncio.ensure_future(
+        left.copy_to_table("samples", source=stalling(), columns=COLUMNS, format="binary")
+    )
+    await sent.wait()
+    await asyncio.sleep(0.1)
     async with asyncio.timeout(5):
         await postgres_store.sink.claim(topic, [0])
-        await postgres_store.sink.land(
-            [Advance(topic, 0, 0, 1, b"v" * 16)], [make_landable(account, [(0, 0, 1.0)])]
-        )
+        await postgres_store.sink.land([Advance(topic, 0, 0, 1, b"v" * 16)], [one])
+    copying.cancel()
+    await asyncio.wait({copying})
     with pytest.raises(Fatal, match="another consumer claimed"):
         await _at_the_second_try(stopped, [], [make_landable(account, [(0, 0, 2.0)])])
-    assert values_of(await postgres_store.table(account)) == [1.0]
+    assert set(values_of(await postgres_store.table(account))) == {1.0}
     await stopped.claim(topic, [0])  # after a rejoin it may own the partition again
     await stopped.close()
+
+
+async def test_partitions_that_are_released_move_without_ending_anything(
+    postgres_store: PostgresStore, topic: str
+) -> None:
+    first, admin = postgres_store.sink, postgres_store.connection
+    second = await PostgresSink.connect(postgres_store.postgres, clock=CLOCK)
+    await first.init_positions(topic, [0, 1])
+    await first.claim(topic, [0, 1])
+    backends = "SELECT backend_pid FROM positions WHERE topic = $1 ORDER BY partition"
+    (before, _) = [r[0] for r in await admin.fetch(backends, topic)]
+    await first.claim(topic, [])
+    assert [r[0] for r in await admin.fetch(backends, topic)] == [None, None]
+    await second.claim(topic, [1])
+    await first.claim(topic, [0])
+    assert (await admin.fetch(backends, topic))[0][0] == before
+    await first.land([Advance(topic, 0, 0, 1, b"v" * 16)], [])
+    await second.close()
+
+
+async def test_a_living_owner_whose_partition_was_taken_claims_what_it_still_has(
+    postgres_store: PostgresStore, topic: str
+) -> None:
+    first = postgres_store.sink
+    second = await PostgresSink.connect(postgres_store.postgres, clock=CLOCK)
+    await first.init_positions(topic, [0, 1])
+    await first.claim(topic, [0, 1])
+    await second.claim(topic, [1])  # before the first one is told of its revocation: this ends its connection
+    await first.claim(topic, [0])
+    await first.land([Advance(topic, 0, 0, 1, b"v" * 16)], [])
+    await second.land([Advance(topic, 1, 0, 1, b"v" * 16)], [])
+    await second.close()
 
 
 async def test_a_lost_connection_is_rebuilt_and_the_claim_renewed(

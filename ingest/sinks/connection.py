@@ -70,14 +70,15 @@ async def bounded(connection: asyncpg.Connection, work: Coroutine[Any, Any, T], 
     task = asyncio.ensure_future(work)
     try:
         await asyncio.wait({task}, timeout=timeout_s)
+        if task.done():
+            return task.result()
     finally:
         if not task.done():
             connection.terminate()
             await asyncio.wait({task}, timeout=_ABANDON_S)
-    if not task.done() or connection.is_closed():
-        task.cancel()
-        raise Transient("postgres", f"no answer within {timeout_s:g} s; the connection was terminated")
-    return task.result()
+            if not task.cancel() and not task.cancelled():
+                task.exception()  # it is what the termination caused; asked for, so that asyncio does not log it
+    raise Transient("postgres", f"no answer within {timeout_s:g} s; the connection was terminated")
 
 
 @contextmanager
@@ -107,7 +108,8 @@ def translate(where: str, error: Exception) -> HeadgateError:
             | asyncpg.LockNotAvailableError()
             | asyncpg.InsufficientResourcesError()
             | asyncpg.OperatorInterventionError()
-            | asyncpg.ConnectionDoesNotExistError()
+            | asyncpg.IdleInTransactionSessionTimeoutError()
+            | asyncpg.ReadOnlySQLTransactionError()  # a standby, until the failover is through
             | OSError()
             | TimeoutError()
         ):

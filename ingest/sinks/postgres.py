@@ -126,18 +126,24 @@ class PostgresSink:
         await self._run(store)
 
     async def claim(self, topic: str, partitions: Sequence[int]) -> None:
-        """Make this connection's backend the recorded writer of exactly these partitions of the topic.
+        """Make this connection's backend the recorded writer of exactly these partitions of the topic; release the others.
 
-        The backend that a previous owner left recorded is terminated first, and its transaction with it. After a rebuild
-        of our connection the claim is renewed, unless another sink has claimed meanwhile: that is Fatal then.
+        The backend that a previous owner left recorded is terminated first, and its transaction with it; so an owner
+        that still lives should release what is revoked, by claiming none. After a rebuild of our connection the claim is
+        renewed, unless another sink has claimed meanwhile: that is Fatal then.
         """
+        released = set(self._claims.pop(topic, ())) - set(partitions)
 
         async def record(connection: asyncpg.Connection) -> None:
+            ours = self._backend
+            assert ours is not None  # noqa: S101  # there is a connection
+            await connection.execute(
+                statements.RELEASE, self._sink, topic, sorted(released), ours.pid, ours.start
+            )
             await connection.fetch(
                 statements.TERMINATE, self._sink, topic, list(partitions), _TERMINATE_WAIT_MS
             )
-            assert self._backend is not None  # noqa: S101  # there is a connection
-            await self._record(connection, self._backend, topic, partitions)
+            await self._record(connection, ours, topic, partitions)
 
         await self._run(record)
         self._claims[topic] = tuple(partitions)

@@ -53,6 +53,11 @@ SELECT $1, b.*, $2 FROM unnest(
 ON CONFLICT DO NOTHING
 """
 
+RELEASE = """
+UPDATE positions SET backend_pid = NULL, backend_start = NULL
+WHERE sink = $1 AND topic = $2 AND partition = ANY($3::int[]) AND backend_pid = $4 AND backend_start = $5
+"""
+
 TERMINATE = """
 SELECT pg_terminate_backend(a.pid, $4) FROM pg_stat_activity AS a WHERE a.pid <> pg_backend_pid()
     AND (a.pid, a.backend_start) IN (
