@@ -103,21 +103,14 @@ def due(
 
 
 def horizon(
-    target: Target, grids: Sequence[Grid], from_s: int, to_s: int, now_s: int, config_revision: str
+    target: Target, grids: Sequence[Grid], from_s: int, to_s: int, config_revision: str
 ) -> list[Task]:
-    """Tasks that look once at every window that touches [from_s, to_s), oldest first; without a past, at the current window."""
-    by_end: dict[tuple[int, int], list[TaskItem]] = defaultdict(list)
+    """Tasks that look once at every window that touches [from_s, to_s), oldest first. All grids must have a past."""
+    by_end: dict[int, list[TaskItem]] = defaultdict(list)
     for grid in grids:
-        if grid.has_past:
-            for item in blocks(grid, grid.floor(from_s), grid.ceil(to_s)):
-                by_end[(item.end_s, 0)].append(item)
-        else:
-            for item in _due_without_past(grid, None, now_s):
-                by_end[(item.end_s, item.end_s)].append(item)
-    return [
-        _task(target, config_revision, TaskKind.BACKLOG, items, expires_s)
-        for (_, expires_s), items in sorted(by_end.items())
-    ]
+        for item in blocks(grid, grid.floor(from_s), grid.ceil(to_s)):
+            by_end[item.end_s].append(item)
+    return [_task(target, config_revision, TaskKind.BACKLOG, by_end[end], 0) for end in sorted(by_end)]
 
 
 def blocks(grid: Grid, from_s: int, to_s: int) -> list[TaskItem]:

@@ -205,15 +205,9 @@ def test_a_horizon_looks_once_at_every_window_that_it_touches_oldest_first(data:
     grid = data.draw(grids())
     from_s = NOON_S + data.draw(st.integers(0, 10**5))
     to_s = from_s + data.draw(st.integers(1, 10**5))
-    tasks = horizon(TARGET, [grid], from_s, to_s, to_s, REVISION)
+    tasks = horizon(TARGET, [grid], from_s, to_s, REVISION)
     starts = [w.start_s for t in tasks for i in t.items for w in i.windows()]
     assert starts == list(range(grid.floor(from_s), grid.ceil(to_s), grid.poll_interval_s))
-
-
-def test_a_horizon_asks_a_source_without_a_past_for_the_window_that_lasts() -> None:
-    (task,) = horizon(NODES, [NODE], 0, 3600, NOON_S + 5, REVISION)
-    assert [(i.start_s, i.end_s) for i in task.items] == [(NOON_S, NOON_S + 30)]
-    assert task.expires_s == NOON_S + 30
 
 
 @pytest.mark.parametrize(("settling_s", "lookback_s"), [(0, 0), (1, 300), (299, 300), (300, 300), (301, 600)])

@@ -66,22 +66,28 @@ class Coordinator:
     def plan_due(self) -> int:
         """Plan what is due now; returns how many tasks that are. They are announced by `announce`."""
         now_s = self._clock.now_s()
-        config = self._config
         tasks: list[Task] = []
         for target, grids in self._grids.items():
             until_s = self._until_s[target]
-            if config.run.horizon_s is None:
-                found = due(target, grids, until_s, now_s, config.revision, config.startup_lookback_s)
-            elif until_s:
-                found = []  # looked at once, in this life
-            else:
-                found = horizon(target, grids, *config.run.horizon_s, now_s, config.revision)
+            found = self._found(target, grids, now_s)
             for item in (item for task in found for item in task.items):
                 until_s[item.service] = max(until_s.get(item.service, 0), item.end_s)
             tasks += (t for t in found if t.task_id not in self._known)
         self._to_ledger += sorted(tasks, key=lambda t: t.tick_s)
         self._to_collect = _live_first([*self._to_collect, *tasks])
         return len(tasks)
+
+    def _found(self, target: Target, grids: tuple[Grid, ...], now_s: int) -> list[Task]:
+        config, until_s = self._config, self._until_s[target]
+        if config.run.horizon_s is None:
+            return due(target, grids, until_s, now_s, config.revision, config.startup_lookback_s)
+        # What has no past is polled as ever while the run lasts; the rest is looked at once.
+        live = [g for g in grids if not g.has_past]
+        once = [g for g in grids if g.has_past and g.service not in until_s]
+        return [
+            *due(target, live, until_s, now_s, config.revision, 0),
+            *horizon(target, once, *config.run.horizon_s, config.revision),
+        ]
 
     async def announce(self) -> None:
         """Put planned tasks on `ledger`, the oldest first, then on `collect`, live ones first. Raises Transient: call it again.

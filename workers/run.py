@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -31,7 +32,7 @@ from shard_config.load import shipped_services
 from shard_config.model import Config
 from workers.local import Endpoints, LocalStack, StackSpec, find_config
 from workers.samples import export_csv
-from workers.status import render, status
+from workers.status import Status, render, status
 from workers.traces import TraceWorld
 from workers.verify import Verdict, verify
 from workers.world import Truth, World, account_ids
@@ -43,10 +44,15 @@ NO_PROGRESS_S = 180.0
 """A run to the end gives up where nothing more lands for this long."""
 
 _OPEN = """SELECT target, service, window_start, last_status, last_detail FROM windows
-WHERE landed_as_of IS NULL ORDER BY target, service, window_start"""
+WHERE landed_as_of IS NULL AND target NOT LIKE 'exposition/%' ORDER BY target, service, window_start"""
 
 _COUNTS = """SELECT count(*) AS planned, count(landed_as_of) AS landed,
-    (SELECT coalesce(sum(points), 0) FROM landed WHERE sink = 'postgres')::bigint AS points FROM windows"""
+    count(*) FILTER (WHERE landed_as_of IS NULL AND coalesce(last_status, 'complete') = 'complete') AS waiting,
+    (SELECT coalesce(sum(points), 0) FROM landed WHERE sink = 'postgres')::bigint AS points,
+    (SELECT count(DISTINCT (target, service)) FROM windows
+        WHERE target LIKE 'exposition/%' AND landed_as_of IS NOT NULL) AS scraped
+FROM windows WHERE target NOT LIKE 'exposition/%'"""
+"""What is scraped has no past and goes on while the run lasts: one landed window of each job is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +121,7 @@ def traces_scene(folder: Path) -> Scene:
             {
                 "accounts": [{"id": account, "regions": [region], "services": sorted(services)}],
                 "services": services,
-                "run": {"clock_offset_s": offset_s, "horizon_s": [from_s, to_s]},
+                "run": {"clock_offset_s": offset_s, "horizon_s": [from_s, to_s], "source_keeps_all": True},
             },
         )
 
@@ -141,22 +147,22 @@ def _yaml(endpoints: Endpoints, what: dict[str, Any]) -> str:
 # --- to the end -------------------------------------------------------------------------------------------------
 
 
-def expected_windows(config: Config, now_s: int) -> int:
-    """How many windows a run with a horizon plans."""
+def expected_windows(config: Config) -> int:
+    """How many windows with a past a run with a horizon plans."""
     if config.run.horizon_s is None:
         return 0
     return sum(
         len(item.windows())
         for target, grids in grids_of(config).items()
-        for task in horizon(target, grids, *config.run.horizon_s, now_s, config.revision)
+        for task in horizon(target, [g for g in grids if g.has_past], *config.run.horizon_s, config.revision)
         for item in task.items
     )
 
 
 async def until_landed(
-    connection: asyncpg.Connection, expected: int, tell: Callable[[int, int], None]
+    connection: asyncpg.Connection, expected: int, jobs: int, tell: Callable[[int, int], None]
 ) -> tuple[bool, float | None]:
-    """Wait until all expected windows have landed; (whether they have, seconds until the first point).
+    """Wait until all expected windows, and one of each job, have landed; (whether they have, seconds until the first point).
 
     Gives up where nothing more lands for NO_PROGRESS_S.
     """
@@ -168,12 +174,12 @@ async def until_landed(
             row = await connection.fetchrow(_COUNTS, timeout=30)
         if first_point_s is None and row["points"]:
             first_point_s = time.monotonic() - started_s
-        now = (row["landed"], row["points"])
+        now = (row["landed"], row["scraped"])
         if now != before:
             before, last_s = now, time.monotonic()
             tell(row["landed"], row["points"])
-        if row["planned"] >= expected and row["landed"] == row["planned"]:
-            return True, first_point_s
+        if row["planned"] >= expected and not row["waiting"] and row["scraped"] >= jobs:
+            return row["landed"] == row["planned"], first_point_s  # the others were looked at, in vain
         if time.monotonic() - last_s > NO_PROGRESS_S:
             return False, first_point_s
         await asyncio.sleep(0.5)
@@ -186,8 +192,8 @@ async def run_once(stack: LocalStack, scene: Scene, out: Path, console: Console)
     clock = SystemClock(scene.clock_offset_s)
     connection = await open_connection(config.postgres, "headgate run")
     try:
-        expected = expected_windows(config, clock.now_s())
-        done, first_point_s = await _progress(connection, expected, console)
+        expected, jobs = expected_windows(config), len(config.exposition)
+        done, first_point_s = await _progress(connection, expected, jobs, console)
         from_s, to_s = scene.horizon_s or (0, 0)
         console.print("comparing what has landed with the simulator's truth …")
         verdict = await verify(connection, scene.truth, config, from_s, to_s)
@@ -197,7 +203,8 @@ async def run_once(stack: LocalStack, scene: Scene, out: Path, console: Console)
         bill = await asyncio.to_thread(_simulators_bill, stack.endpoints.aws_url)
         summary = {
             "ok": done and verdict.good and not open_windows,
-            "windows": {"planned": expected, "landed": found.ledger.landed if found.ledger else None},
+            "windows": {"planned": expected, "landed": expected - len(open_windows)},
+            "scraped": {"jobs": jobs, "windows_landed": _scraped(found)},
             "open_windows": [_open_window(w) for w in open_windows[:1000]],
             "points": asdict(verdict),
             "samples": rows,
@@ -220,7 +227,7 @@ async def run_once(stack: LocalStack, scene: Scene, out: Path, console: Console)
 
 
 async def _progress(
-    connection: asyncpg.Connection, expected: int, console: Console
+    connection: asyncpg.Connection, expected: int, jobs: int, console: Console
 ) -> tuple[bool, float | None]:
     if not console.is_terminal:
         told = [0.0]
@@ -230,7 +237,7 @@ async def _progress(
                 told[0] = time.monotonic()
                 console.print(f"{landed:,} of {expected:,} windows landed, {points:,} points")
 
-        return await until_landed(connection, expected, tell)
+        return await until_landed(connection, expected, jobs, tell)
     with Progress(
         SpinnerColumn(),
         TextColumn("windows landed"),
@@ -241,8 +248,27 @@ async def _progress(
     ) as bar:
         task = bar.add_task("", total=expected, points=0)
         return await until_landed(
-            connection, expected, lambda landed, points: bar.update(task, completed=landed, points=points)
+            connection,
+            expected,
+            jobs,
+            lambda landed, points: bar.update(task, completed=landed, points=points),
         )
+
+
+def _scraped(found: Status) -> int:
+    targets = found.ledger.targets if found.ledger else ()
+    return sum(t.landed for t in targets if t.target.startswith("exposition/"))
+
+
+def _stretches(open_windows: list[dict[str, Any]]) -> list[str]:
+    """Open windows for people: neighbours with one and the same story are one line."""
+    lines: list[str] = []
+    key = lambda w: (w["target"], w["service"], w["last_status"] or "no receipt", w["last_detail"] or "")  # noqa: E731
+    for (target, service, outcome, detail), group in groupby(open_windows, key):
+        windows = list(group)
+        first = windows[0]["window_start"].strftime("%Y-%m-%dT%H:%M:%SZ")
+        lines.append(f"{target} {service}, {len(windows)} windows from {first}: {outcome} {detail}".rstrip())
+    return lines
 
 
 def _open_window(row: dict[str, Any]) -> dict[str, Any]:
@@ -281,13 +307,11 @@ def _print_summary(
         highlight=False,
         soft_wrap=True,
     )
-    for w in map(_open_window, open_windows[:20]):
-        console.print(
-            f"open: {w['target']} {w['service']} from {w['start']}: {w['status']} {w['detail']}",
-            soft_wrap=True,
-        )
-    if len(open_windows) > 20:
-        console.print(f"… and {len(open_windows) - 20} more open windows, all in summary.json")
+    stretches = _stretches(open_windows)
+    for line in stretches[:20]:
+        console.print(f"open: {line}", soft_wrap=True, markup=False)
+    if len(stretches) > 20:
+        console.print(f"… and {len(stretches) - 20} more, all in summary.json")
     for example in verdict.examples:
         console.print(f"differs: {example}", soft_wrap=True, markup=False)
     if summary["ok"]:

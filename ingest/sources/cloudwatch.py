@@ -107,6 +107,7 @@ class CloudWatchSource:
         self._clock = clock
         self._accounts = {account.id: account for account in config.accounts}
         self._profiles = config.service_by_name
+        self._keeps_all = config.run.source_keeps_all
         self._aws = Aws(config, clock)
         self._discovery = Discovery(self._aws, clock)
         self._get = get_metric_data or self._get_by_botocore
@@ -267,7 +268,8 @@ class CloudWatchSource:
             run.note(f"the listing of {int(age_s)} s ago names no metrics")
         kept_s = retention_s(run.profile.period_s)
         nothing = status is LookStatus.COMPLETE and run.queries and not run.points
-        if nothing and item.start_s < run.observed_at_ms // 1000 - kept_s:
+        old = item.start_s < run.observed_at_ms // 1000 - kept_s
+        if nothing and old and not self._keeps_all:
             status = LookStatus.EXPIRED
             run.note(f"periods of {run.profile.period_s} s are kept for {kept_s // 3600} h")
         missing = run.queries - run.complete - run.forbidden
