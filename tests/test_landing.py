@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 
 import numpy as np
 import orjson
@@ -13,11 +15,14 @@ from ingest.clock import ManualClock
 from ingest.errors import Fatal, Transient
 from ingest.landing import DEAD_PAYLOAD_BYTES_MAX, Landing, Progress
 from ingest.log import Outgoing
-from ingest.model import Batch, DeadLetter, Series, SeriesKey, Target, series_ids
+from ingest.model import Batch, DeadLetter, RecordPosition, Series, SeriesKey, Target, series_ids
 from ingest.ports import Advance, Landable, Landed, Record, SeriesRejected, Sink, StoredPosition
 from ingest.positions import value_id
 from shard_config.model import Limits
-from tests.fake_log import FakeBroker, FakeSender
+from tests.conftest import eventually
+from tests.fake_log import FakeBroker, FakeConsumer, FakeSender
+from workers.consumer import BYTES_MAX, Reader, slices
+from workers.lifecycle import Lifecycle
 
 TARGET = Target("cloudwatch", "123456789012", "eu-west-1")
 NOON_S = 1_767_268_800
@@ -286,3 +291,101 @@ async def test_a_dead_record_of_any_size_fits_its_letter() -> None:
     await world.landing.land(world.write(b"\0" * (DEAD_PAYLOAD_BYTES_MAX + 99_000)))
     (letter,) = world.dead()
     assert len(letter.payload) == DEAD_PAYLOAD_BYTES_MAX
+
+
+# --- the reader that feeds a landing --------------------------------------------------------------------------
+
+
+class Reading:
+    """A Reader on a fake log, and what it took. `failures` are raised, one a take; all fail while the store is `down`."""
+
+    def __init__(self, broker: FakeBroker) -> None:
+        self.broker = broker
+        self.taken: list[list[int]] = []
+        self.failures: list[Exception] = []
+        self.down = False
+        self.tries = 0
+        self.closed = 0
+        self.reader = Reader(
+            lambda reader: FakeConsumer(  # type: ignore[arg-type, return-value]
+                broker, "raw", "g", assigned=reader.assigned, revoked=reader.revoked
+            ),
+            self._take,
+            self._open,
+            self._close,
+        )
+
+    async def _open(self, _: object, partitions: Sequence[int]) -> dict[int, int]:
+        return dict.fromkeys(partitions, 0)
+
+    def _close(self) -> None:
+        self.closed += 1
+
+    async def _take(self, records: Sequence[Record]) -> dict[int, int]:
+        self.tries += 1
+        if self.down:
+            raise Transient("postgres", "away", retry_after_s=0.01)
+        if self.failures:
+            raise self.failures.pop(0)
+        self.taken.append([r.position.offset for r in records])
+        return {records[-1].position.partition: records[-1].position.offset + 1}
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Lifecycle]:
+        lifecycle = Lifecycle()
+        running = asyncio.create_task(self.reader.run(lifecycle))
+        try:
+            yield lifecycle
+        finally:
+            lifecycle.stop.set()
+            async with asyncio.timeout(10):
+                await running
+
+
+async def test_a_take_that_fails_is_tried_again_with_the_same_records_and_then_committed() -> None:
+    world = World()
+    world.write(b"a", b"b")
+    reading = Reading(world.broker)
+    reading.failures = [Transient("postgres", "away", retry_after_s=0.01) for _ in range(2)]
+
+    async def committed() -> bool:
+        return world.broker.committed.get(("g", "raw", 0)) == 2
+
+    async with reading.running() as lifecycle:
+        await eventually(committed)
+        assert lifecycle.ready
+    assert reading.taken == [[0, 1]]
+
+
+async def test_records_in_hand_are_dropped_at_a_revocation_and_read_again_from_the_position() -> None:
+    world = World()
+    world.write(b"a")
+    reading = Reading(world.broker)
+    reading.down = True
+
+    async def tried() -> bool:
+        return reading.tries > 0
+
+    async with reading.running():
+        await eventually(tried)
+        # Another member comes and goes: the partition leaves, and is ours again.
+        other = Reading(world.broker)
+        await other.reader.consumer.start()
+        await other.reader.consumer.stop()
+        assert reading.closed == 2
+        world.write(b"b")
+        reading.down = False
+
+        async def taken() -> bool:
+            return bool(reading.taken)
+
+        await eventually(taken)
+    # Had the retry gone on with what it held, 0 would have been taken alone, and then once more.
+    assert reading.taken == [[0, 1]]
+
+
+def test_a_transaction_takes_consecutive_records_up_to_its_bytes() -> None:
+    sizes = [BYTES_MAX, 1, BYTES_MAX - 1, 1, BYTES_MAX + 1, 1]
+    records = [Record(RecordPosition("raw", 0, i), b"", b"x" * size, 0) for i, size in enumerate(sizes)]
+    assert [[r.position.offset for r in some] for some in slices(records)] == [[0], [1, 2], [3], [4], [5]]
+    assert list(slices([])) == []
