@@ -95,8 +95,8 @@ _PLANNED_UNTIL = """WITH RECURSIVE pairs AS (
         SELECT w.target, w.service FROM windows w WHERE (w.target, w.service) > (p.target, p.service)
         ORDER BY w.target, w.service LIMIT 1) AS found)
 SELECT target, service, (SELECT extract(epoch FROM max(w.window_end))::bigint FROM windows w
-    WHERE w.target = p.target AND w.service = p.service) AS until_s
-FROM pairs p"""
+    WHERE w.target = p.target AND w.service = p.service AND w.window_end <= coalesce($1, 'infinity'::timestamptz)
+) AS until_s FROM pairs p"""
 
 _WEIGHTS = """SELECT target, sum(series) AS weight FROM (
     SELECT DISTINCT ON (target, service) target, service, series FROM looks
@@ -198,16 +198,20 @@ class Ledger:
                     await _landed(connection, row, _at(now_s))
         return len(rows)
 
-    async def memory(self) -> PlannersMemory:
-        """What a coordinator that starts needs to know of what was planned before. Raises Transient."""
+    async def memory(self, before_s: int | None = None) -> PlannersMemory:
+        """What a coordinator that starts needs to know of what was planned before. Raises Transient.
+
+        With `before_s`, `planned_until_s` is of windows that ended by then.
+        """
+        before = None if before_s is None else _at(before_s)
         async with self._connected() as connection, connection.transaction(readonly=True):
-            planned = await connection.fetch(_PLANNED_UNTIL)
+            planned = await connection.fetch(_PLANNED_UNTIL, before)
             slots = await connection.fetch("SELECT target, slot FROM targets")
             weights = await connection.fetch(_WEIGHTS)
             known = await connection.fetch("SELECT task_id FROM tasks ORDER BY planned_at DESC LIMIT 100000")
             unanswered = await connection.fetch(_UNANSWERED)
         until: dict[str, dict[str, int]] = defaultdict(dict)
-        for row in planned:
+        for row in (row for row in planned if row["until_s"] is not None):
             until[row["target"]][row["service"]] = row["until_s"]
         return PlannersMemory(
             planned_until_s=until,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -198,6 +199,48 @@ async def test_two_at_once_write_the_same_tasks() -> None:
     await one.coordinator.step()
     await two.coordinator.step()
     assert ids(one.collect) == ids(two.collect)
+
+
+class FakeLedger:
+    """`ingest.ledger.Ledger` as far as recalling needs it: one service's end for all targets, as long as that is before."""
+
+    def __init__(self, until_s: int) -> None:
+        self.until_s = until_s
+        self.failures: list[Exception] = []
+        self.asked: list[int | None] = []
+
+    async def memory(self, before_s: int | None = None) -> PlannersMemory:
+        self.asked.append(before_s)
+        if self.failures:
+            raise self.failures.pop(0)
+        until = {f"cloudwatch/{a}/eu-west-1": {"ec2": self.until_s} for a in ACCOUNTS}
+        return PlannersMemory(until, {}, {}, frozenset(), ())
+
+
+async def test_one_that_started_without_the_ledger_plans_what_was_missed_when_it_is_back() -> None:
+    gap_s = 2 * 86_400
+    world = World()
+    ledger = FakeLedger(NOON_S - gap_s)
+    ledger.failures = [Transient("postgres", "away")]
+    as_ledger: Any = ledger
+    assert not await world.coordinator.recall(as_ledger)
+    await world.coordinator.step()
+    before = len(world.collect)
+    world.clock.advance(1800)
+    await world.coordinator.step()
+    with pytest.raises(Transient, match="away"):
+        await world.coordinator.recall(as_ledger)
+    assert await world.coordinator.recall(as_ledger)
+    # What this life planned itself tells nothing of the life before.
+    assert ledger.asked == [NOON_S - 3600] * 2
+    await world.coordinator.step()
+    windows = {(t.target.account, w.start_s) for t in world.planned for i in t.items for w in i.windows()}
+    expected = {(a, s) for a in ACCOUNTS for s in range(NOON_S - gap_s, NOON_S + 1800, 300)}
+    assert expected <= windows
+    assert len(ids(world.collect)) == len(set(ids(world.collect)))
+    assert ids(world.collect) == ids(world.planned)
+    # A target's two days are 14.4 blocks of 200 minutes, cut at both ends; and this life's two for the half hour.
+    assert len(world.collect) - before == (16 + 2) * len(ACCOUNTS)
 
 
 async def test_targets_keep_the_slots_that_are_remembered() -> None:

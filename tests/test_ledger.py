@@ -378,6 +378,8 @@ async def test_the_memory_has_the_end_of_the_newest_window_by_target_and_service
         str(TARGET): {"ec2": NOON_S + 600, "rds": NOON_S},
         str(OTHER): {"ec2": NOON_S + 900},
     }
+    earlier = await store.ledger.memory(before_s=NOON_S - 300)
+    assert earlier.planned_until_s == {str(TARGET): {"ec2": NOON_S - 300}}
 
 
 async def test_the_memory_has_every_task_and_those_without_a_receipt_whole(store: Store) -> None:

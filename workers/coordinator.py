@@ -3,14 +3,16 @@
 * *Planned before work*: a task goes on `ledger` before it goes on `collect`.
 * While it is down nothing is lost: on its return it plans what it missed, from the ledger. Two at once do no harm: a task's id is
   made from what it asks for.
-* While PostgreSQL is down it goes on from memory; only at its start does it wait for the ledger, for `MEMORY_WAIT_S`. Where that is
-  not long enough it plans as on a first start: windows from before `startup_lookback_s` that an earlier life did not plan stay unplanned.
+* While PostgreSQL is down it goes on from memory. At its start it waits for the ledger, for `MEMORY_WAIT_S`; then it plans as on a first
+  start, and what an earlier life left unplanned when the ledger is there again.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -32,7 +34,10 @@ _log = structlog.get_logger()
 
 TICK_S = 1.0
 MEMORY_WAIT_S = 60.0
+RECALL_INTERVAL_S = 10.0
 ANNOUNCED_AT_ONCE = 500
+
+NO_MEMORY = PlannersMemory({}, {}, {}, frozenset(), ())
 
 PLANNED = Counter("headgate_tasks_planned_total", "Tasks put on `collect`.", ["kind"])
 TARGETS = Gauge("headgate_targets", "Targets in the configuration.")
@@ -50,6 +55,8 @@ class Coordinator:
         self._until_s = {t: {} if once else dict(memory.planned_until_s.get(str(t), {})) for t in self._grids}
         self._known = memory.task_ids
         self._behind = False
+        self._recalled: list[Task] = []
+        self._first_plan: _FirstPlan | None = None
         self._to_ledger: list[Task] = []
         # What has no receipt waits on `collect`, or never got there. Twice there is harmless, and paid for once.
         self._to_collect = _live_first(t for t in memory.unanswered if t.target in self._grids)
@@ -73,6 +80,11 @@ class Coordinator:
             for item in (item for task in found for item in task.items):
                 until_s[item.service] = max(until_s.get(item.service, 0), item.end_s)
             tasks += (t for t in found if t.task_id not in self._known)
+        if self._first_plan is None and tasks:
+            start_s = min(i.start_s for t in tasks for i in t.items)
+            self._first_plan = _FirstPlan(now_s, start_s, frozenset(t.task_id for t in tasks))
+        tasks += self._recalled
+        self._recalled = []
         self._to_ledger += sorted(tasks, key=lambda t: t.tick_s)
         self._to_collect = _live_first([*self._to_collect, *tasks])
         return len(tasks)
@@ -88,6 +100,24 @@ class Coordinator:
             *due(target, live, until_s, now_s, config.revision, 0),
             *horizon(target, once, *config.run.horizon_s, config.revision),
         ]
+
+    async def recall(self, ledger: Ledger) -> bool:
+        """For one that started without the ledger: plan what it would have planned with it, if the ledger is there by now.
+
+        True where that is done. Raises Transient.
+        """
+        first = self._first_plan
+        if first is None or self._config.run.horizon_s is not None:
+            return first is not None
+        memory = await ledger.memory(before_s=first.start_s)
+        for target, grids in self._grids.items():
+            # Services that nobody planned before need no more than a first start.
+            before = {g.service: until for g in grids if (until := _until(memory, target, g)) is not None}
+            known = [g for g in grids if g.service in before]
+            found = due(target, known, before, first.now_s, self._config.revision, 0)
+            self._recalled += (t for t in found if t.kind != TaskKind.LIVE)
+        self._recalled = [t for t in self._recalled if t.task_id not in first.task_ids]
+        return True
 
     async def announce(self) -> None:
         """Put planned tasks on `ledger`, the oldest first, then on `collect`, live ones first. Raises Transient: call it again.
@@ -133,6 +163,19 @@ class Coordinator:
         self._behind = False
 
 
+@dataclass(frozen=True, slots=True)
+class _FirstPlan:
+    """What a life planned first: when, from where on, and which tasks."""
+
+    now_s: int
+    start_s: int
+    task_ids: frozenset[str]
+
+
+def _until(memory: PlannersMemory, target: Target, grid: Grid) -> int | None:
+    return memory.planned_until_s.get(str(target), {}).get(grid.service)
+
+
 def _live_first(tasks: Iterable[Task]) -> list[Task]:
     return sorted(tasks, key=lambda t: t.kind != TaskKind.LIVE)
 
@@ -144,21 +187,21 @@ async def serve(config: Config, lifecycle: Lifecycle) -> None:
     ledger = Ledger(config.postgres, "headgate coordinator", {})
     try:
         memory = await _remember(ledger, clock, lifecycle)
-        if memory is None:
+        if lifecycle.stop.is_set():
             return
-        coordinator = Coordinator(config, producer, clock, memory)
-        try:
-            await ledger.remember_plan(coordinator.slots, coordinator.weights, clock.now_s())
-        except Transient as error:
-            _log.warning("plan_not_remembered", error=str(error))
-        await coordinator.run(lifecycle)
+        coordinator = Coordinator(config, producer, clock, memory or NO_MEMORY)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(coordinator.run(lifecycle))
+            if memory is None:
+                await _recall(coordinator, ledger, lifecycle)
+            await _keep_plan(coordinator, ledger, clock)
     finally:
         await ledger.close()
         await producer.close()
 
 
 async def _remember(ledger: Ledger, clock: Clock, lifecycle: Lifecycle) -> PlannersMemory | None:
-    """What the ledger knows; nothing where it cannot be reached for MEMORY_WAIT_S; None where it is time to stop."""
+    """What the ledger knows; None where it cannot be reached for MEMORY_WAIT_S, or where it is time to stop."""
     deadline_s = clock.monotonic_s() + MEMORY_WAIT_S
     while True:
         try:
@@ -166,10 +209,29 @@ async def _remember(ledger: Ledger, clock: Clock, lifecycle: Lifecycle) -> Plann
         except Transient as error:
             if clock.monotonic_s() > deadline_s:
                 _log.error("planning_without_the_ledger", error=str(error))
-                return PlannersMemory({}, {}, {}, frozenset(), ())
+                return None
             _log.warning("ledger_not_reachable", error=str(error))
             if await lifecycle.pause(error.retry_after_s):
                 return None
+
+
+async def _keep_plan(coordinator: Coordinator, ledger: Ledger, clock: Clock) -> None:
+    """So that the next life's plan moves little. It may as well not be kept."""
+    try:
+        await ledger.remember_plan(coordinator.slots, coordinator.weights, clock.now_s())
+    except Transient as error:
+        _log.warning("plan_not_remembered", error=str(error))
+
+
+async def _recall(coordinator: Coordinator, ledger: Ledger, lifecycle: Lifecycle) -> None:
+    """Until the ledger is there, or until told to stop."""
+    while not await lifecycle.pause(RECALL_INTERVAL_S):
+        try:
+            if await coordinator.recall(ledger):
+                _log.info("ledger_recalled")
+                return
+        except Transient as error:
+            _log.warning("ledger_not_reachable", error=str(error))
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
