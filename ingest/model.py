@@ -262,12 +262,33 @@ class Batch:
         return np.repeat(self.ids, self.counts, axis=0)
 
 
+def _greatest_of_repeated(
+    ids: SeriesIds, timestamps_s: NDArray[np.int64], values: NDArray[np.float64]
+) -> NDArray[np.intp] | None:
+    """Indices of the points that stay; None where timestamps ascend within each series, so that none repeats."""
+    same_series = (ids[1:] == ids[:-1]).all(axis=1)
+    if not (same_series & (timestamps_s[1:] <= timestamps_s[:-1])).any():
+        return None
+    order = np.lexsort((values, timestamps_s, ids[:, 1], ids[:, 0]))
+    ids, timestamps_s = ids[order], timestamps_s[order]
+    last = np.ones(len(order), dtype=np.bool_)
+    last[:-1] = (ids[1:] != ids[:-1]).any(axis=1) | (timestamps_s[1:] != timestamps_s[:-1])
+    return order[last]
+
+
 def window_counts(
     ids: SeriesIds, timestamps_s: NDArray[np.int64], values: NDArray[np.float64], grid_s: int
 ) -> tuple[WindowCount, ...]:
-    """Points and digest by window of the epoch-aligned grid, oldest first; windows without points are left out."""
+    """Points and digest by window of the epoch-aligned grid, oldest first; windows without points are left out.
+
+    Of a timestamp that repeats within a series the greatest value counts, as in the store; the others do not. The points of a series
+    must lie together.
+    """
     if not len(values):
         return ()
+    kept = _greatest_of_repeated(ids, timestamps_s, values)
+    if kept is not None:
+        ids, timestamps_s, values = ids[kept], timestamps_s[kept], values[kept]
     hashes = point_hashes(ids, timestamps_s, values)
     starts = timestamps_s // grid_s * grid_s
     order = np.argsort(starts, kind="stable")

@@ -26,7 +26,7 @@ from ingest.sources.exposition import (
     parse,
     samples_in,
 )
-from shard_config.model import Config, ExpositionJob
+from shard_config.model import Config, ExpositionJob, Limits
 
 TARGET = Target("exposition", "lab", "rack-1")
 BODY = """\
@@ -290,9 +290,18 @@ async def test_a_consumer_that_stops_early_leaves_no_task_behind() -> None:
     assert (len(during) > 0, after) == (True, [])
 
 
+def test_a_series_that_cannot_travel_is_left_out_and_counted_and_the_others_keep_their_values() -> None:
+    at = endpoint_of("http://h:1/metrics")
+    body = 'a 1\nb{path="x\\ny"} 2\nc 3\n'
+    scrape = parse(body, False, job_of("http://h:1/metrics"), at, 60, 0, Exposed(), Limits())
+    assert [one.key.metric for one in scrape.exposed.tables[0].series] == ["a", "c"]
+    assert scrape.columns[0].values.tolist() == [1.0, 3.0]
+    assert (scrape.series, len(scrape.exposed.refused)) == (2, 1)
+
+
 def test_of_a_series_that_is_exposed_twice_the_first_sample_is_kept() -> None:
     at = endpoint_of("http://h:1/metrics")
-    scrape = parse("up 1\nup 2\n", False, job_of("http://h:1/metrics"), at, 60, 0, Exposed())
+    scrape = parse("up 1\nup 2\n", False, job_of("http://h:1/metrics"), at, 60, 0, Exposed(), Limits())
     assert (scrape.series, scrape.repeated, scrape.columns[0].values.tolist()) == (1, 1, [1.0])
 
 

@@ -20,7 +20,6 @@ from ingest.sources.metric_data import (
     check,
     page_of,
     plan,
-    retention_s,
 )
 from shard_config.model import MetricProfile, ServiceProfile
 
@@ -81,13 +80,6 @@ def test_ids_are_unique_in_a_call_and_say_which_row_they_are() -> None:
     queries = second.request([0, 199])["MetricDataQueries"]
     assert [q["Id"] for q in queries] == ["q0", "q199"]
     assert queries[1]["MetricStat"]["Metric"]["Dimensions"] == [{"Name": "d", "Value": "699"}]
-
-
-@pytest.mark.parametrize(
-    ("period_s", "days"), [(1, 0.125), (30, 0.125), (60, 15), (300, 63), (3600, 455), (86400, 455)]
-)
-def test_retention_is_by_period(period_s: int, days: float) -> None:
-    assert retention_s(period_s) == days * 86_400
 
 
 def test_a_profile_says_which_metrics_are_asked_for_with_which_statistics() -> None:

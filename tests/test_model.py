@@ -183,11 +183,24 @@ def test_a_digest_changes_with_any_part_of_a_point(points: list[Point], part: st
 
 @given(POINTS, st.sampled_from([1, 60, 300, 3600]))
 def test_window_counts_are_what_counting_one_by_one_gives(points: list[Point], grid_s: int) -> None:
-    by_window: dict[int, list[Point]] = defaultdict(list)
+    points = sorted(points, key=lambda p: p[:2])
+    greatest: dict[tuple[int, int, int], Point] = {}
     for point in points:
+        seen = greatest.setdefault(point[:3], point)
+        if point[3] > seen[3]:
+            greatest[point[:3]] = point
+    by_window: dict[int, list[Point]] = defaultdict(list)
+    for point in greatest.values():
         by_window[point[2] - point[2] % grid_s].append(point)
     expected = tuple(
         WindowCount(start, start + grid_s, len(some), digest_of(*columns(some)))
         for start, some in sorted(by_window.items())
     )
     assert window_counts(*columns(points), grid_s) == expected
+
+
+def test_of_a_repeated_timestamp_only_the_greatest_value_is_counted() -> None:
+    repeated = columns([(1, 2, T0_S, 7.0), (1, 2, T0_S, 9.5), (1, 2, T0_S, -1.0), (3, 4, T0_S, 7.0)])
+    kept = columns([(1, 2, T0_S, 9.5), (3, 4, T0_S, 7.0)])
+    assert window_counts(*repeated, 300) == window_counts(*kept, 300)
+    assert window_counts(*kept, 300)[0].points == 2

@@ -38,9 +38,8 @@ from ingest.sources.metric_data import (
     check,
     page_of,
     plan,
-    retention_s,
 )
-from shard_config.model import Account, Config, ServiceProfile
+from shard_config.model import Account, Config, ServiceProfile, retention_s
 
 log = structlog.get_logger()
 
@@ -109,7 +108,7 @@ class CloudWatchSource:
         self._profiles = config.service_by_name
         self._keeps_all = config.run.source_keeps_all
         self._aws = Aws(config, clock)
-        self._discovery = Discovery(self._aws, clock)
+        self._discovery = Discovery(self._aws, clock, config.limits)
         self._get = get_metric_data or self._get_by_botocore
 
     async def close(self) -> None:

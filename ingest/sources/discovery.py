@@ -22,7 +22,8 @@ from ingest.model import Series, SeriesKey, Target
 from ingest.sources.aws import Access, Aws, Tally
 from ingest.sources.columns import SeriesTable, tables_of
 from ingest.sources.look import date_ms
-from shard_config.model import Account, ServiceProfile
+from ingest.validate import series_problem
+from shard_config.model import Account, Limits, ServiceProfile
 
 log = structlog.get_logger()
 
@@ -84,9 +85,10 @@ def metrics_of(page: Any, namespace: str) -> list[Metric]:
 class Discovery:
     """Listings of all targets of this process."""
 
-    def __init__(self, aws: Aws, clock: Clock) -> None:
+    def __init__(self, aws: Aws, clock: Clock, limits: Limits) -> None:
         self._aws = aws
         self._clock = clock
+        self._limits = limits
         self._listings: dict[tuple[Target, str], Listing] = {}
         self._locks: dict[tuple[Target, str], asyncio.Lock] = {}
 
@@ -177,7 +179,15 @@ class Discovery:
             raise Transient(where, f"more than {PAGES_MAX} pages", "split the service's profile")
         old = self._listings.get(key)
         known = old.tables if old is not None else ()
+
+        def tabulate() -> tuple[tuple[SeriesTable, ...], int]:
+            series = series_of(metrics, target, profile)
+            travelling = [one for one in series if series_problem(one, self._limits) is None]
+            return tables_of(travelling, known), len(series) - len(travelling)
+
         # In a thread, for 100,000 series take a second.
-        tables = await asyncio.to_thread(lambda: tables_of(series_of(metrics, target, profile), known))
-        log.info("discovered", target=str(target), service=profile.service, metrics=len(metrics))
+        tables, refused = await asyncio.to_thread(tabulate)
+        log.info(
+            "discovered", target=str(target), service=profile.service, metrics=len(metrics), refused=refused
+        )
         return Listing(tables, self._clock.monotonic_s(), observed_at_ms or 0)

@@ -32,7 +32,8 @@ from ingest.errors import HeadgateError, Rejected, Transient
 from ingest.model import Batch, LookStatus, Outcome, Series, SeriesKey, Target, TaskItem
 from ingest.sources.columns import Columns, Look, SeriesTable, batch_of, columns_of, tables_of
 from ingest.sources.look import Emit, date_ms, relay
-from shard_config.model import Config, ExpositionJob
+from ingest.validate import series_problem
+from shard_config.model import Config, ExpositionJob, Limits
 
 log = structlog.get_logger()
 
@@ -116,6 +117,9 @@ class Exposed:
     labels: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()
     """Name and labels as exposed, in their order."""
     tables: tuple[SeriesTable, ...] = ()
+    """The series that can travel, in the same order."""
+    refused: frozenset[int] = frozenset()
+    """Places in `labels` of those that cannot: control characters, too many or too long labels."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,7 +134,7 @@ class Scrape:
 
     @property
     def series(self) -> int:
-        return len(self.exposed.labels)
+        return len(self.exposed.labels) - len(self.exposed.refused)
 
 
 def parse(
@@ -141,11 +145,12 @@ def parse(
     tick_s: int,
     observed_at_ms: int,
     last: Exposed,
+    limits: Limits,
 ) -> Scrape:
     """A body as columns, all samples at the tick.
 
     NaN is left out and counted (a summary without observations says so); of a series that is exposed twice the first sample
-    is kept. Raises Rejected where the body does not parse or holds more than the job's `series_max`.
+    is kept; a series that cannot travel is left out and counted. Raises Rejected where the body does not parse or holds more than the job's `series_max`.
     """
     where = f"exposition {endpoint.url}"
     found: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
@@ -167,9 +172,11 @@ def parse(
     keys = tuple(found)
     exposed = last
     if keys != last.labels:
-        series = (Series(_key(name, labels, job, endpoint)) for name, labels in keys)
-        exposed = Exposed(keys, tables_of(series, last.tables))
-    values = iter(found.values())
+        series = [Series(_key(name, labels, job, endpoint)) for name, labels in keys]
+        refused = frozenset(i for i, one in enumerate(series) if series_problem(one, limits))
+        travelling = (one for i, one in enumerate(series) if i not in refused)
+        exposed = Exposed(keys, tables_of(travelling, last.tables), refused)
+    values = (value for i, value in enumerate(found.values()) if i not in exposed.refused)
     columns = tuple(
         columns_of([([tick_s], [next(values)]) for _ in table.series]) for table in exposed.tables
     )
@@ -203,6 +210,7 @@ class _Run:
     series: int = 0
     nans: int = 0
     repeated: int = 0
+    refused: int = 0
     observed_at_ms: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -220,6 +228,8 @@ class _Run:
             self.note(f"{self.nans} samples were NaN")
         if self.repeated:
             self.note(f"{self.repeated} samples repeated a series")
+        if self.refused:
+            self.note(f"{self.refused} series were refused: control characters, or labels past a cap")
         requests = {"scrape": self.scrapes} if self.scrapes else {}
         return Outcome(status, "; ".join(self.notes), self.observed_at_ms, self.series, requests, 0)
 
@@ -229,6 +239,7 @@ class ExpositionSource:
 
     def __init__(self, config: Config, clock: Clock) -> None:
         self._clock = clock
+        self._limits = config.limits
         self._jobs = {(job.account, job.region, job.name): job for job in config.exposition}
         self._http: aiohttp.ClientSession | None = None
         self._exposed: dict[tuple[str, str, str, Endpoint], Exposed] = {}
@@ -313,6 +324,7 @@ class ExpositionSource:
             run.answered += 1
             run.nans += scrape.nans
             run.repeated += scrape.repeated
+            run.refused += len(scrape.exposed.refused)
             run.observed_at_ms = min(run.observed_at_ms or scrape.observed_at_ms, scrape.observed_at_ms)
 
     async def _scrape(self, run: _Run, endpoint: Endpoint) -> Scrape:
@@ -342,6 +354,7 @@ class ExpositionSource:
             run.look.item.start_s,
             observed_at_ms,
             self._exposed.pop(key, Exposed()),
+            self._limits,
         )
         self._exposed[key] = scrape.exposed
         while len(self._exposed) > EXPOSED_MAX:

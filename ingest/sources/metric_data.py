@@ -19,9 +19,6 @@ from ingest.sources.look import date_ms
 
 QUERIES_PER_CALL_MAX = 500
 POINTS_PER_CALL_MAX = 100_800
-RETENTION_S = ((60, 3 * 3600), (300, 15 * 86_400), (3600, 63 * 86_400))
-"""A period below the first number is kept for the second one, in seconds; the others are kept 455 days."""
-
 Points = tuple[list[int], list[float]]
 """Timestamps in s, values."""
 
@@ -89,11 +86,6 @@ def plan(tables: Sequence[SeriesTable], start_s: int, end_s: int, period_s: int)
         for table in tables
         for first in range(0, len(table), width)
     ]
-
-
-def retention_s(period_s: int) -> int:
-    """How long CloudWatch keeps points of a period. Asked for older ones, it answers Complete and empty."""
-    return next((kept_s for below_s, kept_s in RETENTION_S if period_s < below_s), 455 * 86_400)
 
 
 # --- what is answered -----------------------------------------------------------------------------------------
