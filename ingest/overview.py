@@ -30,7 +30,9 @@ _PROBLEMS = """SELECT DISTINCT ON (target, service) target, service, status, det
 FROM looks WHERE finished_at > $1 ORDER BY target, service, finished_at DESC"""
 
 _SHARDS = """SELECT shard, count(DISTINCT target) AS targets,
-    coalesce(sum(points) FILTER (WHERE finished_at > $2), 0)::bigint AS recent_points
+    coalesce(sum(points) FILTER (WHERE finished_at > $2), 0)::bigint AS recent_points,
+    coalesce(sum(metrics_billed), 0)::bigint AS metrics_billed,
+    coalesce(sum((requests->>'ListMetrics')::bigint), 0)::bigint AS list_metrics
 FROM looks WHERE finished_at > $1 GROUP BY shard ORDER BY shard"""
 
 _TOTALS = """SELECT coalesce(sum(points), 0)::bigint AS points_collected,
@@ -66,6 +68,8 @@ class ShardOverview:
     shard: str
     targets: int
     points_per_s: float
+    metrics_billed: int
+    list_metrics: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,12 @@ async def overview(connection: asyncpg.Connection, now: datetime, since: datetim
         now=now,
         since=since,
         targets=tuple(TargetOverview(**t, problem="; ".join(problems.get(t["target"], []))) for t in targets),
-        shards=tuple(ShardOverview(s["shard"], s["targets"], s["recent_points"] / 60) for s in shards),
+        shards=tuple(
+            ShardOverview(
+                s["shard"], s["targets"], s["recent_points"] / 60, s["metrics_billed"], s["list_metrics"]
+            )
+            for s in shards
+        ),
         points_collected=totals["points_collected"],
         points_landed=landed["points"],
         points_dead=landed["dead_points"],

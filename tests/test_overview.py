@@ -92,7 +92,7 @@ async def test_totals_and_rates_are_of_the_time_asked_about(store: Store) -> Non
     seen = await glance(store, now_s=30)
     assert (seen.looks, seen.points_collected, seen.metrics_billed, seen.list_metrics) == (2, 180, 10, 0)
     assert (seen.points_landed, seen.points_dead, seen.points_per_s) == (630, 2, 0.5)
-    assert seen.shards == (ShardOverview("exporter-1", 1, 1.0),)
+    assert seen.shards == (ShardOverview("exporter-1", 1, 1.0, 10, 0),)
     recent = await glance(store, now_s=30, since_s=-60)
     assert (recent.looks, recent.points_collected, recent.points_landed, recent.windows) == (1, 60, 30, 1)
 

@@ -28,6 +28,7 @@ from ingest.errors import HeadgateError, Transient
 from ingest.overview import Overview, overview
 from ingest.sinks.connection import open_connection
 from shard_config.model import Config, Kafka
+from shard_config.price import Prices
 from workers import local
 from workers.names import exporter_group, landing_group, ledger_group
 
@@ -60,6 +61,8 @@ class Status:
     projection: GroupStatus | None
     dead_letters: int | None
     dollars: float | None
+    """What the receipts say was billed; ListMetrics as if the month's free million were used up."""
+    prices: Prices
     errors: tuple[str, ...]
 
     @property
@@ -70,6 +73,7 @@ class Status:
 async def status(config: Config, clock: Clock, since_s: int = SINCE_S) -> Status:
     """Look. Never raises for a part that does not answer."""
     now = datetime.fromtimestamp(clock.now_s(), UTC)
+    prices = Prices.of(config.aws)
     errors: list[str] = []
     ledger: Overview | None = None
     groups: dict[str, GroupStatus] = {}
@@ -90,7 +94,10 @@ async def status(config: Config, clock: Clock, since_s: int = SINCE_S) -> Status
         landing=groups.get(landing_group(config.kafka)),
         projection=groups.get(ledger_group(config.kafka)),
         dead_letters=dead,
-        dollars=ledger.metrics_billed * config.aws.usd_per_1000_metrics / 1000 if ledger else None,
+        prices=prices,
+        dollars=float(prices.look_usd(ledger.metrics_billed, {"ListMetrics": ledger.list_metrics}))
+        if ledger
+        else None,
         errors=tuple(errors),
     )
 
@@ -196,13 +203,18 @@ def _summary(status: Status, ledger: Overview) -> Table:
 
 
 def _shards(status: Status, ledger: Overview) -> Table:
+    """By shard, with what its targets have of lag (tasks not taken up), freshness (of the stalest) and gaps."""
+    prices = status.prices
     table = Table(title="shards", title_justify="left", expand=False)
     for name, justify in (
         ("shard", "left"),
         ("slots", "right"),
         ("targets", "right"),
         ("points/s", "right"),
-        ("tasks waiting", "right"),
+        ("lag", "right"),
+        ("freshness", "right"),
+        ("gaps", "right"),
+        ("dollars", "right"),
     ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     work = {s.shard: s for s in ledger.shards}
@@ -211,13 +223,19 @@ def _shards(status: Status, ledger: Overview) -> Table:
     for shard in sorted(members.keys() | work.keys(), key=natural):
         slots = members.get(shard, [])
         done = work.get(shard)
-        owned = sum(1 for t in ledger.targets if t.slot in slots)
+        owned = [t for t in ledger.targets if t.slot in slots]
+        stalest = min((t.fresh_until or ledger.since for t in owned), default=None)
+        gaps = sum(t.gaps for t in owned)
+        bill = prices.look_usd(done.metrics_billed, {"ListMetrics": done.list_metrics}) if done else 0
         table.add_row(
             shard,
             str(len(slots)) if shard in members else "gone",
-            str(owned),
+            str(len(owned)),
             f"{done.points_per_s:,.0f}" if done else "0",
             str(sum(lag.get(s, 0) for s in slots)),
+            age(ledger.now, stalest) if owned else "",
+            Text(str(gaps), style="bold red" if gaps else ""),
+            f"${bill:,.4f}",
         )
     return table
 
@@ -269,6 +287,7 @@ def _or_unknown(value: int | None) -> str:
 def to_json(status: Status) -> str:
     """The same for machines. Times are RFC 3339."""
     raw = asdict(status)
+    del raw["prices"]
     raw["healthy"] = status.healthy
     if status.ledger is not None:
         raw["ledger"] |= {
