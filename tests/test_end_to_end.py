@@ -24,7 +24,8 @@ from rich.console import Console
 from shard_config.model import Config
 from tests.conftest import eventually
 from workers.local import LocalStack, find_config
-from workers.run import Scene, made_up_scene, run_once
+from workers.run import run_once
+from workers.scenes import Scene, made_up_scene
 from workers.stack import StackSpec
 from workers.supervise import MARK
 
