@@ -144,6 +144,37 @@ async def test_no_more_tasks_run_at_once_than_allowed() -> None:
             gate.set()
 
 
+async def test_a_task_that_expires_does_not_wait_behind_slow_ones() -> None:
+    cluster = Cluster()
+    slow = targets(3)
+    for task in slow:
+        cluster.source.close_gate(task)
+    soon = task_of("node", target=Target("cloudwatch", "999999999999", "eu-west-1"), expires_s=NOON_S + 15)
+    cluster.announce(*slow, soon)
+    one, _ = cluster.shard(in_flight=2)
+    async with cluster.running(one):
+        await becomes(lambda: [r.task_id for r in cluster.receipts()] == [soon.task_id])
+        assert cluster.source.asked == [slow[0].target.account, slow[1].target.account, "999999999999"]
+        assert cluster.committed() == 0
+        for task in slow:
+            cluster.source.close_gate(task).set()
+        await becomes(lambda: cluster.committed() == 4)
+
+
+async def test_what_waits_for_its_turn_is_not_begun_while_draining() -> None:
+    cluster = Cluster()
+    tasks = targets(3)
+    gates = [cluster.source.close_gate(task) for task in tasks]
+    cluster.announce(*tasks)
+    one, _ = cluster.shard(in_flight=1)
+    async with cluster.running(one) as lifecycle:
+        await becomes(lambda: len(cluster.source.asked) == 1)
+        lifecycle.stop.set()
+        asyncio.get_running_loop().call_later(0.1, gates[0].set)
+    assert cluster.source.asked == [tasks[0].target.account]
+    assert cluster.committed() == 1
+
+
 async def test_what_died_between_archive_and_receipt_is_published_from_the_archive_by_the_next() -> None:
     cluster = Cluster()
     (task,) = targets(1)

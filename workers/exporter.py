@@ -1,6 +1,7 @@
 """An exporter shard: takes tasks from its slots, executes them, commits what has a receipt.
 
-* At most `tasks_in_flight` tasks run at once; a partition's committed offset never passes a task without a receipt.
+* At most `tasks_in_flight` tasks run at once, those that expire aside: what has no past does not wait behind slow looks. A partition's
+  committed offset never passes a task without a receipt.
 * At a rebalance it drains for up to `DRAIN_S`, commits, and cancels the rest: its next owner takes those again, from the archive
   where they are there already.
 * A receipt that cannot be written (Kafka is away) is written again until it can be, or until the slot goes away; nobody is asked
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -26,7 +28,7 @@ from ingest.collect import Answer, Collector, Topics
 from ingest.errors import Fatal, Rejected, Transient
 from ingest.group import Consumer
 from ingest.log import Producer
-from ingest.model import LookStatus, SourceName
+from ingest.model import LookStatus, RecordPosition, SourceName, Task
 from ingest.offsets import OffsetTracker
 from ingest.ports import Record
 from ingest.sources.cloudwatch import CloudWatchSource
@@ -40,6 +42,8 @@ _log = structlog.get_logger()
 
 DRAIN_S = 10
 RECENT_TASKS_MAX = 10_000
+WAITING_MAX = 64
+"""Tasks taken up that wait for their turn: how far ahead of the slow ones a task that expires is found."""
 
 TASKS = Counter(
     "headgate_tasks_total", "Tasks that ended with a receipt; by how their looks went.", ["status"]
@@ -57,7 +61,7 @@ TASK_SECONDS = Histogram(
 IN_FLIGHT = Gauge("headgate_tasks_in_flight", "Tasks being executed now.")
 SLOTS = Gauge("headgate_slots_owned", "Slots (partitions of `collect`) that this shard owns now.")
 LAG = Gauge(
-    "headgate_tasks_waiting", "Tasks in this shard's slots that it has not taken up. High: add shards."
+    "headgate_tasks_waiting", "Tasks in this shard's slots that wait for their turn. High: add shards."
 )
 
 
@@ -69,7 +73,10 @@ class Exporter:
     def __init__(self, collector: Collector, clock: Clock, tasks_in_flight: int) -> None:
         self._collector = collector
         self._clock = clock
-        self._cap = tasks_in_flight
+        self._taken_max = tasks_in_flight + WAITING_MAX
+        self._turns = asyncio.Semaphore(tasks_in_flight)
+        self._begun: set[asyncio.Task[None]] = set()
+        """Of those running, the ones that have had their turn: the others have asked nobody yet."""
         self._trackers: dict[int, OffsetTracker] = {}
         self._second_try_below: dict[int, int] = {}
         self._running: dict[asyncio.Task[None], int] = {}
@@ -94,7 +101,9 @@ class Exporter:
         return starts
 
     async def revoked(self, partitions: Sequence[int]) -> None:
-        """Drain, commit, and let go."""
+        """Drain, commit, and let go. What waits for its turn is not begun any more."""
+        for task in self._running.keys() - self._begun:
+            task.cancel()
         if self._running:
             await asyncio.wait(self._running, timeout=DRAIN_S)
         cancelled = [t for t in self._running if not t.done()]
@@ -124,14 +133,14 @@ class Exporter:
                 await self.revoked(sorted(self._trackers))
 
     async def _step(self, group: asyncio.TaskGroup, lifecycle: Lifecycle) -> None:
-        room = self._cap - len(self._running)
+        room = self._taken_max - len(self._running)
         if room <= 0:
             await asyncio.wait(self._running, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
         else:
             for record in await self.consumer.poll(room, 0.25):
                 self._begin(group, record)
         lifecycle.ready = bool(self._trackers)
-        LAG.set(self.consumer.lag())
+        LAG.set(self.consumer.lag() + len(self._running) - len(self._begun))
         await self._commit()
 
     def _begin(self, group: asyncio.TaskGroup, record: Record) -> None:
@@ -142,11 +151,11 @@ class Exporter:
         running = group.create_task(self._execute(record, tracker))
         self._running[running] = record.position.partition
         running.add_done_callback(self._ended)
-        IN_FLIGHT.set(len(self._running))
 
     def _ended(self, running: asyncio.Task[None]) -> None:
         self._running.pop(running, None)
-        IN_FLIGHT.set(len(self._running))
+        self._begun.discard(running)
+        IN_FLIGHT.set(len(self._begun))
 
     async def _execute(self, record: Record, tracker: OffsetTracker) -> None:
         at = record.position
@@ -161,19 +170,25 @@ class Exporter:
         while (same := self._executing.get(task.task_id)) is not None:
             # Announced twice. When that one has ended, its answer is in the archive.
             await asyncio.wait({same})
-        second = at.offset < self._second_try_below.get(at.partition, 0) or task.task_id in self._recent
         me = asyncio.current_task()
         assert me is not None  # noqa: S101  # only a task runs this
         self._executing[task.task_id] = me
-        self._remember(task.task_id)
         try:
-            answer = await self._collector.answer(task, maybe_second_try=second)
-            await self._publish(answer)
+            async with contextlib.nullcontext() if task.expires_s else self._turns:
+                self._begun.add(me)
+                IN_FLIGHT.set(len(self._begun))
+                answer = await self._answer(task, at)
+                await self._publish(answer)
         finally:
             del self._executing[task.task_id]
         tracker.done(at.offset)
         TASK_SECONDS.observe(self._clock.monotonic_s() - started_s)
         self._count(answer)
+
+    async def _answer(self, task: Task, at: RecordPosition) -> Answer:
+        second = at.offset < self._second_try_below.get(at.partition, 0) or task.task_id in self._recent
+        self._remember(task.task_id)
+        return await self._collector.answer(task, maybe_second_try=second)
 
     async def _publish(self, answer: Answer) -> None:
         """However long it takes: until then the task is not finished, and its offset not committed."""
