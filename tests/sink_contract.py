@@ -191,12 +191,22 @@ class SinkContract:
         await store.sink.land([], [make_landable(account, [(0, 0, 0.0), (0, 1, -0.0)])])
         assert [str(v) for v in values_of(await store.table(account))] == ["0.0", "0.0"]
 
-    async def test_the_entry_says_what_landed(self, store: Store, account: str) -> None:
-        one = make_landable(account, [(0, 0, 1.0), (3, 0, 2.0)], dead_points=4, task_id=f"task-{account}")
-        await store.sink.land([], [one])
-        b = one.batch
-        assert await store.landed(f"task-{account}") == [
-            LandedEntry(b.task_id, 2, 4, digest_of(b.point_ids(), b.timestamps_s, b.values))
+    async def test_the_entries_say_what_landed(self, store: Store, account: str) -> None:
+        task_id = f"task-{account}"
+        batches = [
+            make_landable(account, [(0, 0, 1.0), (3, 0, 2.0)], dead_points=4, task_id=task_id),
+            make_landable(account, [], dead_points=1, task_id=task_id),
+            make_landable(account, [(0, 1, -0.0)], task_id=task_id),
+        ]
+        await store.sink.land([], batches)
+        assert await store.landed(task_id) == [
+            LandedEntry(
+                task_id,
+                one.batch.points,
+                one.dead_points,
+                digest_of(one.batch.point_ids(), one.batch.timestamps_s, one.batch.values),
+            )
+            for one in sorted(batches, key=lambda one: one.batch_id)
         ]
 
     async def test_an_id_met_with_other_labels_is_refused_and_nothing_lands(

@@ -7,10 +7,11 @@
 * *A stopped predecessor does not block*: `claim` terminates the backend that it left behind, and rows are sent from a
   finished buffer, so that no backend waits in mid-COPY for a client that thinks.
 * *Keys are taken in one order*: positions, series, rows, landed, each sorted. What deadlocks all the same is tried
-  again, with all rows through staging: one sorted pass.
+  again.
 
-Rows whose key cannot exist yet, as far as `Seen` remembers, take COPY straight into `samples`, inside a savepoint; the others,
-and all of them where that COPY meets a key after all, take a temporary table and an upsert.
+Rows whose key cannot exist yet, as far as `Seen` remembers, take COPY straight into `samples`; the others take a temporary
+table and an upsert. Where that COPY meets a key after all, the transaction is begun again with all rows in the
+temporary table: one sorted pass, and no savepoint for the many landings that need none.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from typing import Any, Self, TypeVar
 import asyncpg
 import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from ingest.clock import Clock
 from ingest.errors import Fatal, HeadgateError
-from ingest.model import BatchId, digest_of
+from ingest.model import BatchId, point_hashes
 from ingest.ports import Advance, Landable, Landed, SeriesRejected, StoredPosition
 from ingest.sinks import series, statements
 from ingest.sinks.connection import bounded, open_connection, server_of, translated
@@ -55,6 +57,7 @@ _RETRIED = (
     asyncpg.SerializationError,
     asyncpg.LockNotAvailableError,
     asyncpg.CheckViolationError,  # a day's partition was dropped behind our back
+    asyncpg.UniqueViolationError,  # a key that was not suspect is there
 )
 
 T = TypeVar("T")
@@ -187,27 +190,28 @@ class PostgresSink:
     ) -> int:
         """The transaction, tried again where that may help; the number of rows that went through staging."""
         met = series.first_met(self._where, batches, rows, self._seen)
+        digests = _digests(batches)
+        suspect = self._seen.may_conflict(rows)
         for attempt in range(1, LAND_ATTEMPTS + 1):
             try:
                 self._days |= await create_partitions(connection, rows.days(), self._days)
                 async with connection.transaction():
                     await self._advance(connection, advances)
                     await series.insert(connection, self._where, met, batches, self._now())
-                    # The digests are made while the server works; after it they would be two parts in a hundred.
-                    staged, digests = await asyncio.gather(
-                        self._insert_rows(connection, rows, careful=attempt > 1),
-                        asyncio.to_thread(_digests, batches),
-                    )
+                    await _insert_rows(connection, rows, suspect)
                     await self._insert_landed(connection, batches, digests)
             except _RETRIED as error:
-                self._days.clear()
-                log.warning("landing_retried", sink=self._sink, attempt=attempt, error=type(error).__name__)
+                log.info("landing_retried", sink=self._sink, attempt=attempt, error=type(error).__name__)
                 if attempt == LAND_ATTEMPTS:
                     raise
-                await self._clock.sleep(0.05 * 2**attempt)
+                if isinstance(error, asyncpg.CheckViolationError):
+                    self._days.clear()
+                elif not isinstance(error, asyncpg.UniqueViolationError):
+                    await self._clock.sleep(0.05 * 2**attempt)
+                suspect = np.ones(len(rows), np.bool_)
             else:
                 self._seen.learn(rows)
-                return staged
+                return int(suspect.sum())
         raise AssertionError("unreachable")
 
     async def _advance(self, connection: asyncpg.Connection, advances: Sequence[Advance]) -> None:
@@ -226,25 +230,6 @@ class PostgresSink:
                 )
         nexts, ids = [a.next for a in advances], [a.last_value_id for a in advances]
         await connection.execute(statements.MOVE_POSITIONS, self._sink, topics, numbers, nexts, ids)
-
-    async def _insert_rows(self, connection: asyncpg.Connection, rows: Rows, *, careful: bool) -> int:
-        suspect = np.ones(len(rows), np.bool_) if careful else self._seen.may_conflict(rows)
-        fresh = rows.select(~suspect) if suspect.any() else rows
-        streams = _streams(fresh)
-        if len(fresh) < len(rows):
-            await _copy(connection, "staging", _streams(rows.select(suspect)))
-            await connection.execute(statements.UPSERT)
-        if not streams:
-            return len(rows)
-        try:
-            async with connection.transaction():
-                await _copy(connection, "samples", streams)
-        except asyncpg.UniqueViolationError:
-            await connection.execute("DELETE FROM staging")
-            await _copy(connection, "staging", streams)
-            await connection.execute(statements.UPSERT)
-            return len(rows)
-        return len(rows) - len(fresh)
 
     async def _insert_landed(
         self, connection: asyncpg.Connection, batches: Sequence[Landable], digests: Mapping[BatchId, int]
@@ -339,24 +324,37 @@ class PostgresSink:
             )  # fmt: skip
 
 
-def _streams(rows: Rows) -> list[memoryview]:
-    """The rows as finished buffers, which asyncpg sends without asking anything of us in between."""
-    starts = range(0, len(rows), COPY_ROWS_MAX)
-    return [copy_stream(rows.select(slice(start, start + COPY_ROWS_MAX))) for start in starts]
+async def _insert_rows(connection: asyncpg.Connection, rows: Rows, suspect: NDArray[np.bool_]) -> None:
+    """Suspects by staging and upsert, the others by plain COPY, which a key that is there after all makes fail."""
+    if suspect.any():
+        await _copy(connection, "staging", rows.select(suspect))
+        await connection.execute(statements.UPSERT)
+        rows = rows.select(~suspect)
+    await _copy(connection, "samples", rows)
 
 
-async def _copy(connection: asyncpg.Connection, table: str, streams: Sequence[memoryview]) -> None:
-    for stream in streams:
+async def _copy(connection: asyncpg.Connection, table: str, rows: Rows) -> None:
+    """COPY from finished buffers, which asyncpg sends without asking anything of us in between."""
+    for start in range(0, len(rows), COPY_ROWS_MAX):
+        stream = copy_stream(rows.select(slice(start, start + COPY_ROWS_MAX)))
         await connection.copy_to_table(table, source=stream, columns=COLUMNS, format="binary")
 
 
 def _digests(batches: Sequence[Landable]) -> dict[BatchId, int]:
-    """The digest of each batch's points, in two's complement."""
-    unsigned = {
-        one.batch_id: digest_of(one.batch.point_ids(), one.batch.timestamps_s, one.batch.values)
-        for one in batches
-    }
-    return {batch_id: d - (1 << 64) if d >> 63 else d for batch_id, d in unsigned.items()}
+    """`model.digest_of` the points of each batch, in two's complement; all at once, in half the time of one by one."""
+    some = [one for one in batches if one.batch.points]
+    if not some:
+        return dict.fromkeys((one.batch_id for one in batches), 0)
+    hashes = point_hashes(
+        np.concatenate([one.batch.point_ids() for one in some]),
+        np.concatenate([one.batch.timestamps_s for one in some]),
+        np.concatenate([one.batch.values for one in some]),
+    )
+    starts = np.cumsum([0, *(one.batch.points for one in some[:-1])])
+    sums = np.add.reduceat(hashes, starts).view(np.int64).tolist()
+    digests = dict.fromkeys((one.batch_id for one in batches), 0)
+    digests |= {one.batch_id: digest for one, digest in zip(some, sums, strict=True)}
+    return digests
 
 
 def _unstorable(one: Landable) -> list[int]:

@@ -58,8 +58,10 @@ class Report:
 
 
 def meets(value: float, goal: str) -> bool:
-    """Whether a value meets a goal: an operator, a space, a number."""
-    sign, number = goal.split()
+    """Whether a value meets a goal: an operator, a space, a number. Raises ValueError for anything else."""
+    sign, _, number = str(goal).partition(" ")
+    if sign not in _OPERATORS:
+        raise ValueError(f'the goal {goal!r} is none such as ">= 0.9"')
     return bool(_OPERATORS[sign](value, float(number)))
 
 
