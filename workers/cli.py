@@ -11,35 +11,38 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from ingest.errors import Fatal, HeadgateError
 from shard_config.load import ConfigErrors
 
-from ingest.errors import Fatal, HeadgateError
-
-COMMANDS = (
-    "run",
-    "local",
-    "status",
-    "samples",
-    "check",
-    "setup",
-    "coordinator",
-    "exporter",
-    "consumer",
-    "simulator",
-)
-"""Modules of this package that register a subcommand, in the order of `--help`."""
+COMMANDS = {
+    "run": "run",
+    "scale": "local",
+    "down": "local",
+    "status": "status",
+    "samples": "samples",
+    "check": "check",
+    "setup": "setup",
+    "coordinator": "coordinator",
+    "exporter": "exporter",
+    "consumer": "consumer",
+    "simulate": "simulator",
+}
+"""Subcommand → the module of this package that registers it, in the order of `--help`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the process's exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="headgate",
         description="The metrics of hundreds of AWS accounts in one trustworthy, affordable, queryable store.",
         epilog="`headgate COMMAND --help` explains a command. `make run` starts everything on this machine.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name in COMMANDS:
-        importlib.import_module(f"workers.{name}").register(commands)
+    # A command imports what it needs and nothing else: all of it takes a second.
+    asked = COMMANDS.get(argv[0]) if argv else None
+    for module in dict.fromkeys([asked] if asked else COMMANDS.values()):
+        importlib.import_module(f"workers.{module}").register(commands)
     args = parser.parse_args(argv)
     try:
         code: int = args.run(args)
