@@ -25,7 +25,7 @@ import asyncpg
 import orjson
 
 from ingest import wire
-from ingest.errors import Fatal, Rejected, Transient
+from ingest.errors import Fatal, Rejected
 from ingest.model import LookStatus, Receipt, ReceiptItem, Task, TaskItem
 from ingest.ports import Advance, Record, StoredPosition
 from ingest.sinks.connection import open_connection, translated
@@ -100,7 +100,8 @@ SELECT target, service, (SELECT extract(epoch FROM max(w.window_end))::bigint FR
 
 _WEIGHTS = """SELECT target, sum(series) AS weight FROM (
     SELECT DISTINCT ON (target, service) target, service, series FROM looks
-    WHERE status = 'complete' ORDER BY target, service, finished_at DESC) AS newest
+    WHERE status = 'complete' AND finished_at > (SELECT max(finished_at) - interval '2 days' FROM looks)
+    ORDER BY target, service, finished_at DESC) AS newest
 GROUP BY target"""
 
 _REMEMBER = """INSERT INTO targets (target, slot, weight, planned_at) VALUES ($1, $2, $3, $4)
@@ -109,6 +110,9 @@ ON CONFLICT (target) DO UPDATE SET slot = excluded.slot, weight = excluded.weigh
 _UNANSWERED = """SELECT value FROM tasks t
 WHERE NOT EXISTS (SELECT FROM looks l WHERE l.task_id = t.task_id)
 ORDER BY planned_at LIMIT 100000"""
+
+UNKNOWN_SETTLING_S = 4 * 86_400
+"""Of a service that this process's configuration does not know (yet): the longest of all, so that nothing seals too early."""
 
 STATEMENTS_TIMEOUT_S = 60.0
 
@@ -149,10 +153,6 @@ class Ledger:
             with translated("ledger"):
                 async with asyncio.timeout(STATEMENTS_TIMEOUT_S):
                     yield connection
-        except asyncpg.InternalClientError as error:
-            # What asyncpg says of a connection that the server ended just now.
-            connection.terminate()
-            raise Transient("ledger", f"{type(error).__name__}: {error}") from error
         except BaseException:
             # Cancelling a query would make asyncpg open further connections (its #1326).
             connection.terminate()
@@ -238,7 +238,7 @@ class Ledger:
             _at(item.start_s),
             _at(item.end_s),
             timedelta(seconds=item.grid_s),
-            timedelta(seconds=self._settling_s.get(item.service, 0)),
+            timedelta(seconds=self._settling_s.get(item.service, UNKNOWN_SETTLING_S)),
             now,
         )
 

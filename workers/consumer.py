@@ -59,7 +59,7 @@ class Reader:
         consumer: Callable[[Reader], Consumer],
         take: Callable[[Sequence[Record]], Awaitable[dict[int, int]]],
         open_partitions: Callable[[Consumer, Sequence[int]], Awaitable[dict[int, int]]],
-        close_partitions: Callable[[], None],
+        close_partitions: Callable[[], Awaitable[None]],
     ) -> None:
         self._take = take
         self._open = open_partitions
@@ -75,8 +75,12 @@ class Reader:
 
     async def revoked(self, partitions: Sequence[int]) -> None:
         async with self._taking:
-            self._close()
             self._revocations += 1
+            try:
+                await self._close()
+            except Transient as error:
+                # Its next owner takes them all the same: by force.
+                _log.warning("partitions_not_released", topic=self.consumer.topic, error=str(error))
         _log.info("partitions_revoked", topic=self.consumer.topic, partitions=list(partitions))
 
     async def run(self, lifecycle: Lifecycle) -> None:
@@ -139,6 +143,10 @@ def landing_reader(config: Config, name: str, landing: Landing, sink: PostgresSi
         await sink.claim(topic, partitions)
         return await landing.open(partitions, await consumer.bounds(partitions))
 
+    async def close_partitions() -> None:
+        landing.close()
+        await sink.claim(topic, [])
+
     async def take(records: Sequence[Record]) -> dict[int, int]:
         started_s = clock.monotonic_s()
         done = await landing.land(records)
@@ -155,7 +163,7 @@ def landing_reader(config: Config, name: str, landing: Landing, sink: PostgresSi
         lambda reader: _consumer(config, topic, landing_group(config.kafka), name, clock, reader),
         take,
         open_partitions,
-        landing.close,
+        close_partitions,
     )
 
 
@@ -167,6 +175,9 @@ def ledger_reader(config: Config, name: str, ledger: Ledger, clock: Clock) -> Re
     async def open_partitions(consumer: Consumer, partitions: Sequence[int]) -> dict[int, int]:
         stored = await ledger.positions(topic, partitions)
         return positions.open(partitions, stored, await consumer.bounds(partitions))
+
+    async def close_partitions() -> None:
+        positions.close()
 
     async def take(records: Sequence[Record]) -> dict[int, int]:
         fresh = positions.fresh(records)
@@ -180,7 +191,7 @@ def ledger_reader(config: Config, name: str, ledger: Ledger, clock: Clock) -> Re
         lambda reader: _consumer(config, topic, ledger_group(config.kafka), name, clock, reader),
         take,
         open_partitions,
-        positions.close,
+        close_partitions,
     )
 
 

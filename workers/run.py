@@ -241,6 +241,14 @@ async def watch(stack: LocalStack, console: Console) -> None:
 # --- the command ------------------------------------------------------------------------------------------------
 
 
+def whole_number(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "run",
@@ -260,13 +268,15 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="DIR",
         help="for summary.json and samples.csv",
     )
-    parser.add_argument("--shards", type=int, default=3, metavar="N", help="exporter shards (%(default)s)")
-    parser.add_argument("--consumers", type=int, default=2, metavar="N", help="consumers (%(default)s)")
     parser.add_argument(
-        "--accounts", type=int, default=12, metavar="N", help="simulated accounts (%(default)s)"
+        "--shards", type=whole_number, default=3, metavar="N", help="exporter shards (%(default)s)"
+    )
+    parser.add_argument("--consumers", type=whole_number, default=2, metavar="N", help="consumers (%(default)s)")
+    parser.add_argument(
+        "--accounts", type=whole_number, default=12, metavar="N", help="simulated accounts (%(default)s)"
     )
     parser.add_argument(
-        "--metrics", type=int, default=200, metavar="N", help="of each account and region (%(default)s)"
+        "--metrics", type=whole_number, default=200, metavar="N", help="of each account and region (%(default)s)"
     )
     parser.add_argument(
         "--seed", type=int, default=1, metavar="N", help="of the simulated world (%(default)s)"

@@ -74,6 +74,8 @@ class TraceWorld:
 
     def __init__(self, folder: Path, account: str = ACCOUNT, region: str = REGION) -> None:
         complaints: list[str] = []
+        if not folder.is_dir():
+            raise Fatal(f"traces {folder}", "is no folder", "name one that has CSV files in it")
         traces = [_read(path, complaints) for path in sorted(folder.glob("*.csv"))]
         if not traces:
             complaints.append("there is no *.csv in it")

@@ -86,7 +86,13 @@ def translated(where: str) -> Iterator[None]:
     """Raise what asyncpg raises as Transient or Fatal; HeadgateErrors and cancellation pass."""
     try:
         yield
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+    except (
+        asyncpg.PostgresError,
+        asyncpg.InterfaceError,
+        asyncpg.InternalClientError,  # a connection that was terminated in mid-answer
+        OSError,
+        TimeoutError,
+    ) as error:
         raise translate(where, error) from error
 
 
@@ -110,6 +116,7 @@ def translate(where: str, error: Exception) -> HeadgateError:
             | asyncpg.OperatorInterventionError()
             | asyncpg.IdleInTransactionSessionTimeoutError()
             | asyncpg.ReadOnlySQLTransactionError()  # a standby, until the failover is through
+            | asyncpg.InternalClientError()
             | OSError()
             | TimeoutError()
         ):

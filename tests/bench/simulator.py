@@ -23,7 +23,7 @@ from workers import simulator
 from workers.world import World, account_ids
 
 QUERIES, POINTS, CALLS = 500, 5, 150
-CALLS_PER_S_GOAL = 100.0
+CALLS_PER_S_GOAL = ">= 100"
 REGION = "eu-west-1"
 _NAMES = ("CPUUtilization", "NetworkIn", "NetworkOut", "DiskReadBytes", "DiskWriteBytes")
 
@@ -36,7 +36,7 @@ class Report(Protocol):
         unit: str,
         against: str | None = None,
         ratio: float | None = None,
-        goal: float | None = None,
+        goal: str | None = None,
     ) -> None: ...
 
 
@@ -144,7 +144,7 @@ if __name__ == "__main__":
             unit: str,
             against: str | None = None,
             ratio: float | None = None,
-            goal: float | None = None,
+            goal: str | None = None,
         ) -> None:
             sys.stdout.write(f"{name}: {value:.1f} {unit}{f' (goal {goal})' if goal else ''}\n")
 
