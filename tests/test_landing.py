@@ -318,7 +318,7 @@ class Reading:
     async def _open(self, _: object, partitions: Sequence[int]) -> dict[int, int]:
         return dict.fromkeys(partitions, 0)
 
-    def _close(self) -> None:
+    async def _close(self) -> None:
         self.closed += 1
 
     async def _take(self, records: Sequence[Record]) -> dict[int, int]:
