@@ -194,6 +194,8 @@ def test_a_message_about_very_bad_files_stays_readable(folder: Folder) -> None:
 
 def test_a_folder_without_traces_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Fatal, match=r"there is no \*.csv in it"):
+        TraceWorld(tmp_path)
+    with pytest.raises(Fatal, match="is no folder"):
         TraceWorld(tmp_path / "nowhere")
 
 
