@@ -79,7 +79,8 @@ class Consumer:
             "rebalance_timeout_ms": (drain_s + 10) * 1000,
             "max_poll_interval_ms": 600_000,
             "fetch_max_bytes": 16 * 1024 * 1024,
-            "max_partition_fetch_bytes": 4 * 1024 * 1024,
+            # Little enough that one fetch brings something of every partition: a backlog is then read in step.
+            "max_partition_fetch_bytes": 1024 * 1024,
             "fetch_max_wait_ms": 100,
             "partition_assignment_strategy": (RoundRobinPartitionAssignor,),
         }

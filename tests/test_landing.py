@@ -21,7 +21,7 @@ from ingest.positions import value_id
 from shard_config.model import Limits
 from tests.conftest import eventually
 from tests.fake_log import FakeBroker, FakeConsumer, FakeSender
-from workers.consumer import BYTES_MAX, Reader, slices
+from workers.consumer import BYTES_MAX, RECORDS_MAX, Reader, slices
 from workers.lifecycle import Lifecycle
 
 TARGET = Target("cloudwatch", "123456789012", "eu-west-1")
@@ -389,3 +389,20 @@ def test_a_transaction_takes_consecutive_records_up_to_its_bytes() -> None:
     records = [Record(RecordPosition("raw", 0, i), b"", b"x" * size, 0) for i, size in enumerate(sizes)]
     assert [[r.position.offset for r in some] for some in slices(records)] == [[0], [1, 2], [3], [4], [5]]
     assert list(slices([])) == []
+
+
+def test_a_transaction_takes_the_oldest_of_all_partitions_and_each_partition_in_order() -> None:
+    times_ms = {0: [10, 40, 20], 1: [5, 30], 2: [15]}
+    records = [
+        Record(RecordPosition("raw", p, i), b"", b"x", at_ms)
+        for p, all_ms in times_ms.items()
+        for i, at_ms in enumerate(all_ms)
+    ]
+    (some,) = slices(records)
+    taken = [(r.position.partition, r.position.offset) for r in some]
+    assert taken == [(1, 0), (0, 0), (2, 0), (1, 1), (0, 1), (0, 2)]
+
+
+def test_a_transaction_takes_no_more_than_its_records() -> None:
+    records = [Record(RecordPosition("raw", 0, i), b"", b"", 0) for i in range(2 * RECORDS_MAX + 1)]
+    assert [len(some) for some in slices(records)] == [RECORDS_MAX, RECORDS_MAX, 1]
