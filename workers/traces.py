@@ -20,11 +20,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from ingest.errors import Fatal
-from workers.simulated.values import Answer, Floats, Ints
-from workers.world import EMPTY, Dimensions, Metric, Question
+from workers.simulated.values import Answer
+from workers.world import EMPTY, Metric, Question, Truth
 
 ACCOUNT: Final = "123456789012"
 REGION: Final = "us-east-1"
@@ -62,7 +60,7 @@ class _Trace:
     values: list[float]
 
 
-class TraceWorld:
+class TraceWorld(Truth):
     """A folder of traces as one account's metrics in one region; a `workers.world.Truth`.
 
     Raises Fatal, with file, line and what, where the folder or a file in it cannot be used.
@@ -126,23 +124,6 @@ class TraceWorld:
             else:
                 answers.append(self._cut(trace, start_s, min(end_s, asked_at_s)))
         return answers
-
-    def points(
-        self,
-        account: str,
-        region: str,
-        namespace: str,
-        metric: str,
-        dimensions: Dimensions,
-        stat: str,
-        period_s: int,
-        start_s: int,
-        end_s: int,
-        asked_at_s: int,
-    ) -> tuple[Ints, Floats]:
-        question = Question(namespace, metric, dimensions, stat, period_s)
-        [(times_s, values)] = self.answers(account, region, [question], start_s, end_s, asked_at_s)
-        return np.array(times_s, dtype=np.int64), np.array(values, dtype=np.float64)
 
     @staticmethod
     def _cut(trace: _Trace, start_s: int, end_s: int) -> Answer:

@@ -56,16 +56,10 @@ EMPTY: Final[Answer] = ([], [])
 class Truth(Protocol):
     """What a simulated CloudWatch needs to know: made up (`World`) or recorded (`traces.TraceWorld`)."""
 
-    @property
-    def accounts(self) -> tuple[str, ...]: ...
-
-    @property
-    def regions(self) -> tuple[str, ...]: ...
-
-    @property
-    def ages(self) -> bool:
-        """Whether CloudWatch's retention by age applies."""
-        ...
+    accounts: tuple[str, ...]
+    regions: tuple[str, ...]
+    ages: bool
+    """Whether CloudWatch's retention by age applies."""
 
     def metrics(self, account: str, region: str) -> Sequence[Metric]:
         """All metrics of a target, in one fixed order; none where the target is unknown."""
@@ -101,7 +95,9 @@ class Truth(Protocol):
         asked_at_s: int,
     ) -> tuple[Ints, Floats]:
         """The same for one question, as arrays of shape (n,)."""
-        ...
+        question = Question(namespace, metric, dimensions, stat, period_s)
+        [(times_s, values)] = self.answers(account, region, [question], start_s, end_s, asked_at_s)
+        return np.array(times_s, dtype=np.int64), np.array(values, dtype=np.float64)
 
 
 def account_ids(count: int) -> tuple[str, ...]:
@@ -199,7 +195,7 @@ def _plan(profiles: Sequence[ServiceProfile], count: int) -> _Plan:
     return _Plan(tuple(services), tuple(names), tuple(instance), kinds)
 
 
-class World:
+class World(Truth):
     """Made-up metrics of accounts × regions; a `Truth`.
 
     Args:
@@ -296,23 +292,6 @@ class World:
                 for position, answer in zip(positions[i : i + step], found, strict=True):
                     answers[position] = answer
         return answers
-
-    def points(
-        self,
-        account: str,
-        region: str,
-        namespace: str,
-        metric: str,
-        dimensions: Dimensions,
-        stat: str,
-        period_s: int,
-        start_s: int,
-        end_s: int,
-        asked_at_s: int,
-    ) -> tuple[Ints, Floats]:
-        question = Question(namespace, metric, dimensions, stat, period_s)
-        [(times_s, values)] = self.answers(account, region, [question], start_s, end_s, asked_at_s)
-        return np.array(times_s, dtype=np.int64), np.array(values, dtype=np.float64)
 
     def _target(self, account: str, region: str) -> _Target | None:
         key = (account, region)

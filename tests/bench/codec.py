@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import fastavro
 import numpy as np
@@ -17,6 +17,7 @@ from ingest import series_table, wire
 from ingest.batch import ZSTD_LEVEL
 from ingest.model import Batch, Series, SeriesKey, Target, series_ids
 from shard_config.model import Limits
+from tests.bench.run import Report
 
 SERIES, POINTS = 500, 5
 T0_S = 1_767_225_600
@@ -26,18 +27,6 @@ BYTES_PER_POINT_GOAL = "<= 10"
 TRACES = Path(__file__).resolve().parents[3] / "shared" / "data" / "cloudwatch-traces"
 ROUNDS_S = 0.5
 """How long each figure is measured, in rounds of which the quickest counts: others share the machine."""
-
-
-class Report(Protocol):
-    def add(
-        self,
-        name: str,
-        value: float,
-        unit: str,
-        against: str | None = None,
-        ratio: float | None = None,
-        goal: str | None = None,
-    ) -> None: ...
 
 
 PLAIN = fastavro.parse_schema(

@@ -5,24 +5,12 @@ from __future__ import annotations
 import random
 import time
 import tracemalloc
-from typing import Protocol
 
 from shard_config.plan import moves, plan
+from tests.bench.run import Report
 
 TARGETS, SLOTS = 100_000, 1_000
 GOAL_S, GOAL_BYTES = "<= 1.0", "<= 500e6"
-
-
-class Report(Protocol):
-    def add(
-        self,
-        name: str,
-        value: float,
-        unit: str,
-        against: str | None = None,
-        ratio: float | None = None,
-        goal: str | None = None,
-    ) -> None: ...
 
 
 def run(report: Report) -> None:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import resource
-import sys
 import time
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any
 
 import aiohttp
 import cbor2
 import orjson
 
 from shard_config.model import MetricProfile, ServiceProfile
+from tests.bench.run import Report
 from workers import simulator
 from workers.world import World, account_ids
 
@@ -26,18 +26,6 @@ QUERIES, POINTS, CALLS = 500, 5, 150
 CALLS_PER_S_GOAL = ">= 100"
 REGION = "eu-west-1"
 _NAMES = ("CPUUtilization", "NetworkIn", "NetworkOut", "DiskReadBytes", "DiskWriteBytes")
-
-
-class Report(Protocol):
-    def add(
-        self,
-        name: str,
-        value: float,
-        unit: str,
-        against: str | None = None,
-        ratio: float | None = None,
-        goal: str | None = None,
-    ) -> None: ...
 
 
 def _world() -> World:
@@ -132,20 +120,3 @@ def run(report: Report) -> None:
         if process.is_alive():
             process.kill()
             process.join()
-
-
-if __name__ == "__main__":
-
-    class _Printed:
-        def add(
-            self,
-            name: str,
-            value: float,
-            unit: str,
-            against: str | None = None,
-            ratio: float | None = None,
-            goal: str | None = None,
-        ) -> None:
-            sys.stdout.write(f"{name}: {value:.1f} {unit}{f' (goal {goal})' if goal else ''}\n")
-
-    run(_Printed())
