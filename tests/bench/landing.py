@@ -29,6 +29,7 @@ from ingest.sinks.migrate import migrate
 from ingest.sinks.partitions import FILLFACTOR
 from ingest.sinks.postgres import PostgresSink
 from shard_config.model import Postgres
+from tests.bench import pipeline
 from tests.bench.run import Report
 from workers.servers import PostgresServer
 
@@ -182,3 +183,4 @@ def run(report: Report) -> None:
             uvloop.run(_measure(server.dsn(), report))
         finally:
             server.stop()
+    pipeline.run(report)

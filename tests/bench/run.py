@@ -19,6 +19,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+_NO_GROUPS = {"run", "pipeline"}
+"""`pipeline` is the second half of `landing`."""
+
 _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
@@ -69,7 +72,7 @@ def groups() -> list[str]:
     """Names of all groups."""
     import tests.bench
 
-    return sorted(m.name for m in pkgutil.iter_modules(tests.bench.__path__) if m.name != "run")
+    return sorted({m.name for m in pkgutil.iter_modules(tests.bench.__path__)} - _NO_GROUPS)
 
 
 def render(lines: Sequence[Measured]) -> Table:
