@@ -19,7 +19,6 @@ import os
 import shutil
 import socket
 import subprocess
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -36,6 +35,7 @@ from workers.servers import (
     S3Server,
     Server,
     free_ports,
+    get_local,
     last_line,
     local_environment,
 )
@@ -345,10 +345,10 @@ def _accepts(port: int) -> bool:
 def _readyz(port: int) -> Callable[[], bool]:
     def ready() -> bool:
         try:
-            with urllib.request.urlopen(f"http://{LOOPBACK}:{port}/readyz", timeout=1):
-                return True
+            get_local(f"http://{LOOPBACK}:{port}/readyz", timeout_s=1)
         except (OSError, http.client.HTTPException):
             return False
+        return True
 
     return ready
 

@@ -17,7 +17,6 @@ from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import asyncpg
 from rich.console import Console
@@ -31,6 +30,7 @@ from shard_config.model import Config
 from workers.local import LocalStack, StackSpec, find_config
 from workers.samples import export_csv
 from workers.scenes import Scene, made_up_scene, traces_scene
+from workers.servers import get_local
 from workers.status import Status, render, status
 from workers.verify import Verdict, verify
 
@@ -189,11 +189,14 @@ def _open_window(row: dict[str, Any]) -> dict[str, Any]:
 def _simulators_bill(url: str) -> int | None:
     """Metrics billed by the simulator, all accounts; None where it does not say."""
     try:
-        with urlopen(f"{url}/billing", timeout=5) as answer:  # noqa: S310 - our own simulator, on loopback
-            bill = json.load(answer)
+        bill = json.loads(get_local(f"{url}/billing", timeout_s=5))
     except (OSError, ValueError):
         return None
     return sum(int(account["metrics_requested"]) for account in bill["accounts"].values())
+
+
+def _or_unknown(count: int | None) -> str:
+    return "?" if count is None else f"{count:,}"
 
 
 def _print_summary(
@@ -205,8 +208,8 @@ def _print_summary(
         f"{summary['windows']['landed']:,} windows landed of {summary['windows']['planned']:,} planned\n"
         f"{verdict.equal:,} of {verdict.expected:,} points equal the truth; missing {verdict.missing:,}, wrong {verdict.wrong:,}, "
         f"invented {verdict.invented:,}\n"
-        f"dead letters {summary['dead_letters']}, metrics billed {billed['ledger']:,} (the simulator says {billed['simulator']:,}), "
-        f"${summary['dollars']:.4f}\n"
+        f"dead letters {summary['dead_letters']}, metrics billed {_or_unknown(billed['ledger'])} (the simulator says {_or_unknown(billed['simulator'])}), "
+        f"${summary['dollars'] or 0:.4f}\n"
         f"first point after {first} s, all after {summary['seconds']['all']} s\n"
         f"{out / 'summary.json'}, {out / 'samples.csv'} ({summary['samples']:,} samples)",
         highlight=False,
@@ -271,12 +274,18 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--shards", type=whole_number, default=3, metavar="N", help="exporter shards (%(default)s)"
     )
-    parser.add_argument("--consumers", type=whole_number, default=2, metavar="N", help="consumers (%(default)s)")
+    parser.add_argument(
+        "--consumers", type=whole_number, default=2, metavar="N", help="consumers (%(default)s)"
+    )
     parser.add_argument(
         "--accounts", type=whole_number, default=12, metavar="N", help="simulated accounts (%(default)s)"
     )
     parser.add_argument(
-        "--metrics", type=whole_number, default=200, metavar="N", help="of each account and region (%(default)s)"
+        "--metrics",
+        type=whole_number,
+        default=200,
+        metavar="N",
+        help="of each account and region (%(default)s)",
     )
     parser.add_argument(
         "--seed", type=int, default=1, metavar="N", help="of the simulated world (%(default)s)"

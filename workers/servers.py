@@ -39,6 +39,8 @@ _KAFKA_FILES = Path(__file__).resolve().parent / "kafka"
 
 LOOPBACK = "127.0.0.1"
 
+PROXIES = frozenset({"http_proxy", "https_proxy", "all_proxy"})
+
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
 
@@ -284,13 +286,12 @@ class S3Server(Server):
 
     def ready(self) -> bool:
         try:
-            # The scheme and the host are ours, see endpoint_url.
-            with urllib.request.urlopen(f"{self.endpoint_url}/moto-api/", timeout=1):  # noqa: S310
-                return True
+            get_local(f"{self.endpoint_url}/moto-api/", timeout_s=1)
         except urllib.error.HTTPError:
             return True
         except OSError:
             return False
+        return True
 
 
 # Without the second statement it logs a line a request. One line: supervisord's configuration knows no others.
@@ -309,8 +310,20 @@ LOCAL_AWS_ENVIRONMENT: Mapping[str, str] = {
 
 
 def local_environment(base: Mapping[str, str]) -> dict[str, str]:
-    """`base` without anything of a real AWS: what runs on this machine must never reach an account, nor be billed."""
-    return {k: v for k, v in base.items() if not k.startswith("AWS_")} | dict(LOCAL_AWS_ENVIRONMENT)
+    """`base` without anything of a real AWS: what runs on this machine must never reach an account, nor be billed.
+
+    Without proxies too: what runs here talks to loopback only.
+    """
+    kept = {k: v for k, v in base.items() if not k.startswith("AWS_") and k.lower() not in PROXIES}
+    return kept | dict(LOCAL_AWS_ENVIRONMENT)
+
+
+def get_local(url: str, timeout_s: float) -> bytes:
+    """The body at a URL of one of our own servers, whatever proxies the environment names. Raises OSError, HTTPException."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(url, timeout=timeout_s) as answer:
+        body: bytes = answer.read()
+    return body
 
 
 def last_line(log: Path) -> str:
