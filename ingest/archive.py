@@ -52,6 +52,8 @@ PARTS_MAX = 64
 """Of one task: half a gigabyte of payloads, all of which whoever reads the task holds in memory."""
 MANIFEST_BYTES_MAX = 2 * 1024 * 1024
 """Of everything in a task object beside its payloads."""
+TAIL_BYTES = 64 * 1024
+"""Of a task object, read where only its receipt is asked for: receipts of ordinary tasks have a few kB."""
 DEADLINE_S = 60.0
 """Of one put or one get, with all their retries."""
 ATTEMPTS = 4
@@ -159,6 +161,23 @@ def unpack(body: bytes) -> Manifest:
     except Rejected as error:
         raise _spoilt(f"receipt: {error.reason}") from error
     return Manifest(receipt, inline, entries)
+
+
+def unpack_tail(tail: bytes) -> Receipt | None:
+    """The receipt out of a task object's last bytes; None where it begins before them. Raises Rejected(spoilt)."""
+    end = len(tail) - _FOOTER_BYTES
+    if end < 0 or not tail.endswith(_TASK):
+        raise _spoilt("not a task object, or cut short")
+    _, parts, receipt_bytes, _ = _COUNTS.unpack_from(tail, end)
+    first = end - receipt_bytes - parts * _PART_ENTRY.size
+    if first < 0:
+        return None
+    if _digest(tail[first : end + _COUNTS.size]) != tail[end + _COUNTS.size : -len(_TASK)]:
+        raise _spoilt("checksum of the manifest")
+    try:
+        return wire.decode_receipt(tail[end - receipt_bytes : end])
+    except Rejected as error:
+        raise _spoilt(f"receipt: {error.reason}") from error
 
 
 def assemble(manifest: Manifest, bodies: Sequence[bytes]) -> ArchivedTask:
@@ -285,6 +304,37 @@ class S3Archive:
         async with self._translated(archive_key):
             return await read_task(archive_key, self._read)
 
+    async def receipt(self, archive_key: str) -> Receipt | None:
+        """The receipt of what is archived, without its payloads where it fits TAIL_BYTES; None where there is nothing.
+
+        Raises as `get`.
+        """
+        checked_key(archive_key)
+        async with self._translated(archive_key):
+            tail = await self._read(archive_key, TAIL_BYTES, f"bytes=-{TAIL_BYTES}")
+        if tail is None:
+            return None
+        if (found := unpack_tail(tail)) is not None:
+            return found
+        whole = await self.get(archive_key)
+        return whole and whole.receipt
+
+    async def targets(self) -> list[Target]:
+        """All targets that anything is archived of, sorted: those that left the configuration, too. Raises Transient."""
+        found = [""]
+        for _ in ("source", "account", "region"):
+            found = [name for parent in found for name in await self._folders(f"{self._prefix}v1/{parent}")]
+        return sorted(Target.parse(name.rstrip("/")) for name in found)
+
+    async def _folders(self, prefix: str) -> list[str]:
+        """What is directly below a prefix, as source/account/…/, with its slash."""
+        async with self._translated(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=prefix, Delimiter="/"
+            )
+            found = [f["Prefix"] async for page in pages for f in page.get("CommonPrefixes", ())]
+        return [name.removeprefix(f"{self._prefix}v1/") for name in found]
+
     async def keys(self, target: Target, start_s: int, end_s: int) -> AsyncIterator[str]:
         """Keys of a target's tasks with a tick in [start_s, end_s), day by day, in no certain order within one.
 
@@ -304,6 +354,20 @@ class S3Archive:
                     yield key
             day += timedelta(days=1)
 
+    async def targets(self) -> list[Target]:
+        """Every target that something is archived of, sorted. Raises Transient."""
+        folders = [f"{self._prefix}v1/"]
+        for _ in ("source", "account", "region"):
+            folders = [inner for folder in folders for inner in await self._folders(folder)]
+        return sorted(Target(*folder.rstrip("/").split("/")[-3:]) for folder in folders)
+
+    async def _folders(self, prefix: str) -> list[str]:
+        async with self._translated(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=prefix, Delimiter="/"
+            )
+            return [found["Prefix"] async for page in pages for found in page.get("CommonPrefixes", ())]
+
     async def _put(self, key: str, body: bytes) -> bool:
         """Whether the object was put; False where there is one, or another put of it is under way."""
         try:
@@ -314,9 +378,10 @@ class S3Archive:
             raise
         return True
 
-    async def _read(self, key: str, bytes_max: int) -> bytes | None:
+    async def _read(self, key: str, bytes_max: int, part: str = "") -> bytes | None:
+        ranged = {"Range": part} if part else {}
         try:
-            response = await self._client.get_object(Bucket=self._bucket, Key=key)
+            response = await self._client.get_object(Bucket=self._bucket, Key=key, **ranged)
         except ClientError as error:
             if error.response["Error"]["Code"] in ("NoSuchKey", "404"):
                 return None

@@ -1,0 +1,323 @@
+"""Reading back what an audit, or a question about one point, needs: the store's rows, the ledger's looks, Kafka's records. Changes nothing.
+
+Memory is bounded: rows come in chunks of `CHUNK_BYTES`, records one fetch at a time, and what is collected is capped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import asyncpg
+import numpy as np
+import orjson
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+from aiokafka.partitioner import DefaultPartitioner
+from numpy.typing import NDArray
+
+from ingest import wire
+from ingest.collect import raw_key
+from ingest.errors import Rejected, Transient
+from ingest.log import quietly
+from ingest.model import BatchId, DeadLetter, RecordPosition, SeriesIds, Target
+from ingest.ports import Record
+from ingest.sinks.connection import translated
+from shard_config.model import Kafka
+
+CHUNK_BYTES = 4 * 1024 * 1024
+RECORDS_READ_MAX = 1_000_000
+"""Of one topic, in one reading."""
+KAFKA_DEADLINE_S = 300.0
+_FETCH_MS = 2_000
+
+Place = tuple[str, str]
+"""Account and region, as they stand in the labels."""
+
+
+# --- the store's rows -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoreRows:
+    """Rows of `samples`, n of them. `places` are indices into the places asked for, −1 where a row is of none; `ids` is (n, 2)."""
+
+    places: NDArray[np.int64]
+    ids: SeriesIds
+    timestamps_s: NDArray[np.int64]
+    values: NDArray[np.float64]
+    versions: NDArray[np.int64]
+
+
+_ROW = np.dtype(
+    [
+        ("fields", ">i2"),
+        ("place_bytes", ">i4"),
+        ("place", ">i4"),
+        ("series_bytes", ">i4"),
+        ("series", ">u8", (2,)),
+        ("timestamp_bytes", ">i4"),
+        ("timestamp_us", ">i8"),
+        ("value_bytes", ">i4"),
+        ("value", ">f8"),
+        ("version_bytes", ">i4"),
+        ("version", ">i8"),
+    ]
+)
+_HEADER_BYTES = 19
+_TRAILER = b"\xff\xff"
+_POSTGRES_EPOCH_S = 946_684_800
+
+_ROWS = """SELECT coalesce(p.n, 0)::int, m.series, m.ts, m.value, m.version
+FROM samples AS m {join} JOIN series AS s ON s.id = m.series
+    {join} JOIN unnest($1::text[], $2::text[]) WITH ORDINALITY AS p (account, region, n)
+    ON p.account = s.account AND p.region = s.region
+WHERE m.ts >= $3 AND m.ts < $4"""
+
+
+async def store_rows(
+    connection: asyncpg.Connection,
+    places: Sequence[Place],
+    start_s: int,
+    end_s: int,
+    take: Callable[[StoreRows], None],
+    *,
+    others: bool = False,
+) -> None:
+    """Hand all rows of these places in [start_s, end_s) to `take`, in chunks; with `others` those of no such place too.
+
+    Raises Transient.
+    """
+    waiting = bytearray()
+    header = _HEADER_BYTES
+
+    async def chunk(data: bytes) -> None:
+        nonlocal header
+        waiting.extend(data)
+        if header and len(waiting) >= header:
+            del waiting[:header]
+            header = 0
+        if len(waiting) >= CHUNK_BYTES:
+            _take_whole_rows(waiting, take)
+
+    with translated("store"):
+        await connection.copy_from_query(
+            _ROWS.format(join="LEFT" if others else "INNER"),
+            [account for account, _ in places],
+            [region for _, region in places],
+            at(start_s),
+            at(end_s),
+            output=chunk,
+            format="binary",
+        )
+    _take_whole_rows(waiting, take)
+    if bytes(waiting) != _TRAILER:
+        raise Transient("store", "the stream of rows was cut short")
+
+
+def _take_whole_rows(waiting: bytearray, take: Callable[[StoreRows], None]) -> None:
+    count = len(waiting) // _ROW.itemsize
+    if not count:
+        return
+    raw = np.frombuffer(bytes(waiting[: count * _ROW.itemsize]), dtype=_ROW)
+    del waiting[: count * _ROW.itemsize]
+    take(
+        StoreRows(
+            raw["place"].astype(np.int64) - 1,
+            raw["series"].astype(np.uint64),
+            # Our timestamps are whole seconds; one that is not shows as another row.
+            raw["timestamp_us"].astype(np.int64) // 1_000_000 + _POSTGRES_EPOCH_S,
+            raw["value"].astype(np.float64),
+            raw["version"].astype(np.int64),
+        )
+    )
+
+
+_PLACES = """WITH RECURSIVE found AS (
+    (SELECT account, region FROM series ORDER BY account, region LIMIT 1)
+    UNION ALL
+    SELECT n.account, n.region FROM found f, LATERAL (
+        SELECT s.account, s.region FROM series s WHERE (s.account, s.region) > (f.account, f.region)
+        ORDER BY s.account, s.region LIMIT 1) AS n)
+SELECT account, region FROM found"""
+
+
+async def store_places(connection: asyncpg.Connection) -> list[Place]:
+    """The places that any series of the store is of. Raises Transient."""
+    with translated("store"):
+        return [(row[0], row[1]) for row in await connection.fetch(_PLACES)]
+
+
+# --- the ledger's looks -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerLook:
+    """One row of `looks`: one item of a receipt. `windows` are (start_s, points, digest)."""
+
+    task_id: str
+    service: str
+    target: str
+    archive_key: str
+    finished_at_ms: int
+    start_s: int
+    end_s: int
+    status: str
+    points: int
+    batches: tuple[BatchId, ...]
+    windows: tuple[tuple[int, int, int], ...]
+
+
+_KEYS = """SELECT DISTINCT target, archive_key FROM looks
+WHERE finished_at >= $1 AND window_start < $2 AND window_end > $1 AND archive_key <> ''"""
+
+_LOOKS = """SELECT task_id, service, target, archive_key, finished_at, window_start, window_end, status, points, batch_ids, windows
+FROM looks WHERE task_id = ANY($1) AND archive_key <> '' ORDER BY finished_at, service"""
+
+
+async def ledger_keys(connection: asyncpg.Connection, start_s: int, end_s: int) -> dict[Target, set[str]]:
+    """Archive keys of the receipts about anything in [start_s, end_s), by target. Raises Transient."""
+    with translated("ledger"):
+        rows = await connection.fetch(_KEYS, at(start_s), at(end_s))
+    found: dict[Target, set[str]] = defaultdict(set)
+    for row in rows:
+        found[Target.parse(row["target"])].add(row["archive_key"])
+    return found
+
+
+async def ledger_looks(
+    connection: asyncpg.Connection, task_ids: Collection[str]
+) -> dict[str, list[LedgerLook]]:
+    """The archived looks of these tasks, by archive key, oldest first. Raises Transient."""
+    with translated("ledger"):
+        rows = await connection.fetch(_LOOKS, list(task_ids))
+    found: dict[str, list[LedgerLook]] = defaultdict(list)
+    for row in rows:
+        found[row["archive_key"]].append(
+            LedgerLook(
+                task_id=row["task_id"],
+                service=row["service"],
+                target=row["target"],
+                archive_key=row["archive_key"],
+                finished_at_ms=round(row["finished_at"].timestamp() * 1000),
+                start_s=int(row["window_start"].timestamp()),
+                end_s=int(row["window_end"].timestamp()),
+                status=row["status"],
+                points=row["points"],
+                batches=tuple(BatchId(b) for b in row["batch_ids"]),
+                windows=tuple((w[0], w[1], w[2]) for w in orjson.loads(row["windows"])),
+            )
+        )
+    return found
+
+
+async def landed_ids(connection: asyncpg.Connection, batches: Collection[BatchId]) -> set[BatchId]:
+    """Which of these batches any sink says have landed. Raises Transient."""
+    with translated("ledger"):
+        rows = await connection.fetch("SELECT batch_id FROM landed WHERE batch_id = ANY($1)", list(batches))
+    return {BatchId(row["batch_id"]) for row in rows}
+
+
+# --- Kafka's records --------------------------------------------------------------------------------------------
+
+
+async def scan(
+    kafka: Kafka,
+    topic: str,
+    take: Callable[[Record], bool],
+    *,
+    from_ms: int = 0,
+    to_ms: int | None = None,
+    key: bytes | None = None,
+) -> None:
+    """Hand the records of a topic to `take`, up to where it ends now, partition by partition, until `take` returns True.
+
+    Records before `from_ms` are passed over, and a partition is left at its first record past `to_ms`; with `key` only the partition of
+    that key is read. Belongs to no group: commits nothing and moves nobody. Raises Transient, also past `RECORDS_READ_MAX`.
+    """
+    client = AIOKafkaConsumer(
+        bootstrap_servers=kafka.bootstrap, enable_auto_commit=False, auto_offset_reset="none"
+    )
+    try:
+        async with asyncio.timeout(KAFKA_DEADLINE_S):
+            await client.start()
+            await client._client.fetch_all_metadata()
+            numbers = sorted(client._client.cluster.partitions_for_topic(topic) or ())
+            if key is not None and numbers:
+                numbers = [DefaultPartitioner()(key, numbers, numbers)]
+            left = RECORDS_READ_MAX
+            for number in numbers:
+                left = await _scan(client, TopicPartition(topic, number), take, from_ms, to_ms, left)
+                if not left:
+                    return
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise Transient(f"kafka {kafka.bootstrap}", f"{type(error).__name__} {error}".rstrip()) from error
+    finally:
+        await quietly(client.stop())
+
+
+async def _scan(
+    client: AIOKafkaConsumer,
+    tp: TopicPartition,
+    take: Callable[[Record], bool],
+    from_ms: int,
+    to_ms: int | None,
+    left: int,
+) -> int:
+    """How many more records may be read; 0 where `take` has enough."""
+    client.assign([tp])
+    end = (await client.end_offsets([tp]))[tp]
+    here = (await client.beginning_offsets([tp]))[tp]
+    if from_ms > 0:
+        found = (await client.offsets_for_times({tp: from_ms}))[tp]
+        here = found.offset if found is not None else end
+    client.seek(tp, here)
+    while here < end:
+        for r in (await client.getmany(tp, timeout_ms=_FETCH_MS)).get(tp, ()):
+            here = r.offset + 1
+            if to_ms is not None and r.timestamp > to_ms:
+                return left
+            if not left:
+                raise Transient(f"topic {tp.topic}", f"more than {RECORDS_READ_MAX:,} records to read")
+            left -= 1
+            at_ = RecordPosition(tp.topic, tp.partition, r.offset)
+            if take(Record(at_, r.key or b"", r.value or b"", r.timestamp)):
+                return 0
+    return left
+
+
+async def dead_letters(kafka: Kafka, take: Callable[[Record, DeadLetter], None]) -> None:
+    """Hand over all dead letters that Kafka still has; those of a newer Headgate, which do not decode, are passed over. Raises Transient."""
+
+    def one(record: Record) -> bool:
+        with suppress(Rejected):
+            take(record, wire.decode_dead_letter(record.value))
+        return False
+
+    await scan(kafka, kafka.topic("dead"), one)
+
+
+async def positions_in_raw(
+    kafka: Kafka, target: Target, batches: Collection[BatchId], from_ms: int, to_ms: int
+) -> Mapping[BatchId, RecordPosition]:
+    """Where batches of a target stand in `raw`, of those that were published in [from_ms, to_ms] and that it still has. Raises Transient."""
+    wanted = set(batches)
+    found: dict[BatchId, RecordPosition] = {}
+
+    def one(record: Record) -> bool:
+        batch_id = wire.batch_id_of(record.value)
+        if batch_id in wanted:
+            found.setdefault(batch_id, record.position)
+        return len(found) == len(wanted)
+
+    await scan(kafka, kafka.topic("raw"), one, from_ms=from_ms, to_ms=to_ms, key=raw_key(target))
+    return found
+
+
+def at(seconds: float) -> datetime:
+    """UTC."""
+    return datetime.fromtimestamp(seconds, UTC)
