@@ -10,6 +10,8 @@ $$;
 ALTER TABLE landed ADD COLUMN dead_windows jsonb;              -- NULL: none
 CREATE INDEX landed_by_time ON landed USING brin (landed_at) WITH (autosummarize = on);
 
+ALTER TABLE looks ADD COLUMN grid_s integer;                   -- length of its windows; NULL: from before this migration
+
 -- An open window has neither sealed_at nor declared. points and digest are what the store must hold of the newest landed look.
 ALTER TABLE windows
     ADD COLUMN attempts integer NOT NULL DEFAULT 0,            -- looks with a receipt
@@ -40,7 +42,8 @@ CREATE TABLE sealed_days (
     first_start      timestamptz NOT NULL,
     last_end         timestamptz NOT NULL,
     sealed_at        timestamptz NOT NULL,                     -- of the last that was closed
-    version          bigint NOT NULL DEFAULT 0,                -- the greatest landed_version: a look above it unfolds the day
+    version          bigint NOT NULL DEFAULT 0,                -- the greatest landed_version: a look above it opens its windows again
+    relooked_at      timestamptz,                              -- folded windows were looked at again: points and digest are from before
     covered          tstzmultirange NOT NULL,                  -- exactly the folded windows
     PRIMARY KEY (target, service, day)
 );
