@@ -31,6 +31,7 @@ from ingest.model import (
     Target,
     Task,
     TaskItem,
+    TaskKind,
     WindowCount,
     add_digests,
     window_counts,
@@ -101,7 +102,11 @@ class Collector:
         return answer.archived.receipt
 
     async def answer(self, task: Task, *, maybe_second_try: bool) -> Answer:
-        """Look and archive, or take from the archive what is there already. Raises Fatal only."""
+        """Look and archive, or take from the archive what is there already. Raises Fatal only.
+
+        A task that is announced again is a second try whatever the caller knows, and one that is to be replayed is never asked.
+        """
+        maybe_second_try |= task.kind in (TaskKind.AGAIN, TaskKind.REPLAY)
         try:
             kept_under = archive_key(task, self._prefix)
         except Rejected as error:
@@ -109,6 +114,11 @@ class Collector:
             receipt = self._receipt(task, "", self._clock.now_ms(), failed)
             return Answer(ArchivedTask(receipt, ()), receipt)
         done = await self._archived(kept_under) if maybe_second_try else None
+        if done is None and task.kind == TaskKind.REPLAY:
+            why = "not replayed: the archive does not give it"
+            failed = tuple(_failed(i, LookStatus.FAILED, why) for i in task.items)
+            receipt = self._receipt(task, "", self._clock.now_ms(), failed)
+            return Answer(ArchivedTask(receipt, ()), receipt)
         if done is None:
             return await self._look_and_archive(task, kept_under)
         _log.info("task_published_from_archive", task=task.task_id, target=str(task.target))

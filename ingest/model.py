@@ -189,6 +189,14 @@ class TaskItem:
 class TaskKind(StrEnum):
     LIVE = "live"
     BACKLOG = "backlog"
+    HEAL = "heal"
+    """Another attempt at windows that are past their deadline; see `ingest.heal`."""
+    PAUSED = "paused"
+    """Planned, and asked of nobody: its account or service is paused. On `ledger` only."""
+    AGAIN = "again"
+    """A task without a receipt, announced once more: the archive is asked before the source. On `collect` only."""
+    REPLAY = "replay"
+    """A task that is archived and has not landed: published from the archive, never asked. On `collect` only."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -254,6 +254,17 @@ class Limits(Strict):
     """A timestamp older than this is ancient, and so dead."""
 
 
+class Heal(Strict):
+    """How windows that are past their deadline are healed: see `ingest.heal`."""
+
+    attempts_max: int = Field(8, ge=1, le=16)
+    """The source is asked again so often; then the window is declared forbidden or abandoned."""
+    backoff_s: int = Field(300, ge=1)
+    """Between the first two attempts, and twice as long each time after: with 8 attempts 10.6 hours in all."""
+    usd_per_day: float = Field(10.0, ge=0)
+    """The most that attempts may cost in a UTC day, over all accounts; 0: replays only."""
+
+
 class Run(Strict):
     """Set by `make run`; a deployment leaves it alone."""
 
@@ -289,6 +300,7 @@ class Config(Strict):
     postgres: Postgres = Postgres()
     s3: S3 = S3()
     limits: Limits = Limits()
+    heal: Heal = Heal()
     run: Run = Run()
 
     @property
