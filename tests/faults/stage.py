@@ -1,0 +1,198 @@
+"""One run: topics and tables of its own on shared servers, what is published there, and consumers to be hurt."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from ingest import wire
+from ingest.log import Outgoing, Producer
+from shard_config.model import S3, Config, Kafka, Postgres, Run
+from tests.conftest import eventually
+from tests.faults.oracle import Oracle
+from tests.faults.truth import SERVICE, Published, Truth
+from workers.servers import _die_with_parent
+from workers.setup import setup
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SESSION_TIMEOUT_S = 6
+
+
+def seed_of_run() -> int:
+    """`HEADGATE_SEED`, or 1. Printed, so that whoever sees a failure can have it again."""
+    seed = int(os.environ.get("HEADGATE_SEED", "1"))
+    print(f"HEADGATE_SEED={seed}")
+    return seed
+
+
+class Victim:
+    """A consumer process. What it logs is in `log`; leaving the context kills it, whatever state it is in."""
+
+    def __init__(self, config: Config, name: str, home: Path, failpoint: str = "none") -> None:
+        self.name = name
+        path = home / f"{name}.{time.monotonic_ns()}"
+        path.with_suffix(".json").write_text(config.model_dump_json())
+        self.log = path.with_suffix(".log")
+        command = [
+            sys.executable,
+            "-m",
+            "tests.faults.victim",
+            str(path.with_suffix(".json")),
+            name,
+            failpoint,
+        ]
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*_die_with_parent(signal.SIGKILL), *command],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+        if error is not None:
+            print(f"--- {self.name}\n{self.log.read_text()[-4000:]}")
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def events(self) -> list[dict[str, Any]]:
+        """What it logged, as far as the lines are JSON and whole."""
+        lines = self.log.read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+    async def logged(self, event: str, timeout_s: float = 30) -> dict[str, Any]:
+        """The first such event, which is waited for."""
+        found: list[dict[str, Any]] = []
+
+        async def logged_it() -> bool:
+            assert self._process.poll() is None or event == "worker_stopped_for_safety", self.log.read_text()
+            found[:] = [e for e in self.events() if e["event"] == event]
+            return bool(found)
+
+        await eventually(logged_it, timeout_s)
+        return found[0]
+
+    async def exit_code(self, timeout_s: float = 30) -> int:
+        """Wait until it ends by itself."""
+        async with asyncio.timeout(timeout_s):
+            while (code := self._process.poll()) is None:
+                await asyncio.sleep(0.05)
+        return code
+
+    def rss_bytes(self) -> int:
+        return int(psutil.Process(self._process.pid).memory_info().rss)
+
+
+class Stage:
+    """Where one truth is published and lands. The oracle knows what was sent."""
+
+    def __init__(self, config: Config, truth: Truth, home: Path) -> None:
+        self.config = config
+        self.truth = truth
+        self.home = home
+        self.oracle = Oracle(config, truth)
+        self.producer = Producer(config.kafka.bootstrap, "stage")
+        self._ends: dict[tuple[str, str], dict[int, int]] = {}
+        """(topic, sink) → partition → where its position must come to."""
+
+    def victim(self, name: str, failpoint: str = "none", *, config: Config | None = None) -> Victim:
+        return Victim(config or self.config, name, self.home, failpoint)
+
+    async def publish(self, records: Iterable[tuple[Outgoing, Published]]) -> None:
+        """Write records to `raw`, and tell the oracle."""
+        records = list(records)
+        positions = await self.producer.send(self.config.kafka.topic("raw"), [out for out, _ in records])
+        for at, (_, published) in zip(positions, records, strict=True):
+            self.oracle.sent[at.partition, at.offset] = published
+            self._expect(self.config.kafka.topic("raw"), "postgres", at.partition, at.offset + 1)
+
+    async def publish_all(self, waves: int, pause_s: float = 0.15) -> None:
+        """Everything, in so many waves, so that it takes several transactions to land."""
+        for wave in self.truth.waves(waves):
+            await self.publish(wave)
+            await asyncio.sleep(pause_s)
+
+    async def announce(self) -> None:
+        """Write all plans, then all receipts, to `ledger`."""
+        looks = self.truth.looks
+        values = [(str(k.task.target).encode(), wire.encode_task(k.task)) for k in looks]
+        values += [
+            (key, wire.encode_receipt(k.archived.receipt)) for (key, _), k in zip(values, looks, strict=True)
+        ]
+        topic = self.config.kafka.topic("ledger")
+        for at in await self.producer.send(topic, [Outgoing(key, value) for key, value in values]):
+            self._expect(topic, "ledger", at.partition, at.offset + 1)
+
+    def _expect(self, topic: str, sink: str, partition: int, next_: int) -> None:
+        ends = self._ends.setdefault((topic, sink), {})
+        ends[partition] = max(next_, ends.get(partition, 0))
+
+    async def has_landed(self, timeout_s: float = 30) -> None:
+        """Wait until the store's positions are at the end of what was sent."""
+
+        async def all_landed() -> bool:
+            for (topic, sink), ends in self._ends.items():
+                stored = await self.oracle.next_offsets(topic, sink)
+                if any(stored[p] < end for p, end in ends.items()):
+                    return False
+            return True
+
+        await eventually(all_landed, timeout_s)
+
+    async def ledger_balances(self, timeout_s: float = 15) -> None:
+        """Wait until the ledger has nothing open."""
+
+        async def balanced() -> bool:
+            return await self.oracle.ledger() == []
+
+        await eventually(balanced, timeout_s)
+
+
+@asynccontextmanager
+async def staged(
+    truth: Truth, kafka_bootstrap: str, prefix: str, dsn: str, s3: S3, home: Path
+) -> AsyncIterator[Stage]:
+    """A stage with its topics, tables and positions."""
+    config = Config(
+        accounts=truth.accounts(),
+        services=(SERVICE,),
+        slots=1,
+        kafka=Kafka(
+            bootstrap=kafka_bootstrap,
+            prefix=prefix,
+            raw_partitions=4,
+            ledger_partitions=1,
+            session_timeout_s=SESSION_TIMEOUT_S,
+        ),
+        postgres=Postgres(dsn=dsn),
+        s3=s3,
+        # The clock stands where the data is, so that a seed gives the same run in any year.
+        run=Run(clock_offset_s=truth.now_s - int(time.time())),
+    )
+    await setup(config)
+    stage = Stage(config, truth, home)
+    try:
+        yield stage
+    finally:
+        await stage.producer.close()

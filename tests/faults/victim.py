@@ -1,0 +1,85 @@
+"""The real consumer in a process of its own, with a point at which it stops: `python -m tests.faults.victim CONFIG NAME FAILPOINT`.
+
+FAILPOINT is a name and which time it is reached, as `before_commit:3`, or `none`. The points are planted here, from outside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from ingest.group import Consumer
+from ingest.sinks import connection, postgres
+from ingest.sinks.postgres import PostgresSink
+from shard_config.model import Config
+from workers import consumer
+from workers.lifecycle import run_worker
+
+_log = structlog.get_logger()
+
+
+def before_commit(nth: int) -> None:
+    """Hang for ever between the store's commit and Kafka's."""
+    reached = count(1)
+    commit = Consumer.commit
+
+    async def patched(self: Consumer, next_offsets: Mapping[int, int]) -> None:
+        if self.topic.endswith(".raw") and next_offsets and next(reached) == nth:
+            _log.warning("failpoint_reached")
+            await asyncio.Event().wait()
+        await commit(self, next_offsets)
+
+    Consumer.commit = patched  # type: ignore[method-assign]
+
+
+def before_landing(nth: int) -> None:
+    """Be stopped with records in hand, before anything is asked of the store."""
+    PostgresSink.land = _stopped_before(PostgresSink.land, nth)  # type: ignore[method-assign]
+
+
+def in_transaction(nth: int) -> None:
+    """Be stopped when the position has been moved and no row sent: the transaction stays open."""
+    postgres._insert_rows = _stopped_before(postgres._insert_rows, nth)
+
+
+def _stopped_before(function: Callable[..., Awaitable[Any]], nth: int) -> Callable[..., Awaitable[Any]]:
+    reached = count(1)
+
+    async def patched(*args: Any) -> Any:
+        if next(reached) == nth:
+            _log.warning("failpoint_reached")
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return await function(*args)
+
+    return patched
+
+
+def impatient(seconds: int) -> None:
+    """Not a point, but shorter times: so long for a landing, a ledger's statements, a connection."""
+    assert PostgresSink.connect.__kwdefaults__ is not None
+    PostgresSink.connect.__kwdefaults__["timeout_s"] = seconds
+    connection.CONNECT_TIMEOUT_S = seconds
+
+
+FAILPOINTS = {f.__name__: f for f in (before_commit, before_landing, in_transaction, impatient)}
+
+
+def main(config_path: str, name: str, failpoint: str) -> int:
+    config = Config.model_validate_json(Path(config_path).read_bytes())
+    point, _, nth = failpoint.partition(":")
+    if point != "none":
+        FAILPOINTS[point](int(nth))
+    return run_worker(name, partial(consumer.serve, config, name))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
