@@ -13,8 +13,8 @@ docs/decisions/0005-columns-as-bytes.md.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 import numpy as np
@@ -24,7 +24,7 @@ from ingest import avro, series_table
 from ingest.errors import Rejected
 from ingest.model import OBSERVED_AT_MS_MAX, REVISION_MAX, Batch, BatchId, Target, window_counts
 from ingest.ports import Payload
-from ingest.validate import TIMESTAMP_S_MAX, Reason, text_problem
+from ingest.validate import TIMESTAMP_S_MAX, Reason, describe, text_problem
 from shard_config.model import Limits
 
 ZSTD_LEVEL = 3
@@ -44,6 +44,14 @@ class _Zstd(threading.local):
 
 
 _zstd = _Zstd()
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A batch as it came. `bad`: by index in `batch.series`, why a series must not be let in; whoever lands the others takes it out."""
+
+    batch: Batch
+    bad: Mapping[int, Reason]
 
 
 def batch_id_of(value: bytes) -> BatchId:
@@ -155,7 +163,15 @@ def batch_message(batch: Batch, limits: Limits = _LIMITS) -> bytes:
 
 
 def decode_batch(value: bytes, limits: Limits) -> Batch:
-    """The batch of a record value, its arrays read-only. Raises Rejected (see `ingest.validate.Reason`)."""
+    """The batch of a record value, its arrays read-only. Raises Rejected (see `ingest.validate.Reason`), for one bad series too."""
+    decoded = decode_by_series(value, limits)
+    for index, reason in decoded.bad.items():
+        raise Rejected("batch", reason, describe(decoded.batch.series[index]))
+    return decoded.batch
+
+
+def decode_by_series(value: bytes, limits: Limits) -> Decoded:
+    """As `decode_batch`, but a series with bad labels is named instead of refusing the batch. Raises Rejected where the batch is bad."""
     if len(value) > limits.payload_bytes_max:
         raise Rejected("batch", Reason.PAYLOAD_TOO_LARGE, f"{len(value)} bytes")
     _, datum = avro.read(_decompress(value, limits), ("batch",))
@@ -184,7 +200,38 @@ def decode_batch(value: bytes, limits: Limits) -> Batch:
         ids=table.ids,
     )
     _check_header(batch, limits)
-    return batch
+    return Decoded(batch, dict(table.bad))
+
+
+def without_series(batch: Batch, indices: Collection[int]) -> Batch:
+    """The same without some of its series, and their points."""
+    keep = np.ones(len(batch.series), np.bool_)
+    keep[list(indices)] = False
+    kept = np.repeat(keep, batch.counts)
+    return replace(
+        batch,
+        series=tuple(one for one, stays in zip(batch.series, keep.tolist(), strict=True) if stays),
+        ids=batch.ids[keep],
+        counts=batch.counts[keep],
+        timestamps_s=batch.timestamps_s[kept],
+        values=batch.values[kept],
+    )
+
+
+def span_of(value: bytes, limits: Limits = _LIMITS) -> tuple[Target, str, int, int]:
+    """Target, service and [start_s, end_s) of the windows that a batch has points in, without decoding its columns.
+
+    Raises Rejected. For choosing among batches: whoever lands one decodes, and so checks, all of it.
+    """
+    if len(value) > limits.payload_bytes_max:
+        raise Rejected("batch", Reason.PAYLOAD_TOO_LARGE, f"{len(value)} bytes")
+    _, datum = avro.read(_decompress(value, limits), ("batch",))
+    starts = datum["window_starts"]
+    if not starts or len(starts) % 8:
+        raise Rejected("batch", Reason.COLUMNS_MISMATCH, f"{len(starts)} bytes of windows")
+    starts_s = np.frombuffer(starts, dtype="<i8")
+    target = Target(datum["source"], datum["account"], datum["region"])
+    return target, datum["service"], int(starts_s.min()), int(starts_s.max()) + datum["grid_s"]
 
 
 def _decompress(value: bytes, limits: Limits) -> bytes:

@@ -371,9 +371,11 @@ class RecordPosition:
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """What was put aside. Writing it twice gives the same record: `identity` is made from reason, origin and content.
+    """What was put aside. Writing it twice gives the same letter: `identity` is made from reason and content.
 
-    `payload` is the whole record value where it did not decode, else one point as JSON.
+    `payload` is the whole record value where it did not decode, else one point, or all points of a series, as JSON. Where the record
+    stood is not part of the identity: a replay of it stands elsewhere, and a mirror numbers it otherwise. `ingest.letters` makes
+    letters, and points of them again.
     """
 
     reason: str
@@ -382,6 +384,12 @@ class DeadLetter:
     batch_id: BatchId
     series: str
     payload: bytes
+    cluster: str = ""
+    """The id of the Kafka cluster that `origin` is of; empty in letters of version 1."""
+    key: bytes = b""
+    """The record's key: it names the target even where the value does not decode."""
+    context: bytes = b""
+    """JSON: look and labels of a point, without which it could not be landed later. Empty for a whole record."""
 
     @property
     def identity(self) -> str:

@@ -1,7 +1,8 @@
 """The labels of a batch's series as one block of bytes that repeats from look to look, cached both ways.
 
 A table holds every distinct text once and columns of indices into the texts, so that a table met for the first time costs
-little too. Decoding checks labels and dimensions and computes the series' ids; neither is believed.
+little too. Decoding checks labels and dimensions and computes the series' ids; neither is believed. Where the structure is sound, a
+series with bad labels is named and takes no other with it.
 
 `TableCache` is safe to use from several threads, and bounded by entries and by the memory that they take.
 """
@@ -36,6 +37,8 @@ class Table:
     encoded: bytes
     series: tuple[Series, ...]
     ids: SeriesIds
+    bad: tuple[tuple[int, Reason], ...] = ()
+    """Indices of series that must not be let in, ascending, each with the first reason found."""
 
 
 class TableCache:
@@ -95,12 +98,12 @@ def encode(series: tuple[Series, ...], ids: SeriesIds, limits: Limits) -> bytes:
 
 
 def decode(encoded: bytes, limits: Limits) -> Table:
-    """Series and ids of a SeriesTable. Raises Rejected."""
+    """Series and ids of a SeriesTable, and which of its series are bad. Raises Rejected where the table itself is."""
     key = (blake2b(encoded, digest_size=16).digest(), _caps(limits))
     known = _decoded.get(key)
     if known is None:
-        series = _decode(encoded, limits)
-        known = Table(encoded, series, series_ids(series))
+        series, bad = _decode(encoded, limits)
+        known = Table(encoded, series, series_ids(series), bad)
         known.ids.setflags(write=False)
         _decoded.put(key, known)
     return known
@@ -129,11 +132,17 @@ def _check_texts(texts: list[str], limits: Limits) -> None:
             raise Rejected(_WHERE, problem, repr(text[:80]))
 
 
-def _check_key(key: SeriesKey, limits: Limits) -> None:
+def _key_problem(key: SeriesKey, limits: Limits) -> Reason | None:
+    """What is wrong with a key beside its texts."""
     if problem := dimensions_problem(key.dimensions, limits):
-        raise Rejected(_WHERE, problem, f"{key.namespace}/{key.metric} {key.dimensions[:4]}")
-    if not 0 <= key.period_s <= _INT32_MAX:
-        raise Rejected(_WHERE, Reason.OUT_OF_RANGE, f"period_s {key.period_s}")
+        return problem
+    return None if 0 <= key.period_s <= _INT32_MAX else Reason.OUT_OF_RANGE
+
+
+def _check_key(key: SeriesKey, limits: Limits) -> None:
+    if problem := _key_problem(key, limits):
+        what = f"{key.namespace[:80]!r} {key.metric[:80]!r} {key.dimensions[:4]} {key.period_s}s"
+        raise Rejected(_WHERE, problem, what)
 
 
 def _encode(series: tuple[Series, ...], limits: Limits) -> bytes:
@@ -173,20 +182,22 @@ def _encode(series: tuple[Series, ...], limits: Limits) -> bytes:
     )
 
 
-def _decode(encoded: bytes, limits: Limits) -> tuple[Series, ...]:
+def _decode(encoded: bytes, limits: Limits) -> tuple[tuple[Series, ...], tuple[tuple[int, Reason], ...]]:
     _, datum = avro.read(encoded, ("series_table",))
     number, spare = divmod(len(datum["period_s"]), 4)
     if spare or number > limits.series_per_batch_max:
         raise Rejected(_WHERE, Reason.TOO_MANY_SERIES, f"{len(datum['period_s'])} bytes of periods")
     periods = _numbers(datum, "period_s", number).tolist()
     per_series = _numbers(datum, "dimension_counts", number)
-    if number and not 0 <= int(per_series.min()) <= int(per_series.max()) <= limits.dimensions_max:
-        raise Rejected(_WHERE, Reason.TOO_MANY_DIMENSIONS, f"{per_series.max()} in one series")
     pairs = int(per_series.sum(dtype=np.int64))
+    # One series above its cap is one bad series; more than all together may have is not worth the memory.
+    if number and (int(per_series.min()) < 0 or pairs > limits.series_per_batch_max * limits.dimensions_max):
+        raise Rejected(
+            _WHERE, Reason.TOO_MANY_DIMENSIONS, f"{per_series.max()} in one series, {pairs} in all"
+        )
     columns = [_numbers(datum, name, number) for name in _TEXT_COLUMNS]
     columns += [_numbers(datum, name, pairs) for name in ("dimension_names", "dimension_values")]
     texts = _texts(datum, sum(map(len, columns)))
-    _check_texts(texts, limits)
     _check_indices(texts, columns, limits)
     fields = [[texts[i] for i in column.tolist()] for column in columns]
     dimensions = zip(fields[-2], fields[-1], strict=True)
@@ -198,9 +209,17 @@ def _decode(encoded: bytes, limits: Limits) -> tuple[Series, ...]:
             *fields[:6], per_series.tolist(), periods, strict=True
         )
     )
-    for one in series:
-        _check_key(one.key, limits)
-    return series
+    bad = {i: problem for i, one in enumerate(series) if (problem := _key_problem(one.key, limits))}
+    bad_texts = {i: problem for i, text in enumerate(texts) if (problem := text_problem(text, limits))}
+    if bad_texts:
+        owner = np.repeat(np.arange(number), per_series)
+        for column, of in [
+            *((c, np.arange(number)) for c in columns[:6]),
+            *((c, owner) for c in columns[6:]),
+        ]:
+            for at in np.flatnonzero(np.isin(column, list(bad_texts))).tolist():
+                bad.setdefault(int(of[at]), bad_texts[int(column[at])])
+    return series, tuple(sorted(bad.items()))
 
 
 def _texts(datum: avro.Datum, used: int) -> list[str]:

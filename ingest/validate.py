@@ -31,6 +31,7 @@ TIMESTAMP_S_MAX = 253_402_300_799
 
 # C0, DEL, C1 and the two line separators: PostgreSQL refuses NUL, and the others forge lines in whatever prints labels.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class Reason(StrEnum):
@@ -148,7 +149,7 @@ def texts_of(series: Series) -> Iterable[str]:
 
 
 def series_problem(series: Series, limits: Limits) -> Reason | None:
-    """Why a series cannot travel (or None). A batch with such a series is refused whole: a source asks before."""
+    """Why a series cannot travel (or None). It is not written, and put aside where it is read: a source asks before."""
     if problem := dimensions_problem(series.key.dimensions, limits):
         return problem
     if not 0 <= series.key.period_s < 2**31:
@@ -156,12 +157,22 @@ def series_problem(series: Series, limits: Limits) -> Reason | None:
     return next((p for text in texts_of(series) if (p := text_problem(text, limits))), None)
 
 
+DESCRIPTION_CHARACTERS_MAX = 64 * 1024
+
+
+def printable(text: str, characters_max: int) -> str:
+    """A foreign text that forges no lines, fits PostgreSQL's text and UTF-8, and is cut where it is too long."""
+    cut = text if len(text) <= characters_max else text[:characters_max] + "…"
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", cut)
+
+
 def describe(series: Series) -> str:
-    """A series as people read it: `account/region namespace/metric{name=value,…} stat 60s`."""
+    """A series as people read it: `account/region namespace/metric{name=value,…} stat 60s`. Bad labels are made printable."""
     key = series.key
     dimensions = ",".join(f"{name}={value}" for name, value in key.dimensions)
-    return (
-        f"{key.account}/{key.region} {key.namespace}/{key.metric}{{{dimensions}}} {key.stat} {key.period_s}s"
+    return printable(
+        f"{key.account}/{key.region} {key.namespace}/{key.metric}{{{dimensions}}} {key.stat} {key.period_s}s",
+        DESCRIPTION_CHARACTERS_MAX,
     )
 
 

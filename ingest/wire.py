@@ -13,9 +13,10 @@ from __future__ import annotations
 from typing import TypeVar
 
 from ingest import avro
-from ingest.batch import batch_id_of, decode_batch, encode_batch
+from ingest.batch import batch_id_of, decode_batch, decode_by_series, encode_batch
 from ingest.errors import Rejected
 from ingest.model import (
+    REVISION_MAX,
     BatchId,
     DeadLetter,
     LookStatus,
@@ -34,6 +35,7 @@ from ingest.validate import TIMESTAMP_S_MAX, Reason, task_problem
 __all__ = [
     "batch_id_of",
     "decode_batch",
+    "decode_by_series",
     "decode_dead_letter",
     "decode_ledger",
     "decode_receipt",
@@ -118,6 +120,9 @@ def encode_dead_letter(letter: DeadLetter) -> bytes:
             "batch_id": letter.batch_id,
             "series": letter.series,
             "payload": letter.payload,
+            "cluster": letter.cluster,
+            "key": letter.key,
+            "context": letter.context,
         },
     )
 
@@ -133,6 +138,10 @@ def decode_dead_letter(value: bytes) -> DeadLetter:
         BatchId(datum["batch_id"]),
         datum["series"],
         datum["payload"],
+        datum["cluster"],
+        # Where version 1 is resolved, fastavro 1.13 gives the default of a bytes field as str.
+        datum["key"] or b"",
+        datum["context"] or b"",
     )
 
 

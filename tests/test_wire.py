@@ -675,6 +675,7 @@ LETTER = DeadLetter(
     "AWS/EC2/x",
     b'{"value":"nan"}',
 )
+LETTER_V2 = replace(LETTER, cluster="c1", key=b"cloudwatch/123456789012/eu-west-1/0", context=b'{"grid_s":300}')
 
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
 long = st.integers(-(2**63), 2**63 - 1)
@@ -744,6 +745,9 @@ def test_a_ledger_entry_comes_back(entry: Task | Receipt) -> None:
         st.builds(RecordPosition, text, st.integers(0, 99), long),
         ids,
         text,
+        st.binary(),
+        text,
+        st.binary(),
         st.binary(),
     )
 )
@@ -850,8 +854,9 @@ GOLDEN_WRITERS: dict[str, Callable[[], bytes]] = {
     "batch.v1": lambda: batch_message(SAMPLE),
     "series_table.v1": lambda: series_table.encode(SAMPLE.series, SAMPLE.ids, LIMITS),
     "task.v1": lambda: wire.encode_task(TASK),
+    "task.v2": lambda: wire.encode_task(CORRECTION),
     "receipt.v1": lambda: wire.encode_receipt(RECEIPT),
-    "dead_letter.v1": lambda: wire.encode_dead_letter(LETTER),
+    "dead_letter.v2": lambda: wire.encode_dead_letter(LETTER_V2),
 }
 
 
@@ -872,8 +877,10 @@ def test_todays_decoder_reads_the_golden_bytes() -> None:
     assert_same(SAMPLE, wire.decode_batch(compressed(golden("batch.v1")), LIMITS))
     assert series_table.decode(golden("series_table.v1"), LIMITS).series == SAMPLE.series
     assert wire.decode_task(golden("task.v1")) == TASK
+    assert wire.decode_task(golden("task.v2")) == CORRECTION
     assert wire.decode_receipt(golden("receipt.v1")) == RECEIPT
     assert wire.decode_dead_letter(golden("dead_letter.v1")) == LETTER
+    assert wire.decode_dead_letter(golden("dead_letter.v2")) == LETTER_V2
 
 
 def test_a_foreign_reader_needs_the_schemas_docs_and_nothing_of_ours() -> None:
