@@ -319,22 +319,6 @@ class S3Archive:
         whole = await self.get(archive_key)
         return whole and whole.receipt
 
-    async def targets(self) -> list[Target]:
-        """All targets that anything is archived of, sorted: those that left the configuration, too. Raises Transient."""
-        found = [""]
-        for _ in ("source", "account", "region"):
-            found = [name for parent in found for name in await self._folders(f"{self._prefix}v1/{parent}")]
-        return sorted(Target.parse(name.rstrip("/")) for name in found)
-
-    async def _folders(self, prefix: str) -> list[str]:
-        """What is directly below a prefix, as source/account/…/, with its slash."""
-        async with self._translated(prefix):
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket, Prefix=prefix, Delimiter="/"
-            )
-            found = [f["Prefix"] async for page in pages for f in page.get("CommonPrefixes", ())]
-        return [name.removeprefix(f"{self._prefix}v1/") for name in found]
-
     async def keys(self, target: Target, start_s: int, end_s: int) -> AsyncIterator[str]:
         """Keys of a target's tasks with a tick in [start_s, end_s), day by day, in no certain order within one.
 

@@ -57,11 +57,15 @@ def _load(directory: Path) -> list[Schema]:
 SCHEMAS = _load(Path(__file__).parent / "schemas")
 _BY_FINGERPRINT = {schema.fingerprint: schema for schema in SCHEMAS}
 _NEWEST = {schema.name: schema for schema in SCHEMAS}
+_BY_VERSION = {(schema.name, schema.version): schema for schema in SCHEMAS}
 
 
-def write(name: str, datum: Datum) -> bytes:
-    """A datum in the newest version of a schema. Raises Rejected(bad_datum) where a field has not the schema's type."""
-    schema = _NEWEST[name]
+def write(name: str, datum: Datum, version: int | None = None) -> bytes:
+    """A datum in the newest version of a schema, or in a given one.
+
+    Raises Rejected(bad_datum) where a field has not the schema's type.
+    """
+    schema = _NEWEST[name] if version is None else _BY_VERSION[name, version]
     try:
         check_types(datum, schema.parsed, raise_errors=True, strict=True)
         buffer = io.BytesIO()

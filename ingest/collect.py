@@ -208,6 +208,9 @@ class Collector:
                     if isinstance(answer, Outcome):
                         outcome = answer
                         continue
+                    if task.revision:
+                        # Sources know nothing of corrections: whose look it is decides which one wins.
+                        answer = replace(answer, revision=task.revision)
                     payloads += wire.encode_batch(answer)
                     counts += window_counts(
                         answer.point_ids(), answer.timestamps_s, answer.values, answer.grid_s

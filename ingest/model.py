@@ -204,7 +204,7 @@ class Task:
     """One poll of one target. Its id is made from what it asks for, so planning it twice is one task.
 
     A task whose `expires_s` has passed is not executed but declared expired (an exposition endpoint has no past).
-    0 means that it never expires.
+    0 means that it never expires. `revision` is that of all its looks: above 0 only in an operator's correction.
     """
 
     task_id: str
@@ -215,13 +215,17 @@ class Task:
     kind: str
     expires_s: int
     items: tuple[TaskItem, ...]
+    revision: int = 0
 
 
-def task_id_of(target: Target, config_revision: str, attempt: int, items: tuple[TaskItem, ...]) -> str:
+def task_id_of(
+    target: Target, config_revision: str, attempt: int, items: tuple[TaskItem, ...], revision: int = 0
+) -> str:
     """32 hexadecimal digits over what a task asks for."""
     text = "\n".join(
         [str(target), config_revision, str(attempt)]
         + [f"{i.service} {i.start_s} {i.end_s} {i.grid_s}" for i in sorted(items, key=lambda i: i.service)]
+        + ([f"revision {revision}"] if revision else [])
     )
     return blake2b(text.encode(), digest_size=16).hexdigest()
 

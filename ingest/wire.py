@@ -58,19 +58,22 @@ _Word = TypeVar("_Word", TaskKind, LookStatus)
 def encode_task(task: Task) -> bytes:
     """A Task's record value. Raises Rejected."""
     _check_task(task)
-    return _write(
-        "task",
-        {
-            "task_id": task.task_id,
-            **_target_fields(task.target),
-            "config_revision": task.config_revision,
-            "tick_s": task.tick_s,
-            "attempt": task.attempt,
-            "kind": str(task.kind),
-            "expires_s": task.expires_s,
-            "items": [_item_fields(item) for item in task.items],
-        },
-    )
+    if not 0 <= task.revision <= REVISION_MAX:
+        raise Rejected(f"task {task.task_id[:80]!r}", Reason.OUT_OF_RANGE, f"revision {task.revision}")
+    fields = {
+        "task_id": task.task_id,
+        **_target_fields(task.target),
+        "config_revision": task.config_revision,
+        "tick_s": task.tick_s,
+        "attempt": task.attempt,
+        "kind": str(task.kind),
+        "expires_s": task.expires_s,
+        "items": [_item_fields(item) for item in task.items],
+    }
+    if not task.revision:
+        # A worker of the version before knows no other, and needs none: only a correction has a revision.
+        return _write("task", fields, version=1)
+    return _write("task", fields | {"revision": task.revision})
 
 
 def decode_task(value: bytes) -> Task:
@@ -145,9 +148,9 @@ def decode_dead_letter(value: bytes) -> DeadLetter:
     )
 
 
-def _write(name: str, datum: avro.Datum) -> bytes:
+def _write(name: str, datum: avro.Datum, version: int | None = None) -> bytes:
     _check_texts(f"write {name}", datum)
-    value = avro.write(name, datum)
+    value = avro.write(name, datum, version)
     if len(value) > MESSAGE_BYTES_MAX:
         raise Rejected(f"write {name}", Reason.PAYLOAD_TOO_LARGE, f"{len(value)} bytes")
     return value
@@ -219,8 +222,11 @@ def _task(datum: avro.Datum) -> Task:
         kind=_word(TaskKind, datum["kind"]),
         expires_s=datum["expires_s"],
         items=tuple(_item(item) for item in datum["items"]),
+        revision=datum["revision"],
     )
     _check_task(task)
+    if not 0 <= task.revision <= REVISION_MAX:
+        raise Rejected(f"task {task.task_id!r}", Reason.OUT_OF_RANGE, f"revision {task.revision}")
     return task
 
 

@@ -381,6 +381,8 @@ TASK = Task(
     items=(TaskItem("ec2", T0_S - 900, T0_S, 300), TaskItem("rds", T0_S - 300, T0_S, 60)),
 )
 
+CORRECTION = replace(TASK, kind=TaskKind.BACKLOG, expires_s=0, revision=3)
+
 HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "nothing": (lambda: b"", "bad_frame"),
     "text": (lambda: b"hello, world", "bad_frame"),
@@ -675,7 +677,9 @@ LETTER = DeadLetter(
     "AWS/EC2/x",
     b'{"value":"nan"}',
 )
-LETTER_V2 = replace(LETTER, cluster="c1", key=b"cloudwatch/123456789012/eu-west-1/0", context=b'{"grid_s":300}')
+LETTER_V2 = replace(
+    LETTER, cluster="c1", key=b"cloudwatch/123456789012/eu-west-1/0", context=b'{"grid_s":300}'
+)
 
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
 long = st.integers(-(2**63), 2**63 - 1)
@@ -769,6 +773,8 @@ def test_a_dead_letter_comes_back(letter: DeadLetter) -> None:
         (replace(TASK, tick_s=-1), "out_of_range"),
         (replace(TASK, expires_s=2**63), "bad_datum"),
         (replace(TASK, task_id="../" * 10 + "00"), "bad_name"),
+        (replace(TASK, revision=128), "out_of_range"),
+        (replace(TASK, revision=-1), "out_of_range"),
         (replace(TASK, target=Target("cloudwatch", "..", "eu-west-1")), "bad_name"),
         (replace(TASK, target=Target("cloudwatch", "a/b", "eu-west-1")), "bad_name"),
         (replace(TASK, tick_s=cast(int, 1.0)), "bad_datum"),
@@ -905,11 +911,11 @@ def test_a_foreign_reader_needs_the_schemas_docs_and_nothing_of_ours() -> None:
 
 
 def test_a_value_in_an_older_schema_is_resolved_to_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
-    (v1,) = (schema for schema in avro.SCHEMAS if schema.name == "task")
+    v1 = next(schema for schema in avro.SCHEMAS if schema.name == "task" and schema.version == 1)
     raw = json.loads((Path(avro.__file__).parent / "schemas" / "task.v1.avsc").read_text())
     fields = [*raw["fields"], {"name": "priority", "type": "int", "default": 7}]
     parsed = fastavro.parse_schema(raw | {"fields": fields})
-    monkeypatch.setitem(avro._NEWEST, "task", replace(v1, version=2, parsed=parsed))
+    monkeypatch.setitem(avro._NEWEST, "task", replace(v1, version=9, parsed=parsed))
 
     _, datum = avro.read(golden("task.v1"), ("task",))
 

@@ -2,7 +2,7 @@
 
 * *All or nothing.* A landing that fails, or whose process dies, leaves nothing behind; days' partitions excepted.
 * *Landing is a maximum* of (version, value) per (series, timestamp): any order, splitting and duplication of the same looks
-  ends in the same table. A batch whose id has landed is skipped without touching rows (to rebuild, empty `landed` first).
+  ends in the same table. A batch whose id has landed is skipped without touching rows, unless the sink is `rebuilding`.
 * *A zombie is refused*: the position is compared and set first, under its row's lock.
 * *A stopped predecessor does not block*: `claim` terminates the backend that it left behind, and rows are sent from a
   finished buffer, so that no backend waits in mid-COPY for a client that thinks.
@@ -74,9 +74,19 @@ class _Backend:
 class PostgresSink:
     """`ports.Sink` on one connection of its own, which is rebuilt after an error. Calls wait for each other."""
 
-    def __init__(self, postgres: Postgres, sink_name: str, clock: Clock, timeout_s: float) -> None:
+    def __init__(
+        self,
+        postgres: Postgres,
+        sink_name: str,
+        clock: Clock,
+        timeout_s: float,
+        reader: str,
+        rebuilding: bool,
+    ) -> None:
         self._postgres = postgres
         self._sink = sink_name
+        self._reader = reader or sink_name
+        self._rebuilding = rebuilding
         self._clock = clock
         self._timeout_s = timeout_s
         self._where = f"sink {sink_name} at {server_of(postgres)}"
@@ -95,9 +105,15 @@ class PostgresSink:
         clock: Clock,
         sink_name: str = "postgres",
         timeout_s: float = LAND_TIMEOUT_S,
+        reader: str = "",
+        rebuilding: bool = False,
     ) -> Self:
-        """A connected sink. Raises Transient where the server cannot be reached, Fatal where it will not have us."""
-        sink = cls(postgres, sink_name, clock, timeout_s)
+        """A connected sink. Raises Transient where the server cannot be reached, Fatal where it will not have us.
+
+        `reader` is the name in `positions`: of whoever reads for this sink besides its live consumers. `rebuilding` writes the rows
+        of batches that `landed` knows, too.
+        """
+        sink = cls(postgres, sink_name, clock, timeout_s, reader, rebuilding)
         async with sink._lock:
             await sink._connected()
         return sink
@@ -112,21 +128,38 @@ class PostgresSink:
             rows = await connection.fetch(
                 "SELECT partition, next, last_value_id FROM positions"
                 " WHERE sink = $1 AND topic = $2 AND partition = ANY($3::int[])",
-                self._sink, topic, list(partitions),
+                self._reader, topic, list(partitions),
             )  # fmt: skip
             return {r["partition"]: StoredPosition(r["next"], r["last_value_id"]) for r in rows}
 
         return await self._run(read)
 
     async def init_positions(self, topic: str, partitions: Sequence[int]) -> None:
+        await self.start_at(topic, dict.fromkeys(partitions, 0))
+
+    async def start_at(self, topic: str, starts: Mapping[int, int]) -> None:
+        """Store a position, partition → next, where there is none."""
+
         async def store(connection: asyncpg.Connection) -> None:
             await connection.execute(
                 "INSERT INTO positions (sink, topic, partition, next, last_value_id)"
-                " SELECT $1, $2, p, 0, ''::bytea FROM unnest($3::int[]) AS p ORDER BY p ON CONFLICT DO NOTHING",
-                self._sink, topic, list(partitions),
+                " SELECT $1, $2, s.*, ''::bytea FROM unnest($3::int[], $4::bigint[]) AS s ORDER BY 3"
+                " ON CONFLICT DO NOTHING",
+                self._reader, topic, list(starts), list(starts.values()),
             )  # fmt: skip
 
         await self._run(store)
+
+    async def forget(self, topic: str, partitions: Sequence[int]) -> None:
+        """Remove positions: whoever read there is done."""
+
+        async def remove(connection: asyncpg.Connection) -> None:
+            await connection.execute(
+                "DELETE FROM positions WHERE sink = $1 AND topic = $2 AND partition = ANY($3::int[])",
+                self._reader, topic, list(partitions),
+            )  # fmt: skip
+
+        await self._run(remove)
 
     async def claim(self, topic: str, partitions: Sequence[int]) -> None:
         """Make this connection's backend the recorded writer of exactly these partitions of the topic; release the others.
@@ -141,10 +174,10 @@ class PostgresSink:
             ours = self._backend
             assert ours is not None  # noqa: S101  # there is a connection
             await connection.execute(
-                statements.RELEASE, self._sink, topic, sorted(released), ours.pid, ours.start
+                statements.RELEASE, self._reader, topic, sorted(released), ours.pid, ours.start
             )
             await connection.fetch(
-                statements.TERMINATE, self._sink, topic, list(partitions), _TERMINATE_WAIT_MS
+                statements.TERMINATE, self._reader, topic, list(partitions), _TERMINATE_WAIT_MS
             )
             await self._record(connection, ours, topic, partitions)
 
@@ -157,7 +190,7 @@ class PostgresSink:
             raise SeriesRejected(self._where, "unstorable", "NaN, or no such time", refused)
 
         async def work(connection: asyncpg.Connection) -> Landed:
-            known = await self._known(connection, batches)
+            known = set() if self._rebuilding else await self._known(connection, batches)
             new = {b.batch_id: b for b in batches if b.batch_id not in known}
             rows = rows_of([b.batch for b in new.values()])
             staged = await self._land(connection, advances, list(new.values()), rows)
@@ -218,7 +251,7 @@ class PostgresSink:
         if not advances:
             return
         topics, numbers = [a.topic for a in advances], [a.partition for a in advances]
-        rows = await connection.fetch(statements.LOCK_POSITIONS, self._sink, topics, numbers)
+        rows = await connection.fetch(statements.LOCK_POSITIONS, self._reader, topics, numbers)
         found = {(r["topic"], r["partition"]): r["next"] for r in rows}
         for a in advances:
             at = found.pop((a.topic, a.partition), None)
@@ -229,7 +262,7 @@ class PostgresSink:
                     "another consumer owns the partition: drop what is in memory and rejoin",
                 )
         nexts, ids = [a.next for a in advances], [a.last_value_id for a in advances]
-        await connection.execute(statements.MOVE_POSITIONS, self._sink, topics, numbers, nexts, ids)
+        await connection.execute(statements.MOVE_POSITIONS, self._reader, topics, numbers, nexts, ids)
 
     async def _insert_landed(
         self, connection: asyncpg.Connection, batches: Sequence[Landable], digests: Mapping[BatchId, int]
@@ -307,7 +340,7 @@ class PostgresSink:
         """Record a backend as the partitions' writer; where `instead_of` is given, that must be the recorded one."""
         async with connection.transaction():
             rows = await connection.fetch(
-                statements.LOCK_POSITIONS, self._sink, [topic] * len(numbers), list(numbers)
+                statements.LOCK_POSITIONS, self._reader, [topic] * len(numbers), list(numbers)
             )
             owners = {(r["backend_pid"], r["backend_start"]) for r in rows}
             if instead_of is not None and owners - {(instead_of.pid, instead_of.start)}:
@@ -320,7 +353,7 @@ class PostgresSink:
             await connection.execute(
                 "UPDATE positions SET backend_pid = $4, backend_start = $5"
                 " WHERE sink = $1 AND topic = $2 AND partition = ANY($3::int[])",
-                self._sink, topic, list(numbers), backend.pid, backend.start,
+                self._reader, topic, list(numbers), backend.pid, backend.start,
             )  # fmt: skip
 
 
