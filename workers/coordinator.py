@@ -3,6 +3,7 @@
 * *Planned before work*: a task goes on `ledger` before it goes on `collect`.
 * While it is down nothing is lost: on its return it plans what it missed, from the ledger. Two at once do no harm: a task's id is
   made from what it asks for.
+* What is paused is planned and asked of nobody. Gaps are healed (`workers.healing`).
 * While PostgreSQL is down it goes on from memory. At its start it waits for the ledger, for `MEMORY_WAIT_S`; then it plans as on a first
   start, and what an earlier life left unplanned when the ledger is there again.
 """
@@ -21,13 +22,16 @@ from prometheus_client import Counter, Gauge
 from ingest import wire
 from ingest.clock import Clock, SystemClock
 from ingest.errors import Transient
+from ingest.heal_store import HealStore
 from ingest.ledger import Ledger, PlannersMemory
 from ingest.log import Outgoing, Producer, Sender
 from ingest.model import Target, Task, TaskKind
+from ingest.pauses import Pauses, split
 from ingest.schedule import Grid, due, grids_of, horizon
 from shard_config.model import Config
 from shard_config.plan import plan
 from workers import local
+from workers.healing import Healer, keep_pauses, read_pauses
 from workers.lifecycle import Lifecycle, run_worker
 
 _log = structlog.get_logger()
@@ -56,10 +60,15 @@ class Coordinator:
         self._known = memory.task_ids
         self._behind = False
         self._recalled: list[Task] = []
+        self._taken_over: list[Task] = []
+        self.pauses = Pauses()
+        """What is paused, as far as is known; whoever watches PostgreSQL sets it."""
         self._first_plan: _FirstPlan | None = None
         self._to_ledger: list[Task] = []
         # What has no receipt waits on `collect`, or never got there. Twice there is harmless, and paid for once.
-        self._to_collect = _live_first(t for t in memory.unanswered if t.target in self._grids)
+        self._to_collect = _live_first(
+            t for t in memory.unanswered if t.target in self._grids and t.kind != TaskKind.PAUSED
+        )
         self.weights = {
             str(t): max(1.0, memory.weights.get(str(t), float(len(grids))))
             for t, grids in self._grids.items()
@@ -84,10 +93,22 @@ class Coordinator:
             start_s = min(i.start_s for t in tasks for i in t.items)
             self._first_plan = _FirstPlan(now_s, start_s, frozenset(t.task_id for t in tasks))
         tasks += self._recalled
-        self._recalled = []
-        self._to_ledger += sorted(tasks, key=lambda t: t.tick_s)
-        self._to_collect = _live_first([*self._to_collect, *tasks])
-        return len(tasks)
+        tasks = [part for task in tasks for part in split(task, self.pauses)]
+        heals, self._recalled, self._taken_over = self._taken_over, [], []
+        planned = [*tasks, *(t for t in heals if t.kind == TaskKind.HEAL)]
+        self._to_ledger += sorted(planned, key=lambda t: t.tick_s)
+        asked = (t for t in (*tasks, *heals) if t.kind != TaskKind.PAUSED)
+        self._to_collect = _live_first([*self._to_collect, *asked])
+        return len(planned)
+
+    @property
+    def behind(self) -> bool:
+        """Whether Kafka has not taken yet what was planned."""
+        return self._behind
+
+    def take_over(self, tasks: Iterable[Task]) -> None:
+        """Announce these with what is due next: of healing, those that are new on `ledger` too."""
+        self._taken_over += (t for t in tasks if t.target in self._grids)
 
     def _found(self, target: Target, grids: tuple[Grid, ...], now_s: int) -> list[Task]:
         config, until_s = self._config, self._until_s[target]
@@ -185,17 +206,27 @@ async def serve(config: Config, lifecycle: Lifecycle) -> None:
     clock = SystemClock(config.run.clock_offset_s)
     producer = Producer(config.kafka.bootstrap, "coordinator")
     ledger = Ledger(config.postgres, "headgate coordinator", {})
+    watching, healing = HealStore(config.postgres, "headgate pauses"), HealStore(config.postgres)
     try:
         memory = await _remember(ledger, clock, lifecycle)
         if lifecycle.stop.is_set():
             return
         coordinator = Coordinator(config, producer, clock, memory or NO_MEMORY)
+        # Before the first plan: what is paused is not asked for even once.
+        await read_pauses(coordinator, watching)
+        healer = Healer(config, coordinator, healing, clock)
         async with asyncio.TaskGroup() as group:
             group.create_task(coordinator.run(lifecycle))
+            group.create_task(keep_pauses(coordinator, watching, lifecycle))
+            if config.run.horizon_s is None:
+                # A horizon is looked at once, and nothing else is done.
+                group.create_task(healer.run(lifecycle))
             if memory is None:
                 await _recall(coordinator, ledger, lifecycle)
             await _keep_plan(coordinator, ledger, clock)
     finally:
+        await watching.close()
+        await healing.close()
         await ledger.close()
         await producer.close()
 
