@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,7 @@ from ingest.clock import ManualClock
 from ingest.collect import Collector, Topics
 from ingest.errors import Fatal, Transient
 from ingest.log import Outgoing
-from ingest.model import LookStatus, Receipt, Target, Task
+from ingest.model import LookStatus, Receipt, Target, Task, TaskKind
 from tests.conftest import eventually
 from tests.fake_log import FakeBroker, FakeConsumer, FakeSender
 from tests.fakes import FakeArchive
@@ -159,6 +160,22 @@ async def test_a_task_that_expires_does_not_wait_behind_slow_ones() -> None:
         for task in slow:
             cluster.source.close_gate(task).set()
         await becomes(lambda: cluster.committed() == 4)
+
+
+async def test_live_tasks_go_before_a_backlog_that_was_there_first() -> None:
+    cluster = Cluster()
+    first, *backlog, live = targets(4)
+    gate = cluster.source.close_gate(first)
+    backlog = [replace(task, kind=TaskKind.BACKLOG) for task in backlog]
+    cluster.announce(first, *backlog, replace(live, kind=TaskKind.LIVE))
+    one, _ = cluster.shard(in_flight=1)
+    async with cluster.running(one):
+        await becomes(lambda: len(cluster.source.asked) == 1)
+        await asyncio.sleep(0.05)  # all are taken up by now, and wait
+        gate.set()
+        await becomes(lambda: cluster.committed() == 4)
+    in_turn = [task.target.account for task in (first, live, *backlog)]
+    assert cluster.source.asked == in_turn
 
 
 async def test_what_waits_for_its_turn_is_not_begun_while_draining() -> None:

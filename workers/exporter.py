@@ -1,7 +1,7 @@
 """An exporter shard: takes tasks from its slots, executes them, commits what has a receipt.
 
-* At most `tasks_in_flight` tasks run at once, those that expire aside: what has no past does not wait behind slow looks. A partition's
-  committed offset never passes a task without a receipt.
+* At most `tasks_in_flight` tasks run at once, those that expire aside: what has no past does not wait behind slow looks. Live tasks go
+  before backlog, as far ahead as `WAITING_MAX` sees. A partition's committed offset never passes a task without a receipt.
 * At a rebalance it drains for up to `DRAIN_S`, commits, and cancels the rest: its next owner takes those again, from the archive
   where they are there already.
 * A receipt that cannot be written (Kafka is away) is written again until it can be, or until the slot goes away; nobody is asked
@@ -28,11 +28,12 @@ from ingest.collect import Answer, Collector, Topics
 from ingest.errors import Fatal, Rejected, Transient
 from ingest.group import Consumer
 from ingest.log import Producer
-from ingest.model import LookStatus, RecordPosition, SourceName, Task
+from ingest.model import LookStatus, RecordPosition, SourceName, Task, TaskKind
 from ingest.offsets import OffsetTracker
 from ingest.ports import Record
 from ingest.sources.cloudwatch import CloudWatchSource
 from ingest.sources.exposition import ExpositionSource
+from ingest.turns import Turns
 from shard_config.model import Config
 from workers import local
 from workers.lifecycle import Lifecycle, run_worker
@@ -42,8 +43,8 @@ _log = structlog.get_logger()
 
 DRAIN_S = 10
 RECENT_TASKS_MAX = 10_000
-WAITING_MAX = 64
-"""Tasks taken up that wait for their turn: how far ahead of the slow ones a task that expires is found."""
+WAITING_MAX = 256
+"""Tasks taken up that wait for their turn: how far ahead of the slow ones a live task is found. What waits has cost nothing."""
 
 TASKS = Counter(
     "headgate_tasks_total", "Tasks that ended with a receipt; by how their looks went.", ["status"]
@@ -74,7 +75,7 @@ class Exporter:
         self._collector = collector
         self._clock = clock
         self._taken_max = tasks_in_flight + WAITING_MAX
-        self._turns = asyncio.Semaphore(tasks_in_flight)
+        self._turns = Turns(tasks_in_flight)
         self._begun: set[asyncio.Task[None]] = set()
         """Of those running, the ones that have had their turn: the others have asked nobody yet."""
         self._trackers: dict[int, OffsetTracker] = {}
@@ -174,7 +175,7 @@ class Exporter:
         assert me is not None  # noqa: S101  # only a task runs this
         self._executing[task.task_id] = me
         try:
-            async with contextlib.nullcontext() if task.expires_s else self._turns:
+            async with contextlib.nullcontext() if task.expires_s else self._turns.turn(rank_of(task)):
                 self._begun.add(me)
                 IN_FLIGHT.set(len(self._begun))
                 answer = await self._answer(task, at)
@@ -233,6 +234,11 @@ class Exporter:
         await self.consumer.commit({p: offset for p, (_, offset) in moved.items()})
         for tracker, offset in moved.values():
             tracker.committed = offset
+
+
+def rank_of(task: Task) -> int:
+    """Live tasks go first."""
+    return 0 if task.kind == TaskKind.LIVE else 1
 
 
 async def serve(config: Config, shard: str, lifecycle: Lifecycle) -> None:
