@@ -4,12 +4,15 @@ Guarantees:
 
 * *Planned before work*: a window is in `windows` because a planned task said so, whether or not anybody collected it.
 * *Order does not matter*: folding the same records in any order, any number of times, ends in the same windows; the
-  newest complete look wins by its `observed_at`, the newest attempt by its `finished_at`; of equals the one with more points, and
+  complete look with the greatest version wins, the newest attempt by its `finished_at`; of equals the one with more points, and
   the last by status and detail, so that a tie has no order either.
-* *Landed is the sink's own word*: a look has landed when each of its batches is in `landed`, nothing else counts.
+* *Landed is the sink's own word*: a look has landed when each of its batches is in `landed`, nothing else counts. Whether the rows are
+  there is `ingest.seal`'s question.
+* *Folded stays folded*: a window that `ingest.compact` has folded into its day is not planned again, and opens again only where
+  a look of a greater version lands on it.
 * *A position moves with its rows*, by compare-and-set in one transaction, as in the sink.
 
-A window's state, first match: sealed, landed, collected, else open with the last look's status, else planned.
+A window's state, first match: sealed, declared (as its reason), unbalanced, landed, collected, else open with the last look's status, else planned.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ import orjson
 
 from ingest import wire
 from ingest.errors import Fatal, Rejected
-from ingest.model import LookStatus, Receipt, ReceiptItem, Task, TaskItem
+from ingest.fold import fold_landed
+from ingest.model import LookStatus, Receipt, ReceiptItem, SourceName, Task, TaskItem
 from ingest.ports import Advance, Record, StoredPosition
 from ingest.sinks.connection import open_connection, translated
 from shard_config.model import Postgres
@@ -36,6 +40,8 @@ SINK = "ledger"
 
 STATE_SQL = """CASE
     WHEN sealed_at IS NOT NULL THEN 'sealed'
+    WHEN declared IS NOT NULL THEN declared
+    WHEN unbalanced IS NOT NULL THEN 'unbalanced'
     WHEN landed_as_of IS NOT NULL THEN 'landed'
     WHEN collected_as_of IS NOT NULL THEN 'collected'
     WHEN last_status IS NOT NULL THEN last_status
@@ -48,38 +54,31 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT DO NOTHING"""
 _PLANNED = """INSERT INTO windows (target, service, window_start, window_end, settles_at, planned_at)
 SELECT $1, $2, start, start + $5::interval, start + $5::interval + $6::interval, $7
 FROM generate_series($3::timestamptz, $4::timestamptz - interval '1 second', $5::interval) AS start
+WHERE NOT EXISTS (SELECT FROM sealed_days d WHERE d.target = $1 AND d.service = $2
+    AND d.day = (start AT TIME ZONE 'UTC')::date AND d.covered @> start)
 ORDER BY start
 ON CONFLICT DO NOTHING"""
 
 _LOOK = """INSERT INTO looks (task_id, service, finished_at, target, shard, started_at, window_start, window_end, status, detail,
-    observed_at, series, points, metrics_billed, requests, archive_key, batch_ids, windows)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18)
+    observed_at, series, points, metrics_billed, requests, archive_key, batch_ids, windows, grid_s)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)
 ON CONFLICT DO NOTHING"""
+
+_COUNTED = """UPDATE windows SET attempts = attempts + 1
+WHERE target = $1 AND service = $2 AND window_start >= $3 AND window_start < $4"""
 
 _ATTEMPTED = """UPDATE windows SET last_status = $5, last_detail = $6, last_finished_at = $7
 WHERE target = $1 AND service = $2 AND window_start >= $3 AND window_start < $4
     AND (last_finished_at IS NULL OR (last_finished_at, last_status, last_detail) < ($7, $5, $6))"""
 
-_COLLECTED = """UPDATE windows SET collected_as_of = greatest(collected_as_of, $5)
+_COLLECTED = """UPDATE windows SET collected_as_of = greatest(collected_as_of, $5),
+    declared = nullif(declared, 'expired'), declared_at = CASE WHEN declared = 'expired' THEN NULL ELSE declared_at END
 WHERE target = $1 AND service = $2 AND window_start >= $3 AND window_start < $4"""
 
-_NEWLY_LANDED = """UPDATE looks SET landed_at = $2
-WHERE look_id = ANY(ARRAY(
-    SELECT look_id FROM looks l
-    WHERE landed_at IS NULL AND NOT EXISTS (
-        SELECT FROM unnest(l.batch_ids) AS wanted
-        WHERE NOT EXISTS (SELECT FROM landed WHERE sink = $1 AND batch_id = wanted))
-    ORDER BY look_id LIMIT 500 FOR UPDATE SKIP LOCKED))
-RETURNING target, service, window_start, window_end, status, observed_at, windows"""
-
-_LANDED = """UPDATE windows w SET landed_as_of = $5, points = coalesce(c.points, 0), digest = coalesce(c.digest, 0),
-    sealed_at = CASE WHEN w.sealed_at IS NULL AND $5 >= w.settles_at THEN $6 ELSE w.sealed_at END
-FROM windows AS v LEFT JOIN unnest($7::timestamptz[], $8::bigint[], $9::bigint[]) AS c (start, points, digest)
-    ON c.start = v.window_start
-WHERE v.target = $1 AND v.service = $2 AND v.window_start >= $3 AND v.window_start < $4
-    AND (v.landed_as_of IS NULL
-        OR (v.landed_as_of, v.points, v.digest) < ($5, coalesce(c.points, 0), coalesce(c.digest, 0)))
-    AND w.target = v.target AND w.service = v.service AND w.window_start = v.window_start"""
+_EXPIRED = """UPDATE windows SET declared = 'expired', declared_at = $5
+WHERE target = $1 AND service = $2 AND window_start >= $3 AND window_start < $4
+    AND collected_as_of IS NULL AND declared IS NULL"""
+"""What has no past cannot be looked at later: unless another run of its task was in time, this is its end."""
 
 _POSITIONS = """SELECT partition, next, last_value_id FROM positions
 WHERE sink = $1 AND topic = $2 AND partition = ANY($3)"""
@@ -88,15 +87,26 @@ _ADVANCE = """UPDATE positions SET next = $4, last_value_id = $5
 WHERE sink = $1 AND topic = $2 AND partition = $3 AND next = $6"""
 
 # One probe of the index a target and service, however many windows they have: PostgreSQL has no skip scan.
-_PLANNED_UNTIL = """WITH RECURSIVE pairs AS (
-    (SELECT target, service FROM windows ORDER BY target, service LIMIT 1)
+_PAIRS = """WITH RECURSIVE pairs AS (
+    (SELECT target, service FROM {table} ORDER BY target, service LIMIT 1)
     UNION ALL
     SELECT found.target, found.service FROM pairs p, LATERAL (
-        SELECT w.target, w.service FROM windows w WHERE (w.target, w.service) > (p.target, p.service)
-        ORDER BY w.target, w.service LIMIT 1) AS found)
-SELECT target, service, (SELECT extract(epoch FROM max(w.window_end))::bigint FROM windows w
-    WHERE w.target = p.target AND w.service = p.service AND w.window_end <= coalesce($1, 'infinity'::timestamptz)
-) AS until_s FROM pairs p"""
+        SELECT t.target, t.service FROM {table} t WHERE (t.target, t.service) > (p.target, p.service)
+        ORDER BY t.target, t.service LIMIT 1) AS found)
+SELECT target, service, (SELECT extract(epoch FROM max({end}))::bigint FROM {table} t
+    WHERE t.target = p.target AND t.service = p.service AND {before}) AS until_s FROM pairs p"""
+
+_PLANNED_UNTIL = (
+    _PAIRS.format(
+        table="windows", end="window_end", before="window_end <= coalesce($1, 'infinity'::timestamptz)"
+    ),
+    _PAIRS.format(
+        table="sealed_days",
+        end="least(last_end, $1::timestamptz)",
+        before="first_start < coalesce($1, 'infinity'::timestamptz)",
+    ),
+)
+"""Of the windows that are rows, and of those that are folded."""
 
 _WEIGHTS = """SELECT target, sum(series) AS weight FROM (
     SELECT DISTINCT ON (target, service) target, service, series FROM looks
@@ -145,7 +155,8 @@ class Ledger:
         self._connection: asyncpg.Connection | None = None
 
     @contextlib.asynccontextmanager
-    async def _connected(self) -> AsyncIterator[asyncpg.Connection]:
+    async def connected(self) -> AsyncIterator[asyncpg.Connection]:
+        """The connection, for at most STATEMENTS_TIMEOUT_S; an error or a cancellation inside closes it. Raises Transient and Fatal."""
         if self._connection is None or self._connection.is_closed():
             self._connection = await open_connection(self._postgres, self._application_name)
         connection = self._connection
@@ -165,7 +176,7 @@ class Ledger:
 
     async def positions(self, topic: str, partitions: Sequence[int]) -> dict[int, StoredPosition]:
         """Stored positions of the projection, by partition. Raises Transient."""
-        async with self._connected() as connection:
+        async with self.connected() as connection:
             rows = await connection.fetch(_POSITIONS, SINK, topic, list(partitions))
         return {r["partition"]: StoredPosition(r["next"], r["last_value_id"]) for r in rows}
 
@@ -176,7 +187,7 @@ class Ledger:
         does not decode: only Headgate writes this topic. Raises Transient.
         """
         facts = [_decode(r) for r in records]
-        async with self._connected() as connection, connection.transaction():
+        async with self.connected() as connection, connection.transaction():
             for advance in advances:
                 await _advance(connection, advance)
             for fact in facts:
@@ -190,13 +201,8 @@ class Ledger:
 
     async def fold_landed(self, sink: str, now_s: int) -> int:
         """Mark up to 500 looks whose batches have all landed in `sink`, and their windows; returns how many. Raises Transient."""
-        async with self._connected() as connection, connection.transaction():
-            rows = await connection.fetch(_NEWLY_LANDED, sink, _at(now_s))
-            # One order for all processes, so that no two wait for each other.
-            for row in sorted(rows, key=lambda r: (r["target"], r["service"], r["window_start"])):
-                if row["status"] == LookStatus.COMPLETE:
-                    await _landed(connection, row, _at(now_s))
-        return len(rows)
+        async with self.connected() as connection, connection.transaction():
+            return await fold_landed(connection, sink, self._settling, _at(now_s))
 
     async def memory(self, before_s: int | None = None) -> PlannersMemory:
         """What a coordinator that starts needs to know of what was planned before. Raises Transient.
@@ -204,15 +210,16 @@ class Ledger:
         With `before_s`, `planned_until_s` is of windows that ended by then.
         """
         before = None if before_s is None else _at(before_s)
-        async with self._connected() as connection, connection.transaction(readonly=True):
-            planned = await connection.fetch(_PLANNED_UNTIL, before)
+        async with self.connected() as connection, connection.transaction(readonly=True):
+            planned = [row for query in _PLANNED_UNTIL for row in await connection.fetch(query, before)]
             slots = await connection.fetch("SELECT target, slot FROM targets")
             weights = await connection.fetch(_WEIGHTS)
             known = await connection.fetch("SELECT task_id FROM tasks ORDER BY planned_at DESC LIMIT 100000")
             unanswered = await connection.fetch(_UNANSWERED)
         until: dict[str, dict[str, int]] = defaultdict(dict)
         for row in (row for row in planned if row["until_s"] is not None):
-            until[row["target"]][row["service"]] = row["until_s"]
+            services = until[row["target"]]
+            services[row["service"]] = max(services.get(row["service"], row["until_s"]), row["until_s"])
         return PlannersMemory(
             planned_until_s=until,
             slots={row["target"]: row["slot"] for row in slots},
@@ -224,7 +231,7 @@ class Ledger:
     async def remember_plan(self, slots: Mapping[str, int], weights: Mapping[str, float], now_s: int) -> None:
         """Keep the plan, so that the next one moves little. Raises Transient."""
         rows = [(t, s, weights[t], _at(now_s)) for t, s in sorted(slots.items())]
-        async with self._connected() as connection, connection.transaction():
+        async with self.connected() as connection, connection.transaction():
             await connection.executemany(_REMEMBER, rows)
             await connection.execute("DELETE FROM targets WHERE NOT target = ANY($1)", list(slots))
 
@@ -238,9 +245,12 @@ class Ledger:
             _at(item.start_s),
             _at(item.end_s),
             timedelta(seconds=item.grid_s),
-            timedelta(seconds=self._settling_s.get(item.service, UNKNOWN_SETTLING_S)),
+            self._settling(item.service),
             now,
         )
+
+    def _settling(self, service: str) -> timedelta:
+        return timedelta(seconds=self._settling_s.get(service, UNKNOWN_SETTLING_S))
 
 
 def _decode(record: Record) -> Task | Receipt:
@@ -283,7 +293,7 @@ async def _receipt(connection: asyncpg.Connection, receipt: Receipt, done: Recei
     span = (target, item.service, _at(item.start_s), _at(item.end_s))
     finished_at = _at(receipt.finished_at_ms / 1000)
     observed_at = _at(outcome.observed_at_ms / 1000) if outcome.observed_at_ms else None
-    await connection.execute(
+    written = await connection.execute(
         _LOOK,
         receipt.task_id,
         item.service,
@@ -302,10 +312,15 @@ async def _receipt(connection: asyncpg.Connection, receipt: Receipt, done: Recei
         receipt.archive_key,
         list(done.batches),
         orjson.dumps([[w.start_s, w.points, w.digest] for w in done.windows]).decode(),
+        item.grid_s,
     )
+    if written == "INSERT 0 1":
+        await connection.execute(_COUNTED, *span)
     await connection.execute(_ATTEMPTED, *span, outcome.status, outcome.detail, finished_at)
     if outcome.status is LookStatus.COMPLETE:
         await connection.execute(_COLLECTED, *span, observed_at)
+    elif outcome.status is LookStatus.EXPIRED and receipt.target.source == SourceName.EXPOSITION:
+        await connection.execute(_EXPIRED, *span, finished_at)
 
 
 async def _advance(connection: asyncpg.Connection, to: Advance) -> None:
@@ -318,27 +333,6 @@ async def _advance(connection: asyncpg.Connection, to: Advance) -> None:
             f"its position is not {to.expected_next}: another process projects this partition",
             "this process rejoins the group",
         )
-
-
-async def _landed(connection: asyncpg.Connection, look: asyncpg.Record, now: datetime) -> None:
-    counts = orjson.loads(look["windows"])
-    await connection.execute(
-        _LANDED,
-        look["target"],
-        look["service"],
-        look["window_start"],
-        look["window_end"],
-        look["observed_at"],
-        now,
-        [_at(c[0]) for c in counts],
-        [c[1] for c in counts],
-        [signed(c[2]) for c in counts],
-    )
-
-
-def signed(digest: int) -> int:
-    """A 64-bit digest as PostgreSQL's bigint holds it."""
-    return digest - (1 << 64) if digest >= 1 << 63 else digest
 
 
 def _at(seconds: float) -> datetime:

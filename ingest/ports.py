@@ -15,6 +15,7 @@ from ingest.model import (
     RecordPosition,
     Target,
     TaskItem,
+    WindowCount,
 )
 
 
@@ -107,6 +108,8 @@ class Landable:
     batch: Batch
     dead_points: int
     """Points of this batch that validation put aside: the balance needs them."""
+    dead_windows: tuple[WindowCount, ...] = ()
+    """The same by window (`ingest.balance.put_aside`): what the receipt says of a window less this must be in the store."""
 
 
 @dataclass(frozen=True, slots=True)

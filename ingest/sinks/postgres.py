@@ -17,6 +17,7 @@ temporary table: one sorted pass, and no savepoint for the many landings that ne
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -282,6 +283,7 @@ class PostgresSink:
             [one.batch.points for one in ordered],
             [one.dead_points for one in ordered],
             [digests[one.batch_id] for one in ordered],
+            [_dead_windows(one) for one in ordered],
         )
 
     def _now(self) -> datetime:
@@ -388,6 +390,12 @@ def _digests(batches: Sequence[Landable]) -> dict[BatchId, int]:
     digests = dict.fromkeys((one.batch_id for one in batches), 0)
     digests |= {one.batch_id: digest for one, digest in zip(some, sums, strict=True)}
     return digests
+
+
+def _dead_windows(one: Landable) -> str | None:
+    """For the ledger's balance, as JSON; None where nothing was put aside."""
+    gone = [[w.start_s, w.points, w.digest] for w in one.dead_windows]
+    return json.dumps(gone) if gone else None
 
 
 def _unstorable(one: Landable) -> list[int]:

@@ -46,9 +46,9 @@ WHERE p.sink = $1 AND p.topic = a.topic AND p.partition = a.partition
 """
 
 INSERT_LANDED = """
-INSERT INTO landed (sink, batch_id, task_id, target, service, version, points, dead_points, digest, landed_at)
+INSERT INTO landed (sink, batch_id, task_id, target, service, version, points, dead_points, digest, dead_windows, landed_at)
 SELECT $1, b.*, $2 FROM unnest(
-    $3::bytea[], $4::text[], $5::text[], $6::text[], $7::bigint[], $8::int[], $9::int[], $10::bigint[]
+    $3::bytea[], $4::text[], $5::text[], $6::text[], $7::bigint[], $8::int[], $9::int[], $10::bigint[], $11::jsonb[]
 ) AS b
 ON CONFLICT DO NOTHING
 """

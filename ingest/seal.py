@@ -1,0 +1,263 @@
+"""Sealing: the store's own rows, read back, held against the receipt of the look that closes a window.
+
+A window may be sealed by its landed complete look of the greatest version, V, if that was observed at or after `settles_at`. It is sealed
+when, of the rows that the store holds of the target's service in [start, end) *with a version of V or greater*,
+
+* the number is the receipt's points less those put aside on the way, and
+* the digest is the receipt's, less that of those put aside.
+
+Rows of an older version are points that the look no longer shows: absence never deletes, so they stay and contradict nothing. Rows
+of a greater version that superseded the look's with the very same values prove the look all the same. With other values, or
+further points, a newer look is the one to seal on, and until it has landed whole the window stays open.
+
+* *Never sealed by what was sent*: neither `landed` nor a batch is asked, only `samples`, in a snapshot.
+* *Whole spans at once*: the rows of all windows of a pass are read in one stream and summed up by numpy as they come, in bounded memory.
+* *Not sealed says why*: `unbalanced` has the numbers; the window is read again when another look lands, and each RECHECK_S.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from ingest.balance import Claim, imbalance, signed
+from ingest.model import SourceName, Target, point_hashes
+from shard_config.model import Config
+
+RECHECK_S = 600
+WINDOWS_MAX = 20_000
+SPAN_S = 900
+"""A pass reads so much time, from its oldest window on; rows are streamed, so that this bounds its duration only."""
+
+LONG_S = 3600
+"""In windows longer than this, rows are looked up at the multiples of the period: a day's partition holds every service's minutes."""
+
+ROWS_AT_ONCE = 65_536
+
+_LOCK = 0x68656164676178  # beside those of the migrations and the partitions
+
+_PENDING = """SELECT target, service, extract(epoch FROM window_start)::bigint AS start_s, extract(epoch FROM window_end)::bigint AS end_s,
+    landed_version AS version, points, digest, dead_points FROM windows
+WHERE sealed_at IS NULL AND declared IS NULL AND landed_as_of >= settles_at AND (checked_at IS NULL OR checked_at < $1)
+    AND (split_part(target, '/', 1), service) IN (SELECT * FROM unnest($2::text[], $3::text[]))
+ORDER BY window_start, target, service LIMIT $4"""
+
+_ROWS = """SELECT of.n, s.ts, s.series, s.value, s.version FROM samples AS s JOIN (
+    SELECT p.n, series.id FROM jsonb_to_recordset($1::jsonb)
+        AS p (n integer, account text, region text, namespace text, period_s integer, metrics text[])
+    JOIN series ON series.account = p.account AND series.region = p.region AND series.namespace = p.namespace
+        AND series.period_s = coalesce(p.period_s, series.period_s)
+        AND (p.metrics IS NULL OR series.metric = ANY(p.metrics))
+) AS of ON of.id = s.series WHERE """
+
+_CHECKED = """WITH found AS (
+    SELECT * FROM unnest($2::text[], $3::text[], $4::timestamptz[], $5::bigint[], $6::bigint[], $7::bigint[], $8::text[])
+        AS f (target, service, start, version, points, digest, unbalanced)
+), held AS (
+    SELECT w.target, w.service, w.window_start, f.unbalanced FROM windows AS w JOIN found AS f
+        ON (w.target, w.service, w.window_start) = (f.target, f.service, f.start)
+    WHERE (w.landed_version, w.points, w.digest) = (f.version, f.points, f.digest)
+        AND w.sealed_at IS NULL AND w.declared IS NULL
+    ORDER BY w.target, w.service, w.window_start FOR UPDATE OF w
+)
+UPDATE windows AS w SET checked_at = $1, unbalanced = h.unbalanced, sealed_at = CASE WHEN h.unbalanced IS NULL THEN $1 END
+FROM held AS h WHERE (w.target, w.service, w.window_start) = (h.target, h.service, h.window_start)"""
+
+_POSTGRES_EPOCH_S = 946_684_800
+_HEADER_BYTES = 19
+_ROW = np.dtype(
+    [
+        ("fields", ">i2"),
+        ("n_bytes", ">i4"),
+        ("n", ">i4"),
+        ("ts_bytes", ">i4"),
+        ("ts_us", ">i8"),
+        ("series_bytes", ">i4"),
+        ("series", ">u8", (2,)),
+        ("value_bytes", ">i4"),
+        ("value", ">f8"),
+        ("version_bytes", ">i4"),
+        ("version", ">i8"),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Which series are a service's. `period_s` and `metrics` are given only where services share the namespace."""
+
+    namespace: str
+    grid_period_s: int
+    period_s: int | None = None
+    metrics: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sealing:
+    """What one pass did: windows read back, those of them that are sealed now, and rows read."""
+
+    windows: int
+    sealed: int
+    rows: int
+
+
+def scopes_of(config: Config) -> dict[tuple[str, str], Scope]:
+    """By (source, service). Two profiles of one namespace are told apart by their period and their lists of metrics."""
+    names = [p.namespace for p in config.services]
+    found = {(SourceName.EXPOSITION.value, j.name): Scope(j.name, j.interval_s) for j in config.exposition}
+    for p in config.services:
+        shared = names.count(p.namespace) > 1
+        metrics = None if p.metrics == "all" or not shared else tuple(m.name for m in p.metrics)
+        found[SourceName.CLOUDWATCH.value, p.service] = Scope(
+            p.namespace, p.period_s, p.period_s if shared else None, metrics
+        )
+    return found
+
+
+class Tally:
+    """Rows summed up by window: how many of the claim's version or newer, their digest, and how many older ones."""
+
+    def __init__(self, scopes: NDArray[np.int64], claims: Sequence[Claim]) -> None:
+        """`scopes[i]` is the number by which rows name the target and service of `claims[i]`; claims do not overlap within one."""
+        starts = np.array([c.start_s for c in claims], np.int64)
+        self._base_s = int(starts.min()) if len(claims) else 0
+        keys = self._keys(scopes, starts)
+        self._order = np.argsort(keys)
+        self._sorted = keys[self._order]
+        self._scopes = scopes[self._order]
+        self._ends = np.array([c.end_s for c in claims], np.int64)[self._order]
+        self._versions = np.array([c.version for c in claims], np.int64)[self._order]
+        self.points = np.zeros(len(claims), np.int64)
+        self.older = np.zeros(len(claims), np.int64)
+        self.digests = np.zeros(len(claims), np.uint64)
+        self.rows = 0
+
+    def _keys(self, scopes: NDArray[np.int64], times_s: NDArray[np.int64]) -> NDArray[np.int64]:
+        return (scopes << 40) + (times_s - self._base_s)
+
+    def add(self, rows: NDArray[Any]) -> None:
+        """Take in rows, of the dtype of the stream; those of no claim's window are left out."""
+        self.rows += len(rows)
+        times_s = rows["ts_us"].astype(np.int64) // 1_000_000 + _POSTGRES_EPOCH_S
+        scopes, versions = rows["n"].astype(np.int64), rows["version"].astype(np.int64)
+        at = np.searchsorted(self._sorted, self._keys(scopes, times_s), side="right") - 1
+        within = (at >= 0) & (self._scopes[at] == scopes) & (times_s < self._ends[at])
+        newer = within & (versions >= self._versions[at])
+        claims = self._order[at]
+        self.points += np.bincount(claims[newer], minlength=len(self.points))
+        self.older += np.bincount(claims[within & ~newer], minlength=len(self.older))
+        ids, values = rows["series"][newer].astype(np.uint64), rows["value"][newer].astype(np.float64)
+        np.add.at(self.digests, claims[newer], point_hashes(ids, times_s[newer], values))
+
+
+async def seal(
+    connection: asyncpg.Connection, scopes: Mapping[tuple[str, str], Scope], now: datetime
+) -> Sealing:
+    """One pass over the oldest windows that may be sealed; call it until `windows` is 0.
+
+    At one time one process does it; the others find nothing to do.
+    """
+    async with connection.transaction(isolation="repeatable_read"):
+        if not await connection.fetchval("SELECT pg_try_advisory_xact_lock($1)", _LOCK):
+            return Sealing(0, 0, 0)
+        sources, services = zip(*scopes, strict=True) if scopes else ((), ())
+        before = now - timedelta(seconds=RECHECK_S)
+        rows = await connection.fetch(_PENDING, before, sources, services, WINDOWS_MAX)
+        claims = _of_one_pass([Claim(**row) for row in rows])
+        if not claims:
+            return Sealing(0, 0, 0)
+        tally = await _read(connection, scopes, claims)
+    verdicts = [
+        imbalance(claim, int(points), signed(int(digest)), int(older))
+        for claim, points, digest, older in zip(claims, tally.points, tally.digests, tally.older, strict=True)
+    ]
+    await connection.execute(
+        _CHECKED,
+        now,
+        [c.target for c in claims],
+        [c.service for c in claims],
+        [_at(c.start_s) for c in claims],
+        [c.version for c in claims],
+        [c.points for c in claims],
+        [c.digest for c in claims],
+        verdicts,
+    )
+    return Sealing(len(claims), verdicts.count(None), tally.rows)
+
+
+def _of_one_pass(claims: Sequence[Claim]) -> list[Claim]:
+    """Those that are read together with the first: begun within SPAN_S of it, and long if it is long."""
+    return [
+        c for c in claims if c.start_s < claims[0].start_s + SPAN_S and _is_long(c) == _is_long(claims[0])
+    ]
+
+
+def _is_long(claim: Claim) -> bool:
+    return claim.end_s - claim.start_s > LONG_S
+
+
+async def _read(
+    connection: asyncpg.Connection, scopes: Mapping[tuple[str, str], Scope], claims: Sequence[Claim]
+) -> Tally:
+    numbers: dict[tuple[str, str], int] = {}
+    of_claims = [numbers.setdefault((c.target, c.service), len(numbers)) for c in claims]
+    tally = Tally(np.array(of_claims, np.int64), claims)
+    asked, periods_s = [], set()
+    for (name, service), n in numbers.items():
+        target = Target.parse(name)
+        scope = scopes[target.source, service]
+        periods_s.add(scope.grid_period_s)
+        asked.append(
+            {
+                "n": n,
+                "account": target.account,
+                "region": target.region,
+                "namespace": scope.namespace,
+                "period_s": scope.period_s,
+                "metrics": scope.metrics,
+            }
+        )
+    rest = bytearray()
+    skip = _HEADER_BYTES
+
+    async def take(data: bytes) -> None:
+        nonlocal skip
+        rest.extend(data)
+        if skip and len(rest) >= skip:
+            del rest[:skip]
+            skip = 0
+        if not skip and len(rest) >= ROWS_AT_ONCE * _ROW.itemsize:
+            _drain(rest, tally)
+
+    start_s, end_s = min(c.start_s for c in claims), max(c.end_s for c in claims)
+    when = "s.ts >= $2 AND s.ts < $3"
+    arguments: list[Any] = [_at(start_s), _at(end_s)]
+    if _is_long(claims[0]):
+        times_s = {t for p in periods_s for c in claims for t in range(-(-c.start_s // p) * p, c.end_s, p)}
+        when, arguments = "s.ts = ANY($2)", [[_at(t) for t in sorted(times_s)]]
+    # A nested loop would look each series up in the key, which has time first: that is a scan a series.
+    await connection.execute("SET LOCAL enable_nestloop = off")
+    await connection.copy_from_query(
+        _ROWS + when, orjson.dumps(asked).decode(), *arguments, output=take, format="binary"
+    )
+    _drain(rest, tally)
+    return tally
+
+
+def _drain(rest: bytearray, tally: Tally) -> None:
+    """Take the whole rows off; what is left is half a row, or the two bytes behind the last one."""
+    whole = len(rest) // _ROW.itemsize
+    if whole:
+        tally.add(np.frombuffer(bytes(rest[: whole * _ROW.itemsize]), _ROW))
+        del rest[: whole * _ROW.itemsize]
+
+
+def _at(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
