@@ -24,7 +24,7 @@ from ingest import wire
 from ingest.collect import raw_key
 from ingest.errors import Rejected, Transient
 from ingest.log import quietly
-from ingest.model import BatchId, DeadLetter, RecordPosition, SeriesIds, Target
+from ingest.model import BatchId, DeadLetter, RecordPosition, Series, SeriesIds, SeriesKey, Target
 from ingest.ports import Record
 from ingest.sinks.connection import translated
 from shard_config.model import Kafka
@@ -152,6 +152,25 @@ async def store_places(connection: asyncpg.Connection) -> list[Place]:
         return [(row[0], row[1]) for row in await connection.fetch(_PLACES)]
 
 
+_SERIES = """SELECT id, account, region, namespace, metric, dimensions, stat, period_s, unit FROM series
+WHERE id = ANY($1::uuid[])"""
+
+
+async def store_series(connection: asyncpg.Connection, ids: Collection[bytes]) -> dict[bytes, Series]:
+    """Labels by series id, 16 bytes; an unknown id is left out. Raises Transient."""
+    if not ids:
+        return {}
+    with translated("store"):
+        rows = await connection.fetch(_SERIES, list(ids))
+    found = {}
+    for row in rows:
+        dimensions = tuple(sorted(orjson.loads(row["dimensions"]).items()))
+        account, region, namespace, metric = row[1:5]
+        key = SeriesKey(account, region, namespace, metric, dimensions, row["stat"], row["period_s"])
+        found[bytes(row["id"])] = Series(key, row["unit"])
+    return found
+
+
 # --- the ledger's looks -----------------------------------------------------------------------------------------
 
 
@@ -220,6 +239,69 @@ async def landed_ids(connection: asyncpg.Connection, batches: Collection[BatchId
     with translated("ledger"):
         rows = await connection.fetch("SELECT batch_id FROM landed WHERE batch_id = ANY($1)", list(batches))
     return {BatchId(row["batch_id"]) for row in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerSeal:
+    """What the ledger says that the store holds of sealed windows: of one, or of a folded day's. `spans` are [start_s, end_s)."""
+
+    target: str
+    service: str
+    spans: tuple[tuple[int, int], ...]
+    windows: int
+    points: int
+    digest: int
+
+    @property
+    def name(self) -> str:
+        return f"[{at(self.spans[0][0]):%Y-%m-%dT%H:%M:%SZ}, {at(self.spans[-1][1]):%Y-%m-%dT%H:%M:%SZ})"
+
+    def covers(self, start_s: int) -> bool:
+        return any(a <= start_s < b for a, b in self.spans)
+
+
+_SEALED = """SELECT target, service, points, digest, 1 AS windows,
+    ARRAY[extract(epoch FROM window_start)::bigint] AS starts, ARRAY[extract(epoch FROM window_end)::bigint] AS ends
+FROM windows WHERE target = ANY($1) AND sealed_at IS NOT NULL AND window_start >= $2 AND window_end <= $3
+UNION ALL
+SELECT d.target, d.service, d.points, d.digest, d.windows - d.declared_windows,
+    (SELECT array_agg(extract(epoch FROM lower(r))::bigint) FROM unnest(own.covered) AS r),
+    (SELECT array_agg(extract(epoch FROM upper(r))::bigint) FROM unnest(own.covered) AS r)
+FROM sealed_days AS d, LATERAL (SELECT d.covered - coalesce((
+    SELECT range_agg(r) FROM declared_days AS c, unnest(c.covered) AS r
+    WHERE c.target = d.target AND c.service = d.service AND c.day = d.day), '{}') AS covered) AS own
+WHERE d.target = ANY($1) AND d.first_start >= $2 AND d.last_end <= $3 AND d.relooked_at IS NULL AND NOT isempty(own.covered)"""
+
+
+async def ledger_seals(
+    connection: asyncpg.Connection, targets: Sequence[Target], start_s: int, end_s: int
+) -> list[LedgerSeal]:
+    """Seals of windows, and of folded days, that lie within [start_s, end_s). Raises Transient."""
+    with translated("ledger"):
+        rows = await connection.fetch(_SEALED, [str(t) for t in targets], at(start_s), at(end_s))
+    return [
+        LedgerSeal(
+            row["target"],
+            row["service"],
+            tuple(zip(row["starts"], row["ends"], strict=True)),
+            row["windows"],
+            row["points"],
+            row["digest"] % 2**64,
+        )
+        for row in rows
+    ]
+
+
+async def forgotten_days(
+    connection: asyncpg.Connection, targets: Sequence[Target]
+) -> set[tuple[str, str, int]]:
+    """Target, service and day (since the epoch) of whose looks the ledger keeps only sums. Raises Transient."""
+    with translated("ledger"):
+        rows = await connection.fetch(
+            "SELECT target, service, day - '1970-01-01'::date AS number FROM look_days WHERE target = ANY($1)",
+            [str(t) for t in targets],
+        )
+    return {(row["target"], row["service"], row["number"]) for row in rows}
 
 
 # --- Kafka's records --------------------------------------------------------------------------------------------

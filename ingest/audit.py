@@ -1,0 +1,451 @@
+"""What an audit compares, and how: the archive's maximum against the store's rows, manifests against receipts. Pure.
+
+* The store must hold, for each (series, timestamp), the greatest (version, value) of all archived looks, and nothing else: `Expected`
+  builds that maximum in bounded memory, whatever the order of the looks.
+* Equality is by digest of (series, timestamp, value, version), by place and bucket of `BUCKET_S`; only where digests differ are points compared
+  (`Comparison`), and every difference is counted and, up to `NAMED_MAX` of a kind, named.
+* What validation refuses, by what a point is and not by when it came, is dead on both sides.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ingest.evidence import LedgerLook, LedgerSeal, StoreRows
+from ingest.model import (
+    Batch,
+    ReceiptItem,
+    SeriesIds,
+    WindowCount,
+    add_digests,
+    point_hashes,
+    split_version,
+    window_counts,
+)
+from ingest.validate import describe, validate
+from shard_config.model import Limits
+
+BUCKET_S = 300
+NAMED_MAX = 20
+POINTS_MAX = 4_000_000
+"""Of one place and slice of time, in memory (about 100 MB); a slice with more is cut in two."""
+
+_NEVER_S = 1 << 40
+
+
+class Kind(StrEnum):
+    """What can differ."""
+
+    MISSING = "missing in the store"
+    EXTRA = "not in the archive"
+    VALUE = "other value"
+    VERSION = "other version"
+    LOOK_NOT_IN_LEDGER = "look not in the ledger"
+    LOOK_NOT_IN_ARCHIVE = "look not in the archive"
+    LOOK_DIFFERS = "look differs from its receipt"
+    SPOILT = "spoilt object"
+    SEAL = "seal differs"
+    SOURCE_MISSING = "source has it, the store has not"
+    SOURCE_VALUE = "source has another value"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing that is not as it should be. `what` is a series, an archive key or a window; `at_s` a point's timestamp."""
+
+    kind: Kind
+    target: str
+    service: str
+    what: str
+    at_s: int | None = None
+    detail: str = ""
+
+    def __str__(self) -> str:
+        at = "" if self.at_s is None else f" at {rfc3339(self.at_s)}"
+        detail = f": {self.detail}" if self.detail else ""
+        return f"{self.kind}: {self.what}{at}{detail} ({self.target} {self.service})"
+
+
+@dataclass(slots=True)
+class Report:
+    """What an audit found. `points` are of the archive's maximum; `dead_*` and `under_way` are accounted for, and no differences."""
+
+    from_s: int
+    to_s: int
+    places: int = 0
+    objects: int = 0
+    looks: int = 0
+    points: int = 0
+    digests: int = 0
+    dead_points: int = 0
+    dead_batches: int = 0
+    under_way: int = 0
+    seals: int = 0
+    counts: Counter[Kind] = field(default_factory=Counter)
+    differences: list[Difference] = field(default_factory=list)
+
+    @property
+    def equal(self) -> bool:
+        return not self.counts
+
+    def add(self, one: Difference, count: int = 1) -> None:
+        """Count a difference, and name it while its kind has few."""
+        if self.counts[one.kind] < NAMED_MAX:
+            self.differences.append(one)
+        self.counts[one.kind] += count
+
+    def verdict(self) -> str:
+        """One line."""
+        span = f"[{rfc3339(self.from_s)}, {rfc3339(self.to_s)})"
+        what = f"{self.points:,} points of {self.looks:,} looks in {self.objects:,} objects, {self.places:,} places"
+        aside = f"{self.dead_points:,} dead, {self.under_way:,} looks under way"
+        if self.equal and not self.objects:
+            return f"EQUAL: nothing is archived for {span}, and the store and the ledger have nothing either"
+        if self.equal:
+            return f"EQUAL: archive = ledger = store over {span}: {what}; {aside}"
+        total = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.counts.items()))
+        return f"DIFFERENT over {span}: {total}; compared {what}; {aside}"
+
+
+def rfc3339(at_s: float) -> str:
+    return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+# --- what the archive says ----------------------------------------------------------------------------------------
+
+
+class TooMuchError(Exception):
+    """A slice holds more than `POINTS_MAX` points: take a shorter one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Letters:
+    """What the dead-letter topic says of points: by batch id and series' description, timestamps; and when a batch with uncounted ones came."""
+
+    points: Mapping[tuple[bytes, str], frozenset[int]] = field(default_factory=dict)
+    more_at_s: Mapping[bytes, int] = field(default_factory=dict)
+    """By batch id: the time at which it was validated, where some of its dead points have no letter of their own."""
+
+
+def living(
+    batch: Batch, limits: Limits, batch_id: bytes = b"", letters: Letters | None = None
+) -> Batch | None:
+    """The points of a batch that a store may hold; None where there are none.
+
+    Rules of time count only as of when the batch came, where a letter says when: else they would kill today what landed in its day.
+    """
+    now_s = letters.more_at_s.get(batch_id) if letters is not None else None
+    if now_s is None:
+        limits, now_s = limits.model_copy(update={"future_s_max": _NEVER_S, "retention_s": _NEVER_S}), 0
+    accepted = validate(batch, now_s, limits).accepted
+    if accepted is None or letters is None or not letters.points:
+        return accepted
+    dead = np.zeros(accepted.points, np.bool_)
+    ends = np.cumsum(accepted.counts, dtype=np.int64).tolist()
+    for one, end, count in zip(accepted.series, ends, accepted.counts.tolist(), strict=True):
+        if (times := letters.points.get((batch_id, describe(one)))) is not None:
+            dead[end - count : end] = np.isin(accepted.timestamps_s[end - count : end], list(times))
+    return _without_points(accepted, dead)
+
+
+def _without_points(batch: Batch, dead: NDArray[np.bool_]) -> Batch | None:
+    if not dead.any():
+        return batch
+    if dead.all():
+        return None
+    owner = np.repeat(np.arange(len(batch.series)), batch.counts)[~dead]
+    return replace(
+        batch,
+        counts=np.bincount(owner, minlength=len(batch.series)).astype(np.int32),
+        timestamps_s=batch.timestamps_s[~dead],
+        values=batch.values[~dead],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A series as a difference names it."""
+
+    text: str
+    target: str
+    service: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Maximum:
+    """The greatest (version, value) of each (series, timestamp), n of them, sorted by `keys`: index in `Expected.known` × span + second."""
+
+    keys: NDArray[np.int64]
+    values: NDArray[np.float64]
+    versions: NDArray[np.int64]
+
+
+class Expected:
+    """The maximum over all archived batches of one place within [start_s, end_s): what the store must hold."""
+
+    def __init__(self, start_s: int, end_s: int, points_max: int = POINTS_MAX) -> None:
+        self.start_s = start_s
+        self.span_s = end_s - start_s
+        self.known: list[Known] = []
+        self._ids: list[bytes] = []
+        self._index: dict[bytes, int] = {}
+        self._points_max = points_max
+        self._parts: list[Maximum] = []
+        self._waiting = 0
+
+    def index_of(self, raw_id: bytes) -> int | None:
+        """Where a series stands in `known`."""
+        return self._index.get(raw_id)
+
+    def learn(self, raw_id: bytes, known: Known) -> int:
+        """Give a series an index, or the one that it has."""
+        index = self._index.setdefault(raw_id, len(self.known))
+        if index == len(self.known):
+            self.known.append(known)
+            self._ids.append(raw_id)
+        return index
+
+    def ids(self, keys: NDArray[np.int64]) -> SeriesIds:
+        """The series id of each key, shape (n, 2)."""
+        table = np.frombuffer(b"".join(self._ids), dtype=">u8").reshape(-1, 2).astype(np.uint64)
+        return table[keys // self.span_s]
+
+    def within(self, batch: Batch) -> int:
+        """How many points of a batch are in the slice."""
+        return int(np.count_nonzero(self._inside(batch)))
+
+    def _inside(self, batch: Batch) -> NDArray[np.bool_]:
+        return (batch.timestamps_s >= self.start_s) & (batch.timestamps_s < self.start_s + self.span_s)
+
+    def add(self, batch: Batch) -> None:
+        """Take in a batch; points outside the slice are left out. Raises TooMuchError."""
+        inside = self._inside(batch)
+        if not inside.any():
+            return
+        owners = np.repeat(np.arange(len(batch.series)), batch.counts)[inside]
+        indices = np.zeros(len(batch.series), np.int64)
+        raws = batch.ids.astype(">u8").tobytes()
+        for i in np.unique(owners).tolist():
+            raw = raws[16 * i : 16 * i + 16]
+            index = self._index.get(raw)
+            if index is None:
+                index = self.learn(raw, Known(describe(batch.series[i]), str(batch.target), batch.service))
+            indices[i] = index
+        keys = indices[owners] * self.span_s + (batch.timestamps_s[inside] - self.start_s)
+        versions = np.full(len(keys), batch.version, np.int64)
+        self._parts.append(Maximum(keys, batch.values[inside], versions))
+        self._waiting += len(keys)
+        if self._waiting > self._points_max:
+            self._fold()
+
+    def maximum(self) -> Maximum:
+        """What the batches so far come to. Raises TooMuchError."""
+        self._fold()
+        return self._parts[0]
+
+    def _fold(self) -> None:
+        empty = Maximum(np.empty(0, np.int64), np.empty(0, np.float64), np.empty(0, np.int64))
+        parts = self._parts or [empty]
+        keys = np.concatenate([p.keys for p in parts])
+        values = np.concatenate([p.values for p in parts])
+        versions = np.concatenate([p.versions for p in parts])
+        order = np.lexsort((values, versions, keys))
+        keys = keys[order]
+        last = np.ones(len(keys), np.bool_)
+        last[:-1] = keys[1:] != keys[:-1]
+        if int(last.sum()) > self._points_max // 2:
+            raise TooMuchError
+        self._parts = [Maximum(keys[last], values[order][last], versions[order][last])]
+        self._waiting = int(last.sum())
+
+
+# --- digests ------------------------------------------------------------------------------------------------------
+
+
+def row_hashes(
+    ids: SeriesIds,
+    timestamps_s: NDArray[np.int64],
+    values: NDArray[np.float64],
+    versions: NDArray[np.int64],
+) -> NDArray[np.uint64]:
+    """A 64-bit hash of each row of the store, its version included. Shapes (n, 2) and (n,)."""
+    mixed = ids.copy()
+    mixed[:, 0] ^= versions.astype(np.uint64)
+    return point_hashes(mixed, timestamps_s, values)
+
+
+class Digests:
+    """Rows and digest by place and bucket of `BUCKET_S` over [start_s, end_s), which lies on the buckets."""
+
+    def __init__(self, places: int, start_s: int, end_s: int) -> None:
+        self.start_s = start_s
+        buckets = -(-(end_s - start_s) // BUCKET_S)
+        self.rows = np.zeros((places, buckets), np.int64)
+        self.sums = np.zeros((places, buckets), np.uint64)
+
+    def add(
+        self,
+        places: NDArray[np.int64] | int,
+        ids: SeriesIds,
+        timestamps_s: NDArray[np.int64],
+        values: NDArray[np.float64],
+        versions: NDArray[np.int64],
+    ) -> None:
+        """Add rows, one place for all or one each."""
+        cells = places * self.rows.shape[1] + (timestamps_s - self.start_s) // BUCKET_S
+        np.add.at(self.rows.reshape(-1), cells, 1)
+        np.add.at(self.sums.reshape(-1), cells, row_hashes(ids, timestamps_s, values, versions))
+
+    def differing(self, place: int, other: Digests) -> list[tuple[int, int]]:
+        """Stretches [start_s, end_s) in which `other`, of one place and a part of our time, is not equal to ours of `place`."""
+        first = (other.start_s - self.start_s) // BUCKET_S
+        own = slice(first, first + other.rows.shape[1])
+        differ = (self.rows[place, own] != other.rows[0]) | (self.sums[place, own] != other.sums[0])
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], differ, [False])).astype(np.int8)))
+        return [
+            (other.start_s + int(a) * BUCKET_S, other.start_s + int(b) * BUCKET_S)
+            for a, b in zip(edges[::2], edges[1::2], strict=True)
+        ]
+
+    def pieces(self, place: int, start_s: int, end_s: int, rows_max: int) -> list[tuple[int, int]]:
+        """A stretch cut so that each piece has at most so many rows of `place`, or is one bucket."""
+        cuts, rows = [start_s], 0
+        for here_s in range(start_s, end_s, BUCKET_S):
+            more = int(self.rows[place, (here_s - self.start_s) // BUCKET_S])
+            if rows and rows + more > rows_max:
+                cuts.append(here_s)
+                rows = 0
+            rows += more
+        return list(pairwise([*cuts, end_s]))
+
+
+# --- points -------------------------------------------------------------------------------------------------------
+
+
+class Comparison:
+    """Rows of the store, of one place and a stretch of time, against the maximum. Take all rows, then `finish`."""
+
+    def __init__(
+        self,
+        report: Report,
+        expected: Expected,
+        maximum: Maximum,
+        start_s: int,
+        end_s: int,
+        service: str | None,
+    ) -> None:
+        self._report = report
+        self._expected = expected
+        self._service = service
+        seconds = maximum.keys % expected.span_s + expected.start_s
+        here = (seconds >= start_s) & (seconds < end_s)
+        self._keys, self._values, self._versions = (
+            maximum.keys[here],
+            maximum.values[here],
+            maximum.versions[here],
+        )
+        self._seen = np.zeros(len(self._keys), np.bool_)
+
+    def take(self, rows: StoreRows) -> None:
+        """Compare some rows. Their series must be known to `expected`."""
+        expected = self._expected
+        unique, inverse = np.unique(rows.ids, axis=0, return_inverse=True)
+        indices = np.array([expected.index_of(one.astype(">u8").tobytes()) for one in unique], np.int64)
+        keys = indices[inverse.reshape(-1)] * expected.span_s + (rows.timestamps_s - expected.start_s)
+        at = np.minimum(np.searchsorted(self._keys, keys), max(0, len(self._keys) - 1))
+        found = self._keys[at] == keys if len(self._keys) else np.zeros(len(keys), np.bool_)
+        self._seen[at[found]] = True
+        for i in np.flatnonzero(~found).tolist():
+            self._say(Kind.EXTRA, int(keys[i]), f"the store has {_sample(rows.values[i], rows.versions[i])}")
+        pairs = np.flatnonzero(found)
+        other_version = rows.versions[pairs] != self._versions[at[pairs]]
+        other_value = rows.values[pairs] != self._values[at[pairs]]
+        for j in np.flatnonzero(other_version | other_value).tolist():
+            i, e = int(pairs[j]), int(at[pairs[j]])
+            kind = Kind.VALUE if other_value[j] else Kind.VERSION
+            archived = _sample(self._values[e], self._versions[e])
+            stored = _sample(rows.values[i], rows.versions[i])
+            self._say(kind, int(keys[i]), f"the archive has {archived}, the store {stored}")
+
+    def finish(self) -> None:
+        """What was not met is missing."""
+        for e in np.flatnonzero(~self._seen).tolist():
+            archived = _sample(self._values[e], self._versions[e])
+            self._say(Kind.MISSING, int(self._keys[e]), f"the archive has {archived}")
+
+    def _say(self, kind: Kind, key: int, detail: str) -> None:
+        known = self._expected.known[key // self._expected.span_s]
+        if self._service in (None, known.service):
+            at_s = key % self._expected.span_s + self._expected.start_s
+            self._report.add(Difference(kind, known.target, known.service, known.text, at_s, detail))
+
+
+def _sample(value: float, version: int) -> str:
+    revision, observed_at_ms = split_version(int(version))
+    again = f", revision {revision}" if revision else ""
+    return f"{float(value)!r} as of {rfc3339(observed_at_ms / 1000)}{again}"
+
+
+# --- looks --------------------------------------------------------------------------------------------------------
+
+
+def look_problem(
+    done: ReceiptItem, finished_at_ms: int, rows: Sequence[LedgerLook]
+) -> tuple[Kind, str] | None:
+    """How the ledger's rows about one archived look differ from it; `rows` are those of its task and service."""
+    own = [row for row in rows if row.finished_at_ms == finished_at_ms]
+    if not own:
+        return Kind.LOOK_NOT_IN_LEDGER, f"{done.outcome.status}, {done.points:,} points"
+    (row,) = own
+    windows = tuple((w.start_s, w.points, w.digest) for w in done.windows)
+    pairs = (
+        ("status", str(done.outcome.status), row.status),
+        ("points", done.points, row.points),
+        ("batches", len(done.batches), len(row.batches)),
+        ("span", (done.item.start_s, done.item.end_s), (row.start_s, row.end_s)),
+    )
+    for name, archived, said in pairs:
+        if archived != said:
+            return Kind.LOOK_DIFFERS, f"{name} {archived} in the archive, {said} in the ledger"
+    if set(done.batches) != set(row.batches) or windows != row.windows:
+        return Kind.LOOK_DIFFERS, "batches or window digests are not those of the manifest"
+    return None
+
+
+def counted(batch: Batch) -> tuple[WindowCount, ...]:
+    """Points and digests of a batch by window, as its receipt must say."""
+    return window_counts(batch.point_ids(), batch.timestamps_s, batch.values, batch.grid_s)
+
+
+# --- seals --------------------------------------------------------------------------------------------------------
+
+
+class LookCount(NamedTuple):
+    """What a complete archived look holds of a window, less what is dead. The greatest is the newest."""
+
+    version: int
+    observed_at_ms: int
+    points: int
+    digest: int
+
+
+def seal_problem(seal: LedgerSeal, newest: Mapping[int, LookCount]) -> str | None:
+    """How a seal of the ledger, of a window or of a folded day, differs from the newest complete archived look, by window's start."""
+    own = [count for start_s, count in newest.items() if seal.covers(start_s)]
+    if len(own) != seal.windows:
+        return f"of {seal.windows} sealed windows {len(own)} have a complete look in the archive"
+    points, digest = sum(c.points for c in own), add_digests(*(c.digest for c in own))
+    if (points, digest) == (seal.points, seal.digest):
+        return None
+    return f"{seal.points:,} points in the ledger, {points:,} in the archive" + (
+        "" if points != seal.points else ", with another digest"
+    )

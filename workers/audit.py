@@ -1,0 +1,96 @@
+"""`headgate audit`: proves archive = ledger = store over a stretch of time, or names what differs. Changes nothing.
+
+`--recheck` asks the source itself again for a sample of sealed windows, which costs dollars; what it answers is compared and dropped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from ingest.archive import open_archive
+from ingest.audit import Report
+from ingest.auditor import Auditor, Scope
+from ingest.clock import SystemClock
+from ingest.errors import Fatal
+from ingest.sinks.connection import open_connection
+from shard_config.model import Config
+from workers import local
+from workers.lifecycle import configure_logs
+from workers.samples import parse_time
+
+
+async def audit(config: Config, scope: Scope) -> Report:
+    """One audit over everything that the configuration's connections reach. Raises Transient, Fatal."""
+    clock = SystemClock(config.run.clock_offset_s)
+    connection = await open_connection(config.postgres, "headgate audit")
+    try:
+        async with open_archive(config.s3, clock) as archive:
+            return await Auditor(connection, archive, config, clock, scope).run()
+    finally:
+        connection.terminate()
+
+
+def to_json(report: Report) -> str:
+    """For machines: what was compared, the counts by kind, and the differences that are named."""
+    raw = asdict(report) | {"counts": {str(k): n for k, n in report.counts.items()}}
+    return json.dumps(raw | {"equal": report.equal, "verdict": report.verdict()}, indent=2)
+
+
+def render(report: Report) -> str:
+    """For people: each named difference, how many more there are, and the verdict."""
+    lines = [str(one) for one in report.differences]
+    unnamed = report.counts.total() - len(lines)
+    if unnamed:
+        lines.append(f"… and {unnamed:,} more; a shorter stretch or --service names others")
+    return "\n".join([*lines, report.verdict()])
+
+
+def parse_share(text: str) -> float:
+    """0.01 of 1% or 0.01."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share such as 1%")
+    return share
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "audit",
+        help="prove archive = ledger = store, or name what differs",
+        description="Reads the archive, the ledger and the store, and compares them: the store must hold, of every point, the greatest version that is "
+        "archived, and nothing else; every archived look must be in the ledger, and the other way round; every seal must be that of its look. "
+        "Exit code 0 where all is equal, 1 where something differs.",
+    )
+    parser.add_argument(
+        "--from",
+        dest="from_s",
+        type=parse_time,
+        required=True,
+        metavar="TIME",
+        help="as 2026-11-24T05:00:00Z",
+    )
+    parser.add_argument("--to", dest="to_s", type=parse_time, required=True, metavar="TIME", help="exclusive")
+    for name in ("account", "region", "service"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--format", choices=("table", "json"), default="table")
+    parser.add_argument("--config", type=Path, help="headgate.yaml; default: the running local stack's")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    configure_logs("audit")
+    if not args.from_s < args.to_s:
+        raise Fatal("audit", "--from is not before --to")
+    scope = Scope(math.floor(args.from_s), math.ceil(args.to_s), args.account, args.region, args.service)
+    report = asyncio.run(audit(local.find_config(args.config), scope))
+    sys.stdout.write((to_json(report) if args.format == "json" else render(report)) + "\n")
+    return 0 if report.equal else 1
