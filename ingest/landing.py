@@ -7,32 +7,36 @@ Guarantees:
 * *Exactly the stored position decides*: on assignment the record before it is read again and must be the one that the sink
   remembers; a topic that was created again, or a retention that passed the position, is Fatal.
 * *A zombie is refused*: the sink moves a position by compare-and-set, in the transaction that lands the rows.
+* *A bad deploy stops before it buries*: where more than limits.dead_share_max of the last records of known targets would be dead
+  letters, landing is Fatal instead of putting one more aside. See docs/decisions/0009-dead-letters.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter, deque
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-import orjson
 import structlog
 
-from ingest import wire
+from ingest import letters, wire
+from ingest.batch import without_series
 from ingest.clock import Clock
 from ingest.errors import Fatal, Rejected
 from ingest.log import Outgoing, Sender
-from ingest.model import BatchId, DeadLetter, RecordPosition
+from ingest.model import BatchId, DeadLetter
 from ingest.ports import Advance, Landable, Landed, Record, SeriesRejected, Sink
 from ingest.positions import Positions
-from ingest.validate import describe, validate
+from ingest.validate import validate
 from shard_config.model import Limits
 
 _log = structlog.get_logger()
 
-DEAD_PAYLOAD_BYTES_MAX = 900_000
-"""A dead record's bytes are kept up to here, so that its letter fits a Kafka record; the origin has the rest."""
+SHARE_RECORDS = 200
+"""The share of dead records is taken over so many of the last records of known targets."""
 
+SHARE_RECORDS_MIN = 50
+"""Over fewer it says nothing."""
 
 REFUSALS_MAX = 16
 """Times that a sink may refuse series of one landing; each takes at least one series out."""
@@ -48,12 +52,67 @@ class Progress:
     next_offsets: dict[int, int]
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What became of a record. `dead` is the reason where it did not decode, or where no point of it was good."""
+
+    record: Record
+    landable: Landable | None
+    letters: tuple[DeadLetter, ...]
+    dead: str
+
+
+class DeadShare:
+    """How many of the last records would be dead letters. Only records whose key names one of `targets` count.
+
+    So rubbish from elsewhere, however much of it, stops nobody; and who may write under the keys of real targets could do worse.
+    """
+
+    def __init__(self, share_max: float, targets: Collection[str]) -> None:
+        self._share_max = share_max
+        self._targets = frozenset(target.encode() for target in targets)
+        self._last: deque[str] = deque(maxlen=SHARE_RECORDS)
+        """Reasons; empty of a good record."""
+
+    def clear(self) -> None:
+        self._last.clear()
+
+    def learn(self, taken: Sequence[Taken]) -> None:
+        self._last += self._counted(taken)
+
+    def check(self, where: str, taken: Sequence[Taken]) -> None:
+        """Raise Fatal where these are too many dead ones, on top of what was learned. What is not dead never stops."""
+        counted = self._counted(taken)
+        last = [*self._last, *counted][-SHARE_RECORDS:]
+        reasons = Counter(reason for reason in last if reason)
+        if any(counted) and len(last) >= SHARE_RECORDS_MIN and reasons.total() > self._share_max * len(last):
+            [(reason, times)] = reasons.most_common(1)
+            raise Fatal(
+                where,
+                f"{reasons.total()} of the last {len(last)} records would be dead letters, {times} of them {reason}",
+                "a change broke writing or reading: roll it back and start again, nothing is lost; or, where they are to be put aside, set "
+                "limits.dead_share_max to 1",
+            )
+
+    def _counted(self, taken: Sequence[Taken]) -> list[str]:
+        return [t.dead for t in taken if t.record.key.rpartition(b"/")[0] in self._targets]
+
+
 class Landing:
     """Lands the records of one topic into one sink, for the partitions that this process owns."""
 
     def __init__(
-        self, topic: str, dead_topic: str, sink: Sink, sender: Sender, limits: Limits, clock: Clock
+        self,
+        topic: str,
+        dead_topic: str,
+        sink: Sink,
+        sender: Sender,
+        limits: Limits,
+        clock: Clock,
+        *,
+        targets: Collection[str] = (),
     ) -> None:
+        """`targets` (source/account/region) are those whose records count for limits.dead_share_max."""
         self._topic = topic
         self._dead_topic = dead_topic
         self._sink = sink
@@ -61,69 +120,102 @@ class Landing:
         self._limits = limits
         self._clock = clock
         self._positions = Positions(topic)
+        self._share = DeadShare(limits.dead_share_max, targets)
+        self._reread: dict[int, tuple[int, int]] = {}
+        """By partition, the offsets before the position that are read again for the share alone."""
+        self._cluster = ""
 
-    async def open(self, partitions: Sequence[int], bounds: Mapping[int, tuple[int, int]]) -> dict[int, int]:
-        """Take partitions over: partition → offset to read from. Raises Fatal, as `Positions.open`, and Transient."""
-        return self._positions.open(partitions, await self._sink.positions(self._topic, partitions), bounds)
+    async def open(
+        self, partitions: Sequence[int], bounds: Mapping[int, tuple[int, int]], *, cluster: str = ""
+    ) -> dict[int, int]:
+        """Take partitions over: partition → offset to read from. Raises Fatal, as `Positions.open`, and Transient.
+
+        `cluster` is the Kafka cluster's id, for dead letters. Reading begins a little before the positions: what was landed before
+        shows at once whether this process can read what others could, before it puts anything aside.
+        """
+        starts = self._positions.open(partitions, await self._sink.positions(self._topic, partitions), bounds)
+        self._cluster = cluster
+        self._share.clear()
+        before = SHARE_RECORDS // max(1, len(partitions))
+        earlier = {p: max(bounds[p][0], start - before) for p, start in starts.items()}
+        self._reread = {p: (earlier[p], start) for p, start in starts.items()}
+        return earlier
 
     def close(self) -> None:
         """Forget all partitions: they went to somebody else."""
         self._positions.close()
+        self._reread = {}
 
     async def land(self, records: Sequence[Record]) -> Progress:
         """Land records, which are in order within each partition. Raises Transient (try the same again) and Fatal."""
         fresh = self._positions.fresh(records)
+        self._learn_earlier(records)
         if not fresh:
             return Progress(Landed(0, 0, 0, True), 0, 0, {})
-        dead: list[DeadLetter] = []
-        found: list[tuple[RecordPosition, Landable]] = []
-        dead_records = dead_points = 0
-        for record in fresh:
-            batch_id = wire.batch_id_of(record.value)
-            try:
-                batch = wire.decode_batch(record.value, self._limits)
-            except Rejected as error:
-                dead_records += 1
-                kept = record.value[:DEAD_PAYLOAD_BYTES_MAX]
-                dead.append(DeadLetter(error.reason, error.what, record.position, batch_id, "", kept))
-                continue
-            checked = validate(batch, self._clock.now_s(), self._limits)
-            dead += (point.letter(record.position, batch_id) for point in checked.dead)
-            dead_points += checked.dead_points
-            if checked.accepted is None:
-                # It has landed all the same, without points: else its look would stay open for ever.
-                none_left = without_series(Landable(batch_id, batch, 0), set(range(len(batch.series))))
-                found.append((record.position, none_left))
-            else:
-                found.append((record.position, Landable(batch_id, checked.accepted, checked.dead_points)))
-        await self._bury(dead)
+        taken = [self._take(record) for record in fresh]
+        self._share.check(f"topic {self._topic}", taken)
+        await self._bury([letter for t in taken for letter in t.letters])
         advances = self._positions.advances(fresh)
-        landed, refused_points = await self._land(advances, found)
+        landed, landables = await self._land(advances, taken)
         self._positions.advanced(advances)
+        self._share.learn(taken)
         return Progress(
-            landed, dead_records, dead_points + refused_points, {a.partition: a.next for a in advances}
+            landed,
+            dead_records=sum(t.landable is None for t in taken),
+            dead_points=sum(landable.dead_points for landable in landables),
+            next_offsets={a.partition: a.next for a in advances},
         )
 
+    def _learn_earlier(self, records: Sequence[Record]) -> None:
+        for record in records:
+            at = record.position
+            first, end = self._reread.get(at.partition, (0, 0))
+            if first <= at.offset < end:
+                self._share.learn([self._take(record)])
+                self._reread[at.partition] = at.offset + 1, end
+
+    def _take(self, record: Record) -> Taken:
+        """Decode and validate one record."""
+        try:
+            decoded = wire.decode_by_series(record.value, self._limits)
+        except Rejected as error:
+            letter = letters.of_record(record, self._cluster, error)
+            return Taken(record, None, (letter,), letter.reason)
+        batch_id = wire.batch_id_of(record.value)
+        batch, bad = decoded.batch, decoded.bad
+        dead = list(letters.of_series(bad, "", batch, batch_id, record, self._cluster)) if bad else []
+        good = without_series(batch, bad) if bad else batch
+        checked = validate(good, self._clock.now_s(), self._limits)
+        dead += letters.of_points(checked.dead, good, record, self._cluster)
+        # Without a good point it lands all the same, empty: else its look would stay open for ever.
+        accepted = checked.accepted or without_series(good, range(len(good.series)))
+        landable = Landable(batch_id, accepted, batch.points - accepted.points)
+        return Taken(record, landable, tuple(dead), dead[0].reason if dead and not accepted.points else "")
+
     async def _land(
-        self, advances: Sequence[Advance], found: list[tuple[RecordPosition, Landable]]
-    ) -> tuple[Landed, int]:
-        """What landed, and the points of series that the sink refused: those are buried, then the others land."""
-        refused_points = 0
+        self, advances: Sequence[Advance], taken: Sequence[Taken]
+    ) -> tuple[Landed, list[Landable]]:
+        """What landed, and as what: points of series that the sink refused are buried, then the others land."""
+        found = [(t.record, t.landable) for t in taken if t.landable is not None]
         for _ in range(REFUSALS_MAX):
             try:
-                return await self._sink.land(advances, [landable for _, landable in found]), refused_points
+                landables = [landable for _, landable in found]
+                return await self._sink.land(advances, landables), landables
             except SeriesRejected as error:
-                refused: dict[BatchId, set[int]] = {}
+                refused: dict[BatchId, dict[int, str]] = {}
                 for batch_id, index in error.series:
-                    refused.setdefault(batch_id, set()).add(index)
-                letters: list[DeadLetter] = []
-                for i, (origin, landable) in enumerate(found):
-                    if indices := refused.get(landable.batch_id):
-                        letters += _refusals(origin, landable, indices, error)
-                        left = without_series(landable, indices)
-                        refused_points += left.dead_points - landable.dead_points
-                        found[i] = origin, left
-                await self._bury(letters)
+                    refused.setdefault(batch_id, {})[index] = error.reason
+                buried: list[DeadLetter] = []
+                for i, (record, landable) in enumerate(found):
+                    if bad := refused.get(landable.batch_id):
+                        batch = landable.batch
+                        buried += letters.of_series(
+                            bad, error.what, batch, landable.batch_id, record, self._cluster
+                        )
+                        left = without_series(batch, bad)
+                        dead_points = landable.dead_points + batch.points - left.points
+                        found[i] = record, Landable(landable.batch_id, left, dead_points)
+                await self._bury(buried)
         raise Fatal(
             f"topic {self._topic}",
             f"the sink still refuses series after {REFUSALS_MAX} times",
@@ -131,40 +223,7 @@ class Landing:
         )
 
     async def _bury(self, dead: Sequence[DeadLetter]) -> None:
-        letters = [Outgoing(letter.identity.encode(), wire.encode_dead_letter(letter)) for letter in dead]
-        await self._sender.send(self._dead_topic, letters)
+        sent = [Outgoing(letter.identity.encode(), wire.encode_dead_letter(letter)) for letter in dead]
+        await self._sender.send(self._dead_topic, sent)
         if dead:
             _log.warning("dead_letters_written", count=len(dead), first_reason=dead[0].reason)
-
-
-def without_series(landable: Landable, indices: set[int]) -> Landable:
-    """The same without the points of some series; the series stay, with a count of 0, and the points count as dead."""
-    batch = landable.batch
-    keep = ~np.isin(np.arange(len(batch.series)), list(indices))
-    kept = np.repeat(keep, batch.counts)
-    left = replace(
-        batch,
-        counts=np.where(keep, batch.counts, 0).astype(np.int32),
-        timestamps_s=batch.timestamps_s[kept],
-        values=batch.values[kept],
-    )
-    return Landable(landable.batch_id, left, landable.dead_points + batch.points - left.points)
-
-
-def _refusals(
-    origin: RecordPosition, landable: Landable, indices: set[int], error: SeriesRejected
-) -> list[DeadLetter]:
-    """A letter a series: its points, as they stand in the batch, are one payload."""
-    batch = landable.batch
-    ends = np.cumsum(batch.counts, dtype=np.int64).tolist()
-    letters = []
-    for i in sorted(indices):
-        own = slice(ends[i] - int(batch.counts[i]), ends[i])
-        points = zip(batch.timestamps_s[own].tolist(), map(repr, batch.values[own].tolist()), strict=True)
-        payload = orjson.dumps({"points": list(points)})[:DEAD_PAYLOAD_BYTES_MAX]
-        letters.append(
-            DeadLetter(
-                error.reason, error.what, origin, landable.batch_id, describe(batch.series[i]), payload
-            )
-        )
-    return letters

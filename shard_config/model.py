@@ -252,6 +252,8 @@ class Limits(Strict):
     future_s_max: int = 600
     retention_s: int = 455 * 86_400
     """A timestamp older than this is ancient, and so dead."""
+    dead_share_max: float = Field(0.5, gt=0, le=1)
+    """A consumer stops where more than this of the last 200 records of configured targets would be dead letters; 1: never."""
 
 
 class Heal(Strict):

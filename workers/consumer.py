@@ -19,6 +19,7 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
 from ingest.clock import Clock, SystemClock
+from ingest.dead import cluster_id
 from ingest.errors import Fatal, Transient
 from ingest.group import Consumer
 from ingest.landing import Landing
@@ -152,7 +153,8 @@ def landing_reader(config: Config, name: str, landing: Landing, sink: PostgresSi
 
     async def open_partitions(consumer: Consumer, partitions: Sequence[int]) -> dict[int, int]:
         await sink.claim(topic, partitions)
-        return await landing.open(partitions, await consumer.bounds(partitions))
+        cluster = await cluster_id(config.kafka.bootstrap)
+        return await landing.open(partitions, await consumer.bounds(partitions), cluster=cluster)
 
     async def close_partitions() -> None:
         landing.close()
@@ -241,7 +243,13 @@ async def serve(config: Config, name: str, lifecycle: Lifecycle) -> None:
     folded = Ledger(config.postgres, f"headgate {name} fold", settling_s)
     try:
         landing = Landing(
-            config.kafka.topic("raw"), config.kafka.topic("dead"), sink, producer, config.limits, clock
+            config.kafka.topic("raw"),
+            config.kafka.topic("dead"),
+            sink,
+            producer,
+            config.limits,
+            clock,
+            targets={str(target) for target in grids_of(config)},
         )
         async with asyncio.TaskGroup() as group:
             group.create_task(landing_reader(config, name, landing, sink, clock).run(lifecycle))
