@@ -36,7 +36,8 @@ from workers.names import landing_group, ledger_group
 
 _log = structlog.get_logger()
 
-POLL_RECORDS_MAX = 512
+POLL_RECORDS_MAX = 2048
+"""As many as one fetch (16 MiB) usually brings, so that no partition lags behind the others of a backlog."""
 RECORDS_MAX = 128
 BYTES_MAX = 4 * 1024 * 1024
 FOLD_INTERVAL_S = 0.5
