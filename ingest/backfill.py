@@ -1,0 +1,300 @@
+"""What a backfill would do: which windows, out of which source, at which price. Pure.
+
+Guarantees:
+
+* *Nothing is paid for that is kept*: CloudWatch is asked for a window only where no look at it is complete and kept.
+* *All looks of a window come from one source that has all of them*, or what lands would depend on which it was: Kafka where it holds every
+  known look at the window, else the archive, which does.
+* *Same question, same tasks*: their ids are made from what the backfill asks for, so that one that was stopped asks nobody twice.
+
+A service is asked at its own period. What CloudWatch keeps only at a coarser one are other series: to have them, give the configuration a
+service with that period.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from enum import StrEnum
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ingest.errors import Fatal
+from ingest.model import Target, Task, TaskItem, TaskKind, Window, task_id_of
+from ingest.replay import Scope
+from ingest.schedule import Grid, blocks
+from shard_config.model import retention_s
+from shard_config.price import Prices
+
+WINDOWS_MAX = 50_000_000
+"""Of one plan: a byte each."""
+
+
+class Means(StrEnum):
+    """Where a window's data can be had, cheapest first."""
+
+    THERE = "there"
+    """It has landed: nothing is to be done."""
+    KAFKA = "kafka"
+    S3 = "s3"
+    CLOUDWATCH = "cloudwatch"
+    NOWHERE = "nowhere"
+
+
+MEANS = tuple(Means)
+
+_LANDED, _COMPLETE, _KEPT, _NOT_IN_KAFKA = 1, 2, 4, 8
+
+
+@dataclass(frozen=True, slots=True)
+class KnownLook:
+    """A look at one service that the ledger or the archive knows. `started_at_ms` is on the exporter's clock."""
+
+    target: Target
+    service: str
+    start_s: int
+    end_s: int
+    started_at_ms: int
+    complete: bool
+    archived: bool
+    batches: int
+    points: int
+    metrics_billed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Windows of one service of one target that lie together and take the same way.
+
+    `points` are estimated from other windows of the service; None where none is known. `usd` is the most that it may cost.
+    """
+
+    target: Target
+    service: str
+    means: Means
+    start_s: int
+    end_s: int
+    windows: int
+    points: int | None
+    usd: Decimal | None
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class _Known:
+    grid: Grid
+    start_s: int
+    flags: NDArray[np.uint8]
+    points: int = 0
+    points_windows: int = 0
+    billed: int | None = None
+    billed_at_ms: int = 0
+
+
+@dataclass(slots=True)
+class Survey:
+    """What is known about the windows of a scope, gathered look by look.
+
+    `kept_since_ms`: looks that started since, on the exporters' clock, are in Kafka; None where Kafka is not to be used.
+    """
+
+    scope: Scope
+    kept_since_ms: int | None
+    _known: dict[tuple[Target, str], _Known] = field(default_factory=dict)
+
+    def expect(self, grids: Mapping[Target, Sequence[Grid]]) -> None:
+        """The windows that configuration and time say there are. Raises Fatal where they are too many."""
+        total = 0
+        for target, of_target in grids.items():
+            for grid in of_target:
+                if not self.scope.wants(target, grid.service, self.scope.from_s, self.scope.to_s):
+                    continue
+                start_s, end_s = grid.floor(self.scope.from_s), grid.ceil(self.scope.to_s)
+                windows = max(0, (end_s - start_s) // grid.poll_interval_s)
+                total += windows
+                if total > WINDOWS_MAX:
+                    raise Fatal("backfill", f"more than {WINDOWS_MAX:,} windows", "ask for a shorter time")
+                if windows:
+                    self._known[target, grid.service] = _Known(grid, start_s, np.zeros(windows, np.uint8))
+
+    def landed(self, target: Target, service: str, start_s: int, end_s: int) -> None:
+        """These windows are in the store."""
+        if (known := self._known.get((target, service))) is not None:
+            known.flags[_within(known, start_s, end_s)] |= _LANDED
+
+    def look(self, look: KnownLook) -> None:
+        """There was this look."""
+        known = self._known.get((look.target, look.service))
+        if known is None:
+            return
+        at = _within(known, look.start_s, look.end_s)
+        windows = -(-(look.end_s - look.start_s) // known.grid.poll_interval_s)
+        if look.complete:
+            known.flags[at] |= _COMPLETE
+            known.points += look.points
+            known.points_windows += windows
+            self.price(look)
+        if look.complete and not look.batches:
+            known.flags[at] |= _LANDED  # it was empty: there is nothing to land
+        if look.batches and look.archived:
+            known.flags[at] |= _KEPT
+            if self.kept_since_ms is None or look.started_at_ms < self.kept_since_ms:
+                known.flags[at] |= _NOT_IN_KAFKA
+
+    def price(self, look: KnownLook) -> None:
+        """What a complete look at a service was billed, wherever it looked: the newest says what the next will be."""
+        known = self._known.get((look.target, look.service))
+        if known is not None and look.metrics_billed and look.started_at_ms >= known.billed_at_ms:
+            known.billed, known.billed_at_ms = look.metrics_billed, look.started_at_ms
+
+    def unknown(self) -> dict[Target, Window]:
+        """By target, the span of windows without a complete look: the archive may know of one."""
+        spans: dict[Target, Window] = {}
+        for (target, _), known in self._known.items():
+            (found,) = np.nonzero(known.flags & (_COMPLETE | _LANDED) == 0)
+            if len(found):
+                step = known.grid.poll_interval_s
+                start_s, end_s = (
+                    known.start_s + int(found[0]) * step,
+                    known.start_s + (int(found[-1]) + 1) * step,
+                )
+                before = spans.get(target, Window(start_s, end_s))
+                spans[target] = Window(min(before.start_s, start_s), max(before.end_s, end_s))
+        return spans
+
+    def points(self) -> int | None:
+        """Of all windows, estimated; None where nothing is known."""
+        found = [_points(known, len(known.flags)) for known in self._known.values()]
+        some = [points for points in found if points is not None]
+        return sum(some) if some else None
+
+    def plan(self, via: Means | None, now_s: int, prices: Prices) -> tuple[Stretch, ...]:
+        """Stretches by target, service and time. `via` asks CloudWatch for every window; None takes the cheapest means for each."""
+        stretches: list[Stretch] = []
+        for (target, service), known in sorted(self._known.items(), key=lambda one: one[0]):
+            means = _means(known, via, now_s)
+            edges = [0, *(np.nonzero(np.diff(means))[0] + 1).tolist(), len(means)]
+            for first, end in pairwise(edges):
+                stretches.append(
+                    _stretch(target, service, known, MEANS[int(means[first])], first, end, now_s, prices)
+                )
+        return tuple(stretches)
+
+
+def _within(known: _Known, start_s: int, end_s: int) -> slice:
+    """The windows that [start_s, end_s) has whole, or touches."""
+    step = known.grid.poll_interval_s
+    first = max(0, (start_s - known.start_s) // step)
+    return slice(first, max(first, -(-(end_s - known.start_s) // step)))
+
+
+def _means(known: _Known, via: Means | None, now_s: int) -> NDArray[np.int8]:
+    """By window, its index in MEANS."""
+    flags, grid = known.flags, known.grid
+    starts_s = known.start_s + np.arange(len(flags)) * grid.poll_interval_s
+    means = np.full(len(flags), MEANS.index(Means.NOWHERE), np.int8)
+    if grid.has_past:
+        can_be_asked = (starts_s >= now_s - retention_s(grid.period_s)) & (
+            starts_s + grid.poll_interval_s <= now_s
+        )
+        means[can_be_asked] = MEANS.index(Means.CLOUDWATCH)
+    if via is Means.CLOUDWATCH:
+        return means
+    kept = flags & _KEPT != 0
+    # Where only a look that failed in part is kept, and the source can be asked, that brings more.
+    kept &= (flags & _COMPLETE != 0) | (means == MEANS.index(Means.NOWHERE))
+    means[kept] = MEANS.index(Means.S3)
+    means[kept & (flags & _NOT_IN_KAFKA == 0)] = MEANS.index(Means.KAFKA)
+    means[flags & _LANDED != 0] = MEANS.index(Means.THERE)
+    return means
+
+
+def _stretch(
+    target: Target,
+    service: str,
+    known: _Known,
+    means: Means,
+    first: int,
+    end: int,
+    now_s: int,
+    prices: Prices,
+) -> Stretch:
+    step = known.grid.poll_interval_s
+    start_s, end_s = known.start_s + first * step, known.start_s + end * step
+    usd: Decimal | None = Decimal(0)
+    detail = ""
+    if means is Means.CLOUDWATCH:
+        calls = len(blocks(known.grid, start_s, end_s))
+        usd = None if known.billed is None else prices.get_metric_data_usd(calls * known.billed)
+        detail = f"at {known.grid.period_s} s"
+    elif means is Means.NOWHERE:
+        detail = _why_nowhere(known.grid, start_s, now_s)
+    points = _points(known, end - first) if means is not Means.NOWHERE else 0
+    return Stretch(target, service, means, start_s, end_s, end - first, points, usd, detail)
+
+
+def _why_nowhere(grid: Grid, start_s: int, now_s: int) -> str:
+    if not grid.has_past:
+        return "an endpoint has no past"
+    if start_s + grid.poll_interval_s > now_s:
+        return "has not ended yet"
+    coarser = [p for p in (300, 3600) if p > grid.period_s and start_s >= now_s - retention_s(p)]
+    older = f"CloudWatch keeps {grid.period_s} s for {retention_s(grid.period_s) // 86_400} days"
+    return older + (f"; at {coarser[0]} s it has it still, as other series" if coarser else "")
+
+
+def _points(known: _Known, windows: int) -> int | None:
+    return known.points * windows // known.points_windows if known.points_windows else None
+
+
+def windows_by_service(
+    stretches: Iterable[Stretch], means: Means
+) -> dict[tuple[Target, str], tuple[Window, ...]]:
+    """The stretches of one means, as a scope takes them."""
+    found: dict[tuple[Target, str], list[Window]] = defaultdict(list)
+    for one in stretches:
+        if one.means is means:
+            found[one.target, one.service].append(Window(one.start_s, one.end_s))
+    return {key: tuple(windows) for key, windows in found.items()}
+
+
+def tasks_of(
+    stretches: Iterable[Stretch],
+    grids: Mapping[Target, Sequence[Grid]],
+    config_revision: str,
+    backfill_id: str,
+    revision: int,
+) -> list[Task]:
+    """The tasks that ask CloudWatch for the stretches that only it has, oldest first: one a target and block's end.
+
+    Their attempt is made from the backfill's id, in the upper half of 31 bits, where those of healing, which count from 1, never come.
+    """
+    attempt = int(backfill_id[:8], 16) & 0x3FFFFFFF | 0x40000000
+    grid_of = {(target, grid.service): grid for target, some in grids.items() for grid in some}
+    items: dict[tuple[int, Target], list[TaskItem]] = defaultdict(list)
+    for one in stretches:
+        if one.means is Means.CLOUDWATCH:
+            for item in blocks(grid_of[one.target, one.service], one.start_s, one.end_s):
+                items[item.end_s, one.target].append(item)
+    tasks = []
+    for (end_s, target), some in sorted(items.items()):
+        ordered = tuple(sorted(some, key=lambda i: i.service))
+        task_id = task_id_of(target, config_revision, attempt, ordered, revision)
+        tasks.append(
+            Task(
+                task_id, target, config_revision, end_s, attempt, TaskKind.BACKLOG.value, 0, ordered, revision
+            )
+        )
+    return tasks
+
+
+def reach_s(grids: Iterable[Grid]) -> int:
+    """A task that looked at a window has its tick at most so long after the window's start."""
+    longest = [
+        max(g.block_s, 2 * g.poll_interval_s + g.lookback_s) + g.poll_interval_s for g in grids if g.has_past
+    ]
+    return max(longest, default=0) + 86_400

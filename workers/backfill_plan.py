@@ -1,0 +1,287 @@
+"""One backfill: what it is asked, what it plans, and how its parts are put together. `workers.backfilling` has the parts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from decimal import Decimal
+from functools import partial
+from hashlib import blake2b
+
+import asyncpg
+
+from ingest.archive import S3Archive, open_archive
+from ingest.archive_replay import LANES, ArchiveReplay
+from ingest.backfill import Means, Stretch, Survey, reach_s, tasks_of, windows_by_service
+from ingest.clock import Clock
+from ingest.errors import Transient
+from ingest.landing import Landing
+from ingest.log import Producer
+from ingest.model import Receipt
+from ingest.replay import KafkaReplay, Replay, Scope, kept_since_ms
+from ingest.schedule import grids_of
+from ingest.sinks.connection import open_connection, server_of
+from ingest.sinks.migrate import migrate
+from ingest.sinks.null import NullSink
+from ingest.sinks.postgres import PostgresSink
+from shard_config.model import Config, Postgres
+from shard_config.price import Prices
+from workers.backfilling import (
+    Done,
+    LedgerAnnouncer,
+    ReplaySink,
+    ask,
+    has_positions,
+    is_emptied,
+    read_ledger,
+    read_manifests,
+    replay,
+)
+from workers.pace import LiveLag, Pace
+
+LIVE, NULL = "postgres", "null"
+
+Tell = Callable[[str, float, Done], None]
+"""Called with a source, the share of it that is done, and what has been done so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What the command line asks for. `part` is (which, of how many) processes that share the work."""
+
+    scope: Scope
+    via: str
+    into: str
+    rebuild: bool
+    revision: int
+    rate_points_per_s: int
+    part: tuple[int, int]
+
+    @property
+    def backfill_id(self) -> str:
+        """16 hexadecimal digits over what is asked for: not over how fast, nor by how many."""
+        s = self.scope
+        into = server_of(Postgres(dsn=self.into)) if "://" in self.into else self.into
+        what = [s.from_s, s.to_s, sorted(s.accounts), sorted(s.regions), sorted(s.services)]
+        what += [self.via, into, self.rebuild, self.revision]
+        return blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
+
+    @property
+    def everything(self) -> bool:
+        """Whether all that was collected is landed again, whatever the ledger says has landed."""
+        return self.rebuild or self.into != LIVE or self.via in (Means.KAFKA, Means.S3)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is going to be done. Where `whole` is set, it is all that one source has of the scope, and stretches are none."""
+
+    stretches: tuple[Stretch, ...]
+    whole: Means | None
+    whole_points: int | None
+    kept_since_ms: int
+    receipts: tuple[Receipt, ...]
+    notes: tuple[str, ...]
+
+    def has(self, means: Means) -> bool:
+        return self.whole is means or any(s.means is means for s in self.stretches)
+
+    @property
+    def empty(self) -> bool:
+        return not any(self.has(m) for m in (Means.KAFKA, Means.S3, Means.CLOUDWATCH))
+
+    @property
+    def points(self) -> int | None:
+        if self.whole is not None:
+            return self.whole_points
+        some = [s.points for s in self.stretches if s.means in (Means.KAFKA, Means.S3, Means.CLOUDWATCH)]
+        return None if None in some else sum(p for p in some if p is not None)
+
+    @property
+    def usd(self) -> Decimal | None:
+        some = [s.usd for s in self.stretches]
+        return None if None in some else sum((u for u in some if u is not None), Decimal(0))
+
+
+class Backfill:
+    """One backfill: its connections, its plan, its doing."""
+
+    def __init__(self, config: Config, asked: Ask, clock: Clock, archive: S3Archive) -> None:
+        self._config = config
+        self._asked = asked
+        self._clock = clock
+        self._archive = archive
+        self._grids = grids_of(config)
+        self._reach_s = reach_s(g for grids in self._grids.values() for g in grids)
+
+    def _on_kafkas_clock_ms(self, time_s: int) -> int:
+        """In a run over old data the workers' clock is moved; the brokers' is not."""
+        return (time_s - self._config.run.clock_offset_s) * 1000
+
+    async def plan(self) -> tuple[Plan, Ask]:
+        """What is to be done, and the question itself, which an emptied store makes one for rebuilding. Raises Transient, Fatal."""
+        asked, scope, config = self._asked, self._asked.scope, self._config
+        kept_ms = (
+            await kept_since_ms(
+                config.kafka.bootstrap, config.kafka.topic("raw"), config.kafka.raw_partitions
+            )
+            if asked.via != Means.S3
+            else 0
+        )
+        offset_ms = config.run.clock_offset_s * 1000
+        survey = Survey(scope, kept_ms + offset_ms if asked.via != Means.S3 else None)
+        survey.expect(self._grids)
+        notes: list[str] = []
+        try:
+            connection = await open_connection(config.postgres, "headgate backfill plan")
+            try:
+                await read_ledger(connection, survey)
+                if await self._is_for_rebuilding(connection):
+                    asked = self._asked = _rebuilding(asked)
+                    notes.append(
+                        "the store has no sample of this time, though batches of it have landed: they are written again"
+                    )
+            finally:
+                connection.terminate()
+        except Transient as error:
+            if asked.into == LIVE:
+                raise
+            notes.append(f"the ledger does not answer, so points are not known: {error}")
+        if asked.everything:
+            return self._plan_of_everything(survey, kept_ms, notes), asked
+        receipts: list[Receipt] = []
+        if asked.via != Means.CLOUDWATCH:
+            receipts = await read_manifests(self._archive, survey, self._reach_s)
+        via = Means.CLOUDWATCH if asked.via == Means.CLOUDWATCH else None
+        stretches = survey.plan(via, self._clock.now_s(), Prices.of(config.aws))
+        return Plan(stretches, None, None, kept_ms, tuple(receipts), tuple(notes)), asked
+
+    async def _is_for_rebuilding(self, connection: asyncpg.Connection) -> bool:
+        """Whether the store was emptied, or was when this backfill was begun."""
+        asked = self._asked
+        if asked.rebuild or asked.into != LIVE or asked.via == Means.CLOUDWATCH:
+            return False
+        begun = await has_positions(connection, reader_of(_rebuilding(asked)))
+        return begun or await is_emptied(connection, asked.scope.from_s, asked.scope.to_s)
+
+    def _plan_of_everything(self, survey: Survey, kept_ms: int, notes: list[str]) -> Plan:
+        since_ms = self._on_kafkas_clock_ms(self._asked.scope.from_s)
+        in_kafka = kept_ms <= since_ms
+        if self._asked.via == Means.KAFKA and not in_kafka:
+            notes.append(
+                f"raw holds what was published since {time_of(kept_ms // 1000)}; --via s3 has all of it"
+            )
+        whole = (
+            Means.KAFKA
+            if self._asked.via == Means.KAFKA or (self._asked.via == "auto" and in_kafka)
+            else Means.S3
+        )
+        return Plan((), whole, survey.points(), kept_ms, (), tuple(notes))
+
+    async def execute(self, plan: Plan, tell: Tell) -> Done:
+        """Do it. Raises Transient and Fatal: the same command goes on where it was."""
+        done = Done()
+        started_s = self._clock.monotonic_s()
+        async with AsyncExitStack() as open_things:
+            producer = Producer(self._config.kafka.bootstrap, "headgate-backfill")
+            open_things.push_async_callback(producer.close)
+            if plan.has(Means.KAFKA) or plan.has(Means.S3):
+                await self._replay(plan, producer, open_things, done, tell)
+            if plan.has(Means.CLOUDWATCH):
+                connection = await self._connect(open_things)
+                asked = self._asked
+                tasks = tasks_of(
+                    plan.stretches, self._grids, self._config.revision, asked.backfill_id, asked.revision
+                )
+                await ask(
+                    tasks, connection, producer, self._config, self._clock, done,
+                    partial(tell, Means.CLOUDWATCH),
+                )  # fmt: skip
+        done.seconds = self._clock.monotonic_s() - started_s
+        return done
+
+    async def _replay(
+        self, plan: Plan, producer: Producer, open_things: AsyncExitStack, done: Done,
+        tell: Tell,
+    ) -> None:  # fmt: skip
+        config, asked, clock = self._config, self._asked, self._clock
+        sink = await self._sink()
+        open_things.push_async_callback(sink.close)
+        lag = LiveLag(config)
+        open_things.push_async_callback(lag.close)
+        await lag.start()
+        pace = Pace(asked.rate_points_per_s, lag, clock)
+        announcer = None
+        if asked.into == LIVE:
+            connection = await self._connect(open_things)
+            announcer = LedgerAnnouncer(connection, producer, config.kafka.topic("ledger"))
+            if asked.part[0] == 1:
+                done.receipts += await announcer.announce_all(plan.receipts)
+        for means in (Means.KAFKA, Means.S3):
+            if not plan.has(means):
+                continue
+            source = self._source(means, plan)
+            landing = Landing(source.topic, config.kafka.topic("dead"), sink, producer, config.limits, clock)
+            try:
+                await replay(
+                    source, sink, landing, pace, clock, done,
+                    partial(tell, means), announcer,
+                )  # fmt: skip
+            finally:
+                await source.close()
+            if isinstance(source, ArchiveReplay):
+                done.problems += [f"spoilt in the archive: {key}" for key in source.spoilt]
+
+    async def _connect(self, open_things: AsyncExitStack) -> asyncpg.Connection:
+        connection = await open_connection(self._config.postgres, "headgate backfill")
+        open_things.callback(connection.terminate)
+        return connection
+
+    async def _sink(self) -> ReplaySink:
+        asked = self._asked
+        if asked.into == NULL:
+            return NullSink()
+        postgres = self._config.postgres
+        if asked.into != LIVE:
+            postgres = Postgres(dsn=asked.into)
+            await migrate(postgres)
+        return await PostgresSink.connect(
+            postgres, clock=self._clock, reader=reader_of(asked), rebuilding=asked.rebuild
+        )
+
+    def _source(self, means: Means, plan: Plan) -> Replay:
+        kafka, scope, (part, parts) = self._config.kafka, self._asked.scope, self._asked.part
+        if plan.whole is None:
+            scope = Scope(scope.from_s, scope.to_s, stretches=windows_by_service(plan.stretches, means))
+        if means is Means.S3:
+            lanes = [lane for lane in range(LANES) if lane % parts == part - 1]
+            return ArchiveReplay(self._archive, lanes, scope, scope.to_s + self._reach_s)
+        partitions = [p for p in range(kafka.raw_partitions) if p % parts == part - 1]
+        since_ms = self._on_kafkas_clock_ms(scope.from_s)
+        return KafkaReplay(
+            kafka.bootstrap, kafka.topic("raw"), partitions, scope, since_ms, self._clock, self._config.limits
+        )
+
+
+def reader_of(asked: Ask) -> str:
+    """The name in `positions` of who reads for this backfill."""
+    return f"backfill:{asked.backfill_id}"
+
+
+def _rebuilding(asked: Ask) -> Ask:
+    return replace(asked, rebuild=True)
+
+
+@asynccontextmanager
+async def opened(config: Config, asked: Ask, clock: Clock) -> AsyncIterator[Backfill]:
+    """A backfill on an archive of its own."""
+    async with open_archive(config.s3, clock) as archive:
+        yield Backfill(config, asked, clock, archive)
+
+
+def time_of(at_s: float) -> str:
+    """As 2026-11-24T05:00Z."""
+    return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%MZ")

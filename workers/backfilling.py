@@ -1,0 +1,378 @@
+"""What `headgate backfill` does: surveys, replays and asks. `workers.backfill` is the command around it.
+
+* *Live data goes first*: no consumer group is joined; landings are paced (`Pace`), and wait while live consumers fall behind.
+* *It can be stopped at any time*: positions are in the sink, moved with the rows that they stand for, under the backfill's own name
+  (`backfill:<id>`), until it is done; tasks for CloudWatch have ids made from what was asked.
+* *A replay lands through `ingest.landing.Landing`*, exactly as live consumers do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Protocol
+
+import asyncpg
+import structlog
+
+from ingest import wire
+from ingest.archive import S3Archive
+from ingest.archive_replay import ArchiveReplay
+from ingest.backfill import KnownLook, Survey
+from ingest.clock import Clock
+from ingest.errors import Rejected, Transient
+from ingest.landing import Landing
+from ingest.log import Outgoing, Sender
+from ingest.model import Receipt, Target, Task, TaskKind
+from ingest.ports import Record, Sink
+from ingest.replay import Replay
+from ingest.sinks.connection import translated
+from shard_config.model import Config
+from workers.consumer import slices
+from workers.pace import Pace
+
+_log = structlog.get_logger()
+
+RETRIES = 5
+TASKS_IN_FLIGHT = 16
+TASK_POLL_S = 0.5
+MANIFESTS_AT_ONCE = 16
+
+_LOOKS = """SELECT target, service, window_start, window_end, started_at, status = 'complete' AS complete,
+    archive_key <> '' AS archived, cardinality(batch_ids) AS batches, points, metrics_billed
+FROM looks WHERE window_start < $2 AND window_end > $1"""
+
+_NEWEST = """SELECT DISTINCT ON (target, service) target, service, window_start, window_end, started_at, true AS complete,
+    false AS archived, 0 AS batches, points, metrics_billed
+FROM looks WHERE status = 'complete' AND metrics_billed > 0 ORDER BY target, service, finished_at DESC"""
+
+_LANDED = """SELECT target, service, unnest(range_agg(tstzrange(window_start, window_end))) AS span
+FROM windows WHERE landed_as_of IS NOT NULL AND window_start < $2 AND window_end > $1 GROUP BY target, service
+UNION ALL
+SELECT s.target, s.service, unnest(s.covered - coalesce(d.covered, '{}')) FROM sealed_days s LEFT JOIN (
+    SELECT target, service, day, range_agg(covered) AS covered FROM declared_days GROUP BY target, service, day
+) AS d USING (target, service, day) WHERE s.first_start < $2 AND s.last_end > $1"""
+
+_EMPTIED = """SELECT EXISTS (SELECT FROM landed WHERE sink = 'postgres' AND points > 0
+        AND version & ((1::bigint << 56) - 1) BETWEEN $3 AND $4)
+    AND NOT EXISTS (SELECT FROM samples WHERE ts >= $1 AND ts < $2)"""
+
+# What is folded was sealed: its looks may have been let go since.
+_UNHEARD = """SELECT DISTINCT task_id FROM unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[]) AS n (task_id, target, service, at)
+WHERE NOT EXISTS (SELECT FROM looks l WHERE l.task_id = n.task_id) AND NOT EXISTS (
+    SELECT FROM sealed_days d WHERE d.target = n.target AND d.service = n.service AND d.covered @> n.at)"""
+
+_ANSWERED = """SELECT task_id, bool_and(landed_at IS NOT NULL) AS landed, bool_and(status = 'complete') AS complete,
+    sum(points)::bigint AS points, sum(metrics_billed)::bigint AS metrics_billed, max(status || ': ' || detail) AS detail
+FROM looks WHERE task_id = ANY($1) GROUP BY task_id"""
+
+
+class ReplaySink(Sink, Protocol):
+    """A sink that keeps positions of a reader that comes and goes."""
+
+    async def start_at(self, topic: str, starts: Mapping[int, int]) -> None: ...
+
+    async def forget(self, topic: str, partitions: Sequence[int]) -> None: ...
+
+
+@dataclass(slots=True)
+class Done:
+    """What has been done so far. `skipped_batches` were known; `problems` are for people."""
+
+    points: int = 0
+    batches: int = 0
+    skipped_batches: int = 0
+    dead_points: int = 0
+    dead_records: int = 0
+    tasks: int = 0
+    metrics_billed: int = 0
+    receipts: int = 0
+    seconds: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+
+Tell = Callable[[float, Done], None]
+"""Called with the share that is done, 0 to 1."""
+
+
+# --- what is known --------------------------------------------------------------------------------------------
+
+
+async def read_ledger(connection: asyncpg.Connection, survey: Survey) -> None:
+    """What the ledger knows of the survey's windows. Raises Transient, Fatal."""
+    bounds = _at(survey.scope.from_s), _at(survey.scope.to_s)
+    with translated("ledger"):
+        async with connection.transaction(isolation="repeatable_read", readonly=True):
+            async for row in connection.cursor(_LOOKS, *bounds, prefetch=5000):
+                survey.look(_look_of(row))
+            for row in await connection.fetch(_NEWEST):
+                survey.price(_look_of(row))
+            for row in await connection.fetch(_LANDED, *bounds):
+                span = row["span"]
+                start_s, end_s = int(span.lower.timestamp()), int(span.upper.timestamp())
+                survey.landed(Target.parse(row["target"]), row["service"], start_s, end_s)
+
+
+async def read_manifests(archive: S3Archive, survey: Survey, reach_s: int) -> list[Receipt]:
+    """What the archive knows of windows that have no complete look as yet: its receipts. Raises Transient."""
+    slots = asyncio.Semaphore(MANIFESTS_AT_ONCE)
+    receipts: list[Receipt] = []
+
+    async def read(key: str) -> Receipt | None:
+        async with slots:
+            try:
+                return await archive.receipt(key)
+            except Rejected as error:
+                _log.error("archived_task_spoilt", key=key, error=str(error))
+                return None
+
+    for target, span in survey.unknown().items():
+        keys = [key async for key in archive.keys(target, span.start_s, span.end_s + reach_s)]
+        found = await asyncio.gather(*map(read, keys))
+        receipts += [r for r in found if r is not None]
+    for receipt in receipts:
+        for done in receipt.items:
+            survey.look(
+                KnownLook(
+                    receipt.target,
+                    done.item.service,
+                    done.item.start_s,
+                    done.item.end_s,
+                    receipt.started_at_ms,
+                    done.outcome.status == "complete",
+                    True,
+                    len(done.batches),
+                    done.points,
+                    done.outcome.metrics_billed,
+                )
+            )
+    return receipts
+
+
+async def is_emptied(connection: asyncpg.Connection, from_s: int, to_s: int) -> bool:
+    """Whether `landed` knows batches of that time, and the store has no sample of it. Raises Transient."""
+    with translated("store"):
+        return bool(await connection.fetchval(_EMPTIED, _at(from_s), _at(to_s), from_s * 1000, to_s * 1000))
+
+
+async def has_positions(connection: asyncpg.Connection, reader: str) -> bool:
+    """Whether a reader has begun and is not done. Raises Transient."""
+    with translated("store"):
+        return bool(
+            await connection.fetchval("SELECT EXISTS (SELECT FROM positions WHERE sink = $1)", reader)
+        )
+
+
+# --- replaying ------------------------------------------------------------------------------------------------
+
+
+async def replay(
+    source: Replay,
+    sink: ReplaySink,
+    landing: Landing,
+    pace: Pace,
+    clock: Clock,
+    done: Done,
+    tell: Tell,
+    ledger: LedgerAnnouncer | None = None,
+) -> None:
+    """Land all that a replay has, and forget where it stood: then it is done.
+
+    What fails for now is tried again from the stored position, `RETRIES` times without progress between. Raises Transient then, and Fatal.
+    """
+    begin = await source.open()
+    await sink.start_at(source.topic, begin)
+    failures = 0
+    while True:
+        points = done.points
+        try:
+            await _replay_once(source, sink, landing, pace, clock, done, tell, ledger)
+            break
+        except Transient as error:
+            failures = 1 if done.points > points else failures + 1
+            if failures > RETRIES:
+                raise
+            _log.warning("replay_retries", topic=source.topic, error=str(error))
+            await clock.sleep(error.retry_after_s * 2**failures)
+    await sink.forget(source.topic, source.partitions)
+
+
+async def _replay_once(
+    source: Replay,
+    sink: ReplaySink,
+    landing: Landing,
+    pace: Pace,
+    clock: Clock,
+    done: Done,
+    tell: Tell,
+    ledger: LedgerAnnouncer | None,
+) -> None:
+    await sink.claim(source.topic, source.partitions)
+    stored = await sink.positions(source.topic, source.partitions)
+    starts = await landing.open(source.partitions, source.bounds(stored))
+    waiting: list[Record] = []
+    async for records in source.records(starts, stored):
+        waiting += records
+        # Small reads land together: a transaction each would cost more than they do.
+        *full, last = slices(waiting)
+        for some in full:
+            await _land(some, landing, pace, clock, done)
+        waiting = list(last)
+        tell(source.done(), done)
+        if ledger is not None and isinstance(source, ArchiveReplay):
+            done.receipts += await ledger.announce(source)
+    if waiting:
+        await _land(waiting, landing, pace, clock, done)
+    if ledger is not None and isinstance(source, ArchiveReplay):
+        done.receipts += await ledger.announce(source)
+    tell(1.0, done)
+
+
+async def _land(records: Sequence[Record], landing: Landing, pace: Pace, clock: Clock, done: Done) -> None:
+    await pace.before_landing()
+    progress = await landing.land(records)
+    pace.landed(progress.landed.points)
+    done.points += progress.landed.points
+    done.batches += progress.landed.batches
+    done.skipped_batches += progress.landed.skipped_batches
+    done.dead_points += progress.dead_points
+    done.dead_records += progress.dead_records
+
+
+class LedgerAnnouncer:
+    """Puts receipts that the ledger does not know on its topic: a ledger that was lost, too, is rebuilt from the archive."""
+
+    def __init__(self, connection: asyncpg.Connection, sender: Sender, topic: str) -> None:
+        self._connection = connection
+        self._sender = sender
+        self._topic = topic
+
+    async def announce(self, source: ArchiveReplay) -> int:
+        """Announce what the replay has met since; returns how many that were. Raises Transient."""
+        found, source.receipts = source.receipts, []
+        return await self.announce_all(found)
+
+    async def announce_all(self, receipts: Iterable[Receipt]) -> int:
+        found = list(receipts)
+        items = [(r, i) for r in found for i in r.items]
+        if not items:
+            return 0
+        with translated("ledger"):
+            rows = await self._connection.fetch(
+                _UNHEARD,
+                [r.task_id for r, _ in items],
+                [str(r.target) for r, _ in items],
+                [i.item.service for _, i in items],
+                [_at(i.item.start_s) for _, i in items],
+            )
+        unheard = {row["task_id"] for row in rows}
+        new = [r for r in found if r.task_id in unheard]
+        await self._sender.send(
+            self._topic, [Outgoing(str(r.target).encode(), wire.encode_receipt(r)) for r in new]
+        )
+        return len(new)
+
+
+# --- asking CloudWatch ----------------------------------------------------------------------------------------
+
+
+async def ask(
+    tasks: Sequence[Task],
+    connection: asyncpg.Connection,
+    sender: Sender,
+    config: Config,
+    clock: Clock,
+    done: Done,
+    tell: Tell,
+) -> None:
+    """Have exporters execute the tasks, a few at a time, and wait until what they bring has landed.
+
+    A task that has a receipt already is not asked again. Raises Transient where nothing moves any more.
+    """
+    with translated("ledger"):
+        slots = {r["target"]: r["slot"] for r in await connection.fetch("SELECT target, slot FROM targets")}
+        planned = await connection.fetch(
+            "SELECT task_id FROM tasks WHERE task_id = ANY($1)", [t.task_id for t in tasks]
+        )
+    before = {row["task_id"] for row in planned}
+    waiting = {t.task_id: t for t in tasks}
+    to_announce = list(tasks)
+    in_flight: dict[str, Task] = {}
+    patience_s = 3.0 * config.task_deadline_s + 60.0
+    moved_s = clock.monotonic_s()
+    while waiting:
+        for row in await _answered(connection, waiting):
+            in_flight.pop(row["task_id"], None)
+            if row["landed"]:
+                _count(waiting.pop(row["task_id"]), row, done)
+                moved_s = clock.monotonic_s()
+        answered = {t.task_id for t in tasks} - waiting.keys()
+        to_announce = [t for t in to_announce if t.task_id not in answered]
+        some, to_announce = _next(to_announce, TASKS_IN_FLIGHT - len(in_flight))
+        await _announce(some, before, slots, sender, config)
+        in_flight |= {t.task_id: t for t in some}
+        tell(1 - len(waiting) / len(tasks), done)
+        if clock.monotonic_s() - moved_s > patience_s:
+            raise Transient(
+                "collect",
+                f"{len(waiting)} tasks have no landed answer after {patience_s:g} s without progress",
+                "see that exporters and consumers run; the same command goes on where this one was",
+            )
+        if waiting:
+            await clock.sleep(TASK_POLL_S)
+
+
+def _next(tasks: list[Task], count: int) -> tuple[list[Task], list[Task]]:
+    return tasks[: max(0, count)], tasks[max(0, count) :]
+
+
+async def _answered(connection: asyncpg.Connection, tasks: Iterable[str]) -> list[asyncpg.Record]:
+    with translated("ledger"):
+        rows: list[asyncpg.Record] = await connection.fetch(_ANSWERED, list(tasks))
+    return rows
+
+
+async def _announce(
+    tasks: Sequence[Task], before: set[str], slots: Mapping[str, int], sender: Sender, config: Config
+) -> None:
+    kafka = config.kafka
+    if not tasks:
+        return
+    await sender.send(
+        kafka.topic("ledger"), [Outgoing(str(t.target).encode(), wire.encode_task(t)) for t in tasks]
+    )
+    # One that was announced before we were stopped may be archived by now: then it is not paid for again.
+    ready = [replace(t, kind=TaskKind.AGAIN.value) if t.task_id in before else t for t in tasks]
+    await sender.send(
+        kafka.topic("collect"),
+        [Outgoing(str(t.target).encode(), wire.encode_task(t), slots.get(str(t.target))) for t in ready],
+    )
+
+
+def _count(task: Task, row: asyncpg.Record, done: Done) -> None:
+    done.tasks += 1
+    done.points += row["points"]
+    done.metrics_billed += row["metrics_billed"]
+    if not row["complete"]:
+        done.problems.append(f"{task.target} until {_at(task.tick_s):%Y-%m-%dT%H:%MZ}: {row['detail']}")
+
+
+def _look_of(row: asyncpg.Record) -> KnownLook:
+    return KnownLook(
+        Target.parse(row["target"]),
+        row["service"],
+        int(row["window_start"].timestamp()),
+        int(row["window_end"].timestamp()),
+        int(row["started_at"].timestamp() * 1000),
+        row["complete"],
+        row["archived"],
+        row["batches"],
+        row["points"],
+        row["metrics_billed"],
+    )
+
+
+def _at(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
