@@ -27,6 +27,10 @@ from ingest.ports import Record
 
 _log = structlog.get_logger()
 
+METADATA_MAX_AGE_S = 30
+"""A topic that was created again under its members is noticed within this (aiokafka's default is five minutes, in which
+they own nothing and say nothing)."""
+
 Revoked = Callable[[Sequence[int]], Awaitable[None]]
 Assigned = Callable[[Sequence[int]], Awaitable[Mapping[int, int]]]
 
@@ -82,6 +86,7 @@ class Consumer:
             # Little enough that one fetch brings something of every partition: a backlog is then read in step.
             "max_partition_fetch_bytes": 1024 * 1024,
             "fetch_max_wait_ms": 100,
+            "metadata_max_age_ms": METADATA_MAX_AGE_S * 1000,
             "partition_assignment_strategy": (RoundRobinPartitionAssignor,),
         }
         self._client: AIOKafkaConsumer | None = None
@@ -183,7 +188,7 @@ class Consumer:
                 raise Fatal(
                     f"group {self.group} on {self.topic}/{partition}",
                     f"its position {here} is outside the log's [{first}, {end}]: {error}",
-                    "the topic was created again, or its retention passed the position; see `headgate status`",
+                    "the topic was created again, or its retention passed the position; see `headgate positions`",
                 ) from error
             self._require().seek(TopicPartition(self.topic, partition), here)
 

@@ -54,7 +54,7 @@ class Positions:
                     where,
                     f"the store's position {here.next} is outside the log's [{first}, {end}]",
                     "the topic was created again, or its retention passed the position: fill the gap from the archive, then "
-                    "move the position",
+                    "move the position (`headgate positions`)",
                 )
             verify = here.next > first and bool(here.last_value_id)
             places[p] = _Place(here.next, here.last_value_id, verify)
@@ -107,7 +107,7 @@ class Positions:
         raise Fatal(
             f"topic {self._topic}/{record.position.partition}",
             what,
-            "the topic was created again: fill the gap from the archive, then move the position",
+            "the topic was created again: fill the gap from the archive, then move the position (`headgate positions`)",
         )
 
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "samples": "samples",
     "check": "check",
     "setup": "setup",
+    "positions": "positions",
     "coordinator": "coordinator",
     "exporter": "exporter",
     "consumer": "consumer",
