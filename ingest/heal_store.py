@@ -9,9 +9,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -33,15 +31,13 @@ from ingest.heal import (
     Unlanded,
     decide,
 )
+from ingest.ledger import Ledger
 from ingest.model import Target, Task, Window
 from ingest.overview import GRACE_S
 from ingest.pauses import Pauses
-from ingest.sinks.connection import open_connection, translated
-from shard_config.model import Postgres
 
 LOCK_ID = 0x4845414C  # HEAL
 WINDOWS_MAX = 20_000
-TIMEOUT_S = 60.0
 UNLANDED_MAX = 5_000
 PENDING_MAX = 20_000
 MEMORY_S = 4 * 86_400
@@ -112,28 +108,24 @@ class Healed:
 
 
 class HealStore:
-    """One coordinator's connection for healing. Not for concurrent use; after an error the next call opens another."""
+    """Healing on a ledger's connection. Not for concurrent use; after an error the next call opens another."""
 
-    def __init__(self, postgres: Postgres, application_name: str = "headgate healing") -> None:
-        self._postgres = postgres
-        self._application_name = application_name
-        self._connection: asyncpg.Connection | None = None
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
         self._below: datetime | None = None
         """Where the last pass ended, if there was more."""
 
-    async def close(self) -> None:
-        """Close the connection, bounded."""
-        if self._connection is not None:
-            self._connection.terminate()
-
     async def pauses(self) -> Pauses:
         """What is paused now. Raises Transient."""
-        async with self._connected() as connection:
+        async with self._ledger.connected() as connection:
             return Pauses.of(await pauses.read(connection))
 
     async def heal(self, now_s: int, rules: Rules, announced: Mapping[str, Announced]) -> Healed | None:
         """Read, decide, allocate and declare in one transaction; None where another coordinator is at it. Raises Transient."""
-        async with self._connected() as connection, connection.transaction(isolation="repeatable_read"):
+        async with (
+            self._ledger.connected() as connection,
+            connection.transaction(isolation="repeatable_read"),
+        ):
             if not await connection.fetchval("SELECT pg_try_advisory_xact_lock($1)", LOCK_ID):
                 return None
             situation = await self._read(connection, now_s, rules, announced)
@@ -199,20 +191,6 @@ class HealStore:
             _at(item.start_s), _at(item.end_s), _at(now_s), ask.usd, wire.encode_task(task),
         )  # fmt: skip
         return allocated is not None
-
-    @contextlib.asynccontextmanager
-    async def _connected(self) -> AsyncIterator[asyncpg.Connection]:
-        if self._connection is None or self._connection.is_closed():
-            self._connection = await open_connection(self._postgres, self._application_name)
-        connection = self._connection
-        try:
-            with translated("healing"):
-                async with asyncio.timeout(TIMEOUT_S):
-                    yield connection
-        except BaseException:
-            # Cancelling a query would make asyncpg open further connections (its #1326).
-            connection.terminate()
-            raise
 
 
 async def _declare(

@@ -206,18 +206,20 @@ async def serve(config: Config, lifecycle: Lifecycle) -> None:
     clock = SystemClock(config.run.clock_offset_s)
     producer = Producer(config.kafka.bootstrap, "coordinator")
     ledger = Ledger(config.postgres, "headgate coordinator", {})
-    watching, healing = HealStore(config.postgres, "headgate pauses"), HealStore(config.postgres)
+    watching = Ledger(config.postgres, "headgate coordinator's pauses", {})
+    healing = Ledger(config.postgres, "headgate healing", {})
     try:
         memory = await _remember(ledger, clock, lifecycle)
         if lifecycle.stop.is_set():
             return
         coordinator = Coordinator(config, producer, clock, memory or NO_MEMORY)
         # Before the first plan: what is paused is not asked for even once.
-        await read_pauses(coordinator, watching)
-        healer = Healer(config, coordinator, healing, clock)
+        pauses = HealStore(watching)
+        await read_pauses(coordinator, pauses)
+        healer = Healer(config, coordinator, HealStore(healing), clock)
         async with asyncio.TaskGroup() as group:
             group.create_task(coordinator.run(lifecycle))
-            group.create_task(keep_pauses(coordinator, watching, lifecycle))
+            group.create_task(keep_pauses(coordinator, pauses, lifecycle))
             if config.run.horizon_s is None:
                 # A horizon is looked at once, and nothing else is done.
                 group.create_task(healer.run(lifecycle))
