@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import structlog
 
 from ingest import letters, wire
+from ingest.balance import put_aside
 from ingest.batch import without_series
 from ingest.clock import Clock
 from ingest.errors import Fatal, Rejected
@@ -189,7 +190,8 @@ class Landing:
         dead += letters.of_points(checked.dead, good, record, self._cluster)
         # Without a good point it lands all the same, empty: else its look would stay open for ever.
         accepted = checked.accepted or without_series(good, range(len(good.series)))
-        landable = Landable(batch_id, accepted, batch.points - accepted.points)
+        gone = put_aside(batch, accepted) if dead else ()
+        landable = Landable(batch_id, accepted, batch.points - accepted.points, gone)
         return Taken(record, landable, tuple(dead), dead[0].reason if dead and not accepted.points else "")
 
     async def _land(
@@ -213,8 +215,13 @@ class Landing:
                             bad, error.what, batch, landable.batch_id, record, self._cluster
                         )
                         left = without_series(batch, bad)
-                        dead_points = landable.dead_points + batch.points - left.points
-                        found[i] = record, Landable(landable.batch_id, left, dead_points)
+                        left_landable = Landable(
+                            landable.batch_id,
+                            left,
+                            landable.dead_points + batch.points - left.points,
+                            landable.dead_windows + put_aside(batch, left),
+                        )
+                        found[i] = record, left_landable
                 await self._bury(buried)
         raise Fatal(
             f"topic {self._topic}",
