@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
 import pytest
+import structlog
+from prometheus_client import REGISTRY
 
 from ingest import wire
 from ingest.clock import ManualClock
 from ingest.errors import Transient
+from ingest.heal import Announced, Decision, Declaration, OpenWindow, Reason, Rules, Wait
+from ingest.heal_store import Healed
 from ingest.ledger import PlannersMemory
 from ingest.log import Outgoing
-from ingest.model import RecordPosition, Target, Task, TaskKind
+from ingest.model import RecordPosition, Target, Task, TaskKind, Window
+from ingest.pauses import Pause, Pauses
 from ingest.schedule import due, grids_of
 from shard_config.model import Account, Config, ExpositionJob, Kafka, Run, ServiceProfile
 from tests.conftest import eventually
 from tests.fake_log import FakeBroker, FakeSender
 from workers.coordinator import Coordinator
+from workers.healing import Healer, read_pauses
 from workers.lifecycle import Lifecycle
 
 NOON_S = 1_767_268_800
@@ -304,3 +314,173 @@ async def test_more_tasks_than_fit_one_send_are_all_announced() -> None:
     coordinator = Coordinator(config, counting, world.clock, NOTHING)
     await coordinator.step()
     assert counting.sizes == [500, 100, 500, 100]
+
+
+# --- pauses and healing -------------------------------------------------------------------------------------------
+
+
+def paused(account: str, service: str = "*") -> Pauses:
+    return Pauses.of([Pause(account, service, datetime.fromtimestamp(NOON_S, UTC), "")])
+
+
+async def test_what_is_paused_is_on_the_ledger_and_not_on_collect() -> None:
+    world = World()
+    world.coordinator.pauses = paused(ACCOUNTS[1])
+    await world.coordinator.step()
+    untroubled = World()
+    await untroubled.coordinator.step()
+    assert ids(world.planned) == ids(untroubled.planned)
+    assert {t.target.account for t in world.collect} == {ACCOUNTS[0], ACCOUNTS[2]}
+    assert {t.kind for t in world.planned if t.target.account == ACCOUNTS[1]} == {"paused"}
+
+
+async def test_of_a_paused_service_the_others_are_asked() -> None:
+    account = Account(id=ACCOUNTS[0], regions=("eu-west-1",), services=("ec2", "rds"))
+    profiles = tuple(ServiceProfile(service=s, namespace=s) for s in ("ec2", "rds"))
+    world = World(CONFIG.model_copy(update={"accounts": (account,), "services": profiles}))
+    world.coordinator.pauses = paused("*", "rds")
+    await world.coordinator.step()
+    assert {i.service for t in world.collect for i in t.items} == {"ec2"}
+    assert {(t.kind == "paused", i.service) for t in world.planned for i in t.items} == {
+        (False, "ec2"),
+        (True, "rds"),
+    }
+
+
+async def test_after_a_pause_polls_go_on_and_a_restart_does_not_ask_what_was_paused() -> None:
+    world = World()
+    world.coordinator.pauses = paused("*")
+    await world.coordinator.step()
+    assert world.collect == []
+    memory = PlannersMemory(
+        {str(t.target): {"ec2": NOON_S} for t in world.planned}, {}, {}, frozenset(), tuple(world.planned)
+    )
+    restarted = World(memory=memory)
+    await restarted.coordinator.step()
+    assert restarted.collect == []
+    world.coordinator.pauses = Pauses()
+    world.clock.advance(300)
+    await world.coordinator.step()
+    assert [t.kind for t in world.collect] == ["live"] * len(ACCOUNTS)
+
+
+async def test_heals_are_new_on_the_ledger_and_what_is_announced_again_is_not() -> None:
+    world = World()
+    await world.coordinator.step()
+    [known, *_] = world.planned
+    new = replace(known, task_id="0" * 32, attempt=1, kind="heal")
+    again, replay = replace(known, kind="again"), replace(known, task_id="1" * 32, kind="replay")
+    gone = replace(new, target=Target("cloudwatch", "999999999999", "eu-west-1"))
+    before = len(world.planned), len(world.collect)
+    world.coordinator.take_over([new, again, replay, gone])
+    await world.coordinator.step()
+    assert world.planned[before[0] :] == [new]
+    assert world.collect[before[1] :] == [new, again, replay]
+    await world.coordinator.step()
+    assert len(world.collect) == before[1] + 3
+
+
+async def test_while_kafka_is_away_the_coordinator_says_that_it_is_behind() -> None:
+    world = World()
+    world.broker.down = True
+    with pytest.raises(Transient):
+        await world.coordinator.step()
+    assert world.coordinator.behind
+    world.broker.down = False
+    await world.coordinator.step()
+    assert not world.coordinator.behind
+
+
+class FakeHealStore:
+    """`ingest.heal_store.HealStore` that knows one decision, or fails, and remembers what it was told."""
+
+    def __init__(self, *healed: Healed | Exception | None) -> None:
+        self.answers = list(healed)
+        self.announced: list[Mapping[str, Announced]] = []
+        self.paused: Pauses | Exception = Pauses()
+
+    async def heal(self, now_s: int, rules: Rules, announced: Mapping[str, Announced]) -> Healed | None:
+        self.announced.append(dict(announced))
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def pauses(self) -> Pauses:
+        if isinstance(self.paused, Exception):
+            raise self.paused
+        return self.paused
+
+
+def healer_of(world: World, store: FakeHealStore) -> Healer:
+    as_store: Any = store
+    return Healer(CONFIG, world.coordinator, as_store, world.clock)
+
+
+def metric(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+async def test_a_pass_hands_its_tasks_over_counts_them_and_remembers_what_was_announced_again() -> None:
+    world = World()
+    await world.coordinator.step()
+    one = replace(world.planned[0], kind="replay")
+    new = replace(world.planned[1], task_id="2" * 32, kind="heal")
+    first = Healed(Decision((one,), (), (), (), {Wait.BUDGET: 7}), (new,), (), Decimal("0.25"))
+    store = FakeHealStore(first, first, None)
+    healer = healer_of(world, store)
+    before = [metric("headgate_heals_total", means=m) for m in ("replay", "again", "source")]
+    for _ in range(2):
+        assert await healer.step()
+        world.clock.advance(60)
+    assert not await healer.step()
+    after = [metric("headgate_heals_total", means=m) for m in ("replay", "again", "source")]
+    assert [a - b for a, b in zip(after, before, strict=True)] == [2, 0, 2]
+    assert metric("headgate_heal_dollars_reserved") == 0.25
+    assert metric("headgate_heal_windows_waiting", why="budget") == 7
+    assert [a.get(one.task_id) for a in store.announced] == [
+        None,
+        Announced(1, NOON_S),
+        Announced(2, NOON_S + 60),
+    ]
+
+
+async def test_what_is_declared_is_an_error_in_the_log_and_counted_by_window() -> None:
+    world = World()
+    [target, *_] = grids_of(CONFIG)
+    windows = [
+        OpenWindow(
+            target, "ec2", Window(s, s + 300), s + 900, last_status="forbidden", last_detail="AccessDenied"
+        )
+        for s in (NOON_S, NOON_S + 300)
+    ]
+    declared = tuple(Declaration(w, Reason.FORBIDDEN) for w in windows)
+    store = FakeHealStore(Healed(Decision((), (), (), declared, {}), (), declared, Decimal(0)))
+    before = metric("headgate_windows_declared_total", reason="forbidden")
+    with structlog.testing.capture_logs() as logs:
+        await healer_of(world, store).step()
+    assert metric("headgate_windows_declared_total", reason="forbidden") - before == 2
+    assert [
+        (e["log_level"], e["event"], e["start"], e["end"], e["windows"], e["last_detail"]) for e in logs
+    ] == [("error", "windows_declared", "2026-01-01T12:00:00Z", "2026-01-01T12:10:00Z", 2, "AccessDenied")]
+
+
+async def test_healing_decides_nothing_while_kafka_has_not_taken_what_was_decided_before() -> None:
+    world = World()
+    world.broker.down = True
+    with pytest.raises(Transient):
+        await world.coordinator.step()
+    store = FakeHealStore()
+    assert not await healer_of(world, store).step()
+    assert store.announced == []
+
+
+async def test_what_was_paused_last_stays_so_while_postgres_is_away() -> None:
+    world = World()
+    store = FakeHealStore()
+    as_store: Any = store
+    store.paused = paused("*")
+    assert await read_pauses(world.coordinator, as_store)
+    store.paused = Transient("postgres", "away")
+    assert not await read_pauses(world.coordinator, as_store)
+    assert world.coordinator.pauses.cover(ACCOUNTS[0], "ec2")

@@ -21,6 +21,8 @@ COMMANDS = {
     "status": "status",
     "samples": "samples",
     "check": "check",
+    "pause": "pause",
+    "resume": "pause",
     "setup": "setup",
     "positions": "positions",
     "coordinator": "coordinator",
