@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -379,3 +380,28 @@ def test_counts_of_one_window_add_up() -> None:
     assert merge_counts(
         [WindowCount(300, 600, 1, 2**64 - 1), WindowCount(0, 300, 1, 5), WindowCount(300, 600, 2, 3)]
     ) == (WindowCount(0, 300, 1, 5), WindowCount(300, 600, 3, 2))
+
+
+@pytest.mark.parametrize("kind", ["again", "replay"])
+async def test_a_task_that_is_announced_again_is_published_from_the_archive_by_whoever_gets_it(
+    kind: str,
+) -> None:
+    first = World()
+    await first.collector.collect(TASK, maybe_second_try=False)
+    second = World(archive=first.archive, shard="exporter-2")
+    await second.collector.collect(replace(TASK, kind=kind), maybe_second_try=False)
+    assert second.source.looks == 0
+    assert (second.raw(), second.receipts()) == (first.raw(), first.receipts())
+
+
+@pytest.mark.parametrize("failures", [[], [Transient("archive", "away")]], ids=["not there", "not readable"])
+async def test_a_replay_that_the_archive_does_not_give_asks_nobody_and_says_so(
+    failures: list[Exception],
+) -> None:
+    world = World()
+    world.archive.failures = [*failures]
+    receipt = await world.collector.collect(replace(TASK, kind="replay"), maybe_second_try=False)
+    assert (world.source.looks, world.raw(), receipt.archive_key) == (0, [], "")
+    assert receipt.items[0].outcome.status == LookStatus.FAILED
+    assert "not replayed" in receipt.items[0].outcome.detail
+    assert world.receipts() == [receipt]
