@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -46,6 +46,8 @@ IDENTITY_DIGITS_MIN = 6
 _MARK = """INSERT INTO dead_handled (identity, what, at, note)
 SELECT identity, $2, $3, $4 FROM unnest($1::text[]) AS identity ORDER BY identity
 ON CONFLICT (identity) DO UPDATE SET what = excluded.what, at = excluded.at, note = excluded.note"""
+
+_LANDED = "SELECT count(*) FROM landed WHERE sink = 'postgres' AND batch_id = ANY($1::bytea[])"
 
 _MARKED = "SELECT identity, what, at, note FROM dead_handled WHERE identity = ANY($1::text[])"
 
@@ -244,6 +246,13 @@ async def mark(postgres: Postgres, identities: Iterable[str], what: Handled) -> 
     async with _connection(postgres) as connection:
         work = connection.execute(_MARK, sorted(set(identities)), what.what, what.at, what.note)
         await bounded(connection, work, STATEMENT_TIMEOUT_S)
+
+
+async def landed(postgres: Postgres, batches: Collection[bytes]) -> int:
+    """How many of these batches the store has. Raises Transient."""
+    async with _connection(postgres) as connection:
+        work = connection.fetchval(_LANDED, list(batches))
+        return int(await bounded(connection, work, STATEMENT_TIMEOUT_S))
 
 
 @contextlib.asynccontextmanager

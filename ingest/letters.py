@@ -117,7 +117,7 @@ def _context(batch: Batch, series: Series) -> bytes:
             "observed_at_ms": batch.observed_at_ms,
             "revision": batch.revision,
             "grid_s": batch.grid_s,
-            "labels": _labels(series),
+            "labels": labels_of(series),
         }
     )
     return context if len(context) <= CONTEXT_BYTES_MAX else b""
@@ -178,7 +178,7 @@ def edited(lost: LostPoints, edit: Mapping[str, Any]) -> LostPoints:
     else:
         corrected = {"points": points}
     try:
-        return LostPoints(lost.look, _series(_labels(lost.series) | labels), _points(corrected))
+        return LostPoints(lost.look, _series(labels_of(lost.series) | labels), _points(corrected))
     except (KeyError, TypeError, ValueError) as error:
         raise Rejected("edit", Reason.BAD_DATUM, f"{error!r}") from error
 
@@ -190,7 +190,8 @@ def _json(raw: bytes) -> dict[str, Any]:
     return found
 
 
-def _labels(series: Series) -> dict[str, Any]:
+def labels_of(series: Series) -> dict[str, Any]:
+    """A series' labels as a letter has them, and as an edit may change them."""
     key = series.key
     return {
         "account": key.account,
@@ -204,7 +205,7 @@ def _labels(series: Series) -> dict[str, Any]:
     }
 
 
-_LABELS = frozenset(_labels(Series(SeriesKey("", "", "", "", (), "", 0))))
+_LABELS = frozenset(labels_of(Series(SeriesKey("", "", "", "", (), "", 0))))
 
 
 def _look_and_series(context: Mapping[str, Any]) -> tuple[Look, Series]:
