@@ -1,7 +1,8 @@
 """What the ledger says at a glance: targets, their freshness and gaps, shards' work, dollars' raw material. Reads only.
 
-A *gap* is a window without a landed complete look that is past its deadline: its end, one poll interval and `GRACE_S`.
-*Freshness* of a target is the age of the end of its newest landed window.
+Windows that are folded into days count as those that are rows; of a day that the time asked about cuts, by their share of its windows' time.
+A *gap* is a window that is not declared and has no landed complete look past its end, one poll interval and `GRACE_S`, or whose rows are
+not what its look says. *Freshness* of a target is the age of the end of its newest landed window.
 """
 
 from __future__ import annotations
@@ -15,16 +16,42 @@ from ingest.sinks.connection import translated
 
 GRACE_S = 120
 
-_TARGETS = """SELECT w.target, t.slot, count(*) AS windows,
-    count(*) FILTER (WHERE landed_as_of IS NOT NULL) AS landed,
-    count(*) FILTER (WHERE sealed_at IS NOT NULL) AS sealed,
-    count(*) FILTER (WHERE landed_as_of IS NULL
-        AND window_end + (window_end - window_start) + $3::interval < $1) AS gaps,
-    max(window_end) FILTER (WHERE landed_as_of IS NOT NULL) AS fresh_until,
-    min(window_start) FILTER (WHERE landed_as_of IS NULL) AS oldest_open
-FROM windows w LEFT JOIN targets t USING (target)
-WHERE window_end > $2
-GROUP BY w.target, t.slot ORDER BY w.target"""
+FRESHNESS_DAYS = 7
+
+_FOLDED = """SELECT d.target, windows, declared_windows, share,
+    (SELECT max(upper(r)) FROM unnest(covered - coalesce((SELECT range_agg(r) FROM declared_days AS x, unnest(x.covered) AS r
+        WHERE x.target = d.target AND x.service = d.service AND x.day = d.day), '{}')) AS r) AS fresh_until
+FROM sealed_days AS d, LATERAL (
+    SELECT (SELECT sum(extract(epoch FROM upper(r) - lower(r))) FROM unnest(covered * tstzmultirange(tstzrange($1, NULL))) AS r)
+        / (SELECT sum(extract(epoch FROM upper(r) - lower(r))) FROM unnest(covered) AS r) AS share) AS cut
+WHERE last_end > $1 AND day >= ($1 AT TIME ZONE 'UTC')::date - 1"""
+"""Days with windows after a time, and which share of their time that is."""
+
+_TARGETS = f"""WITH open AS (
+    SELECT target, count(*) AS windows, count(*) FILTER (WHERE landed_as_of IS NOT NULL) AS landed,
+        count(*) FILTER (WHERE sealed_at IS NOT NULL) AS sealed,
+        count(*) FILTER (WHERE declared IS NULL AND (unbalanced IS NOT NULL
+            OR landed_as_of IS NULL AND window_end + (window_end - window_start) + $3::interval < $2)) AS gaps,
+        max(window_end) FILTER (WHERE landed_as_of IS NOT NULL) AS fresh_until,
+        min(window_start) FILTER (WHERE landed_as_of IS NULL AND declared IS NULL) AS oldest_open
+    FROM windows WHERE window_end > $1 GROUP BY target
+), folded AS (
+    SELECT target, sum(round(share * windows))::bigint AS windows,
+        sum(round(share * (windows - declared_windows)))::bigint AS sealed, max(fresh_until) AS fresh_until
+    FROM ({_FOLDED}) AS days GROUP BY target
+)
+SELECT target, t.slot, coalesce(o.windows, 0) + coalesce(f.windows, 0) AS windows,
+    coalesce(o.landed, 0) + coalesce(f.sealed, 0) AS landed, coalesce(o.sealed, 0) + coalesce(f.sealed, 0) AS sealed,
+    coalesce(o.gaps, 0) AS gaps, greatest(o.fresh_until, f.fresh_until) AS fresh_until, o.oldest_open
+FROM open AS o FULL JOIN folded AS f USING (target) LEFT JOIN targets AS t USING (target) ORDER BY target"""  # noqa: S608  # only constants
+
+_FRESH = f"""SELECT target, coalesce(landed_until, (SELECT max(fresh_until) FROM ({_FOLDED} AND d.target = o.target) AS days),
+    waiting_since) AS fresh_until
+FROM (
+    SELECT target, max(window_end) FILTER (WHERE landed_as_of IS NOT NULL) AS landed_until,
+        min(window_start) FILTER (WHERE sealed_at IS NULL AND declared IS NULL AND window_end < $2) AS waiting_since
+    FROM windows GROUP BY target
+) AS o"""  # noqa: S608  # only constants
 
 _PROBLEMS = """SELECT DISTINCT ON (target, service) target, service, status, detail, finished_at
 FROM looks WHERE finished_at > $1 ORDER BY target, service, finished_at DESC"""
@@ -37,9 +64,12 @@ FROM looks WHERE finished_at > $1 GROUP BY shard ORDER BY shard"""
 
 _TOTALS = """SELECT coalesce(sum(points), 0)::bigint AS points_collected,
     coalesce(sum(metrics_billed), 0)::bigint AS metrics_billed,
-    coalesce(sum((requests->>'ListMetrics')::bigint), 0)::bigint AS list_metrics,
-    count(*) AS looks
-FROM looks WHERE finished_at > $1"""
+    coalesce(sum(list_metrics), 0)::bigint AS list_metrics, coalesce(sum(looks), 0)::bigint AS looks
+FROM (
+    SELECT points, metrics_billed, coalesce((requests->>'ListMetrics')::bigint, 0) AS list_metrics, 1 AS looks
+    FROM looks WHERE finished_at > $1
+    UNION ALL SELECT points, metrics_billed, list_metrics, looks FROM look_days WHERE day >= ($1 AT TIME ZONE 'UTC')::date
+) AS found"""
 
 _LANDED = """SELECT coalesce(sum(points), 0)::bigint AS points, coalesce(sum(dead_points), 0)::bigint AS dead_points,
     coalesce(sum(points) FILTER (WHERE landed_at > $2), 0)::bigint AS recent_points
@@ -97,8 +127,21 @@ class Overview:
         return sum(t.landed for t in self.targets)
 
     @property
+    def sealed(self) -> int:
+        return sum(t.sealed for t in self.targets)
+
+    @property
     def gaps(self) -> int:
         return sum(t.gaps for t in self.targets)
+
+
+async def freshness(connection: asyncpg.Connection, now: datetime) -> dict[str, datetime]:
+    """By target that has windows, the end of its newest landed window; where nothing landed for FRESHNESS_DAYS, the start of its oldest
+    open one. Raises Transient.
+    """
+    with translated("ledger"):
+        rows = await connection.fetch(_FRESH, now - timedelta(days=FRESHNESS_DAYS), now)
+    return {row["target"]: row["fresh_until"] for row in rows if row["fresh_until"] is not None}
 
 
 async def overview(connection: asyncpg.Connection, now: datetime, since: datetime) -> Overview:
@@ -106,7 +149,7 @@ async def overview(connection: asyncpg.Connection, now: datetime, since: datetim
     minute_ago = now - timedelta(seconds=60)
     with translated("ledger"):
         async with connection.transaction(isolation="repeatable_read", readonly=True):
-            targets = await connection.fetch(_TARGETS, now, since, timedelta(seconds=GRACE_S))
+            targets = await connection.fetch(_TARGETS, since, now, timedelta(seconds=GRACE_S))
             newest = await connection.fetch(_PROBLEMS, since)
             shards = await connection.fetch(_SHARDS, since, minute_ago)
             totals = await connection.fetchrow(_TOTALS, since)

@@ -67,7 +67,8 @@ _CHECKED = """WITH found AS (
         AND w.sealed_at IS NULL AND w.declared IS NULL
     ORDER BY w.target, w.service, w.window_start FOR UPDATE OF w
 )
-UPDATE windows AS w SET checked_at = $1, unbalanced = h.unbalanced, sealed_at = CASE WHEN h.unbalanced IS NULL THEN $1 END
+UPDATE windows AS w SET checked_at = $1, unbalanced = h.unbalanced,
+    sealed_at = CASE WHEN h.unbalanced IS NULL THEN $1::timestamptz END
 FROM held AS h WHERE (w.target, w.service, w.window_start) = (h.target, h.service, h.window_start)"""
 
 _POSTGRES_EPOCH_S = 946_684_800

@@ -11,6 +11,7 @@ ALTER TABLE landed ADD COLUMN dead_windows jsonb;              -- NULL: none
 CREATE INDEX landed_by_time ON landed USING brin (landed_at) WITH (autosummarize = on);
 
 ALTER TABLE looks ADD COLUMN grid_s integer;                   -- length of its windows; NULL: from before this migration
+CREATE INDEX looks_by_target ON looks (target, service, finished_at);
 
 -- An open window has neither sealed_at nor declared. points and digest are what the store must hold of the newest landed look.
 ALTER TABLE windows
@@ -47,6 +48,7 @@ CREATE TABLE sealed_days (
     covered          tstzmultirange NOT NULL,                  -- exactly the folded windows
     PRIMARY KEY (target, service, day)
 );
+CREATE INDEX sealed_days_by_day ON sealed_days (day);
 
 -- Of those, the ones closed without data, by reason.
 CREATE TABLE declared_days (

@@ -1,0 +1,129 @@
+"""What a consumer does for the ledger besides projecting it: marks what has landed, seals, folds, forgets, and says how it stands.
+
+Every consumer tries; the database's locks let one at a time seal and fold. A step that fails is tried again at its next turn, and holds up no
+landing. Sealing rests three times as long as it took, so that reading back takes a quarter of one connection at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import structlog
+from prometheus_client import Counter, Gauge
+
+from ingest import compact
+from ingest.clock import Clock
+from ingest.errors import Transient
+from ingest.gaps import open_windows
+from ingest.ledger import Ledger
+from ingest.overview import freshness
+from ingest.seal import scopes_of, seal
+from shard_config.model import Config
+from workers.lifecycle import Lifecycle
+
+_log = structlog.get_logger()
+
+TURN_S = 0.5
+SEAL_INTERVAL_S = 2.0
+COMPACT_INTERVAL_S = 60.0
+OBSERVE_INTERVAL_S = 15.0
+
+SEALED = Counter("headgate_windows_sealed_total", "Windows whose rows, read back, are what the look says.")
+UNBALANCED = Counter(
+    "headgate_windows_unbalanced_total",
+    "Readings back that differ from the look's receipt. Rising: rows are missing or changed; see headgate gaps.",
+)
+OPEN = Gauge(
+    "headgate_open_windows",
+    "Windows that have ended and are neither sealed nor declared, by reason; in_time: their deadline has not passed.",
+    ["reason"],
+)
+OLDEST = Gauge(
+    "headgate_oldest_open_window_seconds",
+    "Age of the oldest open window, since its end; high: something is not healed. 0: none is open.",
+)
+FRESHNESS = Gauge(
+    "headgate_target_freshness_seconds",
+    "Age of a target's newest landed window, since its end; rising: nothing of it lands.",
+    ["target"],
+)
+
+
+@dataclass(slots=True)
+class _Turn:
+    """A step, and when it is due on the monotonic clock."""
+
+    step: Callable[[], Awaitable[float]]
+    due_s: float = 0.0
+
+
+class Upkeep:
+    """The ledger's loop of one process. Each step returns the seconds until its next turn."""
+
+    def __init__(self, ledger: Ledger, config: Config, clock: Clock) -> None:
+        self._ledger = ledger
+        self._scopes = scopes_of(config)
+        self._retention = timedelta(days=config.ledger_retention_days)
+        self._clock = clock
+        self._turns = [_Turn(self.seal), _Turn(self.compact), _Turn(self.observe)]
+
+    async def run(self, lifecycle: Lifecycle) -> None:
+        """Until told to stop."""
+        while not lifecycle.stop.is_set():
+            try:
+                await self.turn(lifecycle)
+            except Transient as error:
+                _log.warning("ledger_upkeep_retries", error=str(error))
+            await lifecycle.pause(TURN_S)
+
+    async def turn(self, lifecycle: Lifecycle) -> None:
+        """Mark what has landed, then what is due. Raises Transient."""
+        while await self._ledger.fold_landed("postgres", self._clock.now_s()) and not lifecycle.stop.is_set():
+            pass
+        for turn in self._turns:
+            if not lifecycle.stop.is_set() and self._clock.monotonic_s() >= turn.due_s:
+                turn.due_s = self._clock.monotonic_s() + SEAL_INTERVAL_S  # where it fails
+                turn.due_s = self._clock.monotonic_s() + await turn.step()
+
+    async def seal(self) -> float:
+        """One pass over what may be sealed."""
+        started_s = self._clock.monotonic_s()
+        async with self._ledger.connected() as connection:
+            done = await seal(connection, self._scopes, self._now())
+        SEALED.inc(done.sealed)
+        UNBALANCED.inc(done.windows - done.sealed)
+        if done.windows > done.sealed:
+            _log.warning("windows_unbalanced", windows=done.windows - done.sealed, sealed=done.sealed)
+        took_s = self._clock.monotonic_s() - started_s
+        return 3 * took_s if done.windows else SEAL_INTERVAL_S
+
+    async def compact(self) -> float:
+        """Fold what was closed long enough ago, and forget what is past its retention: one transaction each."""
+        now = self._now()
+        async with self._ledger.connected() as connection:
+            folded = await compact.fold_days(connection, now - timedelta(seconds=compact.GRACE_S))
+        async with self._ledger.connected() as connection:
+            forgotten = await compact.forget(connection, now - self._retention)
+        if folded or forgotten:
+            _log.info("ledger_compacted", windows=folded, forgotten=forgotten)
+        return 1.0 if folded == compact.ROWS_MAX or forgotten >= compact.ROWS_MAX else COMPACT_INTERVAL_S
+
+    async def observe(self) -> float:
+        """Set the metrics."""
+        now = self._now()
+        async with self._ledger.connected() as connection:
+            seen = await open_windows(connection, now)
+            fresh_until = await freshness(connection, now)
+        OPEN.clear()
+        for reason, windows in seen.by_reason.items():
+            OPEN.labels(reason=reason).set(windows)
+        OLDEST.set((now - seen.oldest_end).total_seconds() if seen.oldest_end else 0)
+        FRESHNESS.clear()
+        for target, until in fresh_until.items():
+            FRESHNESS.labels(target=target).set((now - until).total_seconds())
+        return OBSERVE_INTERVAL_S
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock.now_s(), UTC)
