@@ -19,6 +19,7 @@ COMMANDS = {
     "scale": "local",
     "down": "local",
     "status": "status",
+    "gaps": "gaps",
     "samples": "samples",
     "check": "check",
     "pause": "pause",

@@ -1,4 +1,4 @@
-"""A consumer: lands `raw` in PostgreSQL, and folds `ledger` into the ledger's tables. Two groups, one process.
+"""A consumer: lands `raw` in PostgreSQL, and projects `ledger` onto the ledger's tables. Two groups, one process.
 
 * It goes on where the store says, not where Kafka's group does; Kafka's commit is for those who watch lag.
 * While PostgreSQL is away it waits, holding at most what it polled last: back-pressure is to Kafka, not to memory.
@@ -33,6 +33,7 @@ from shard_config.model import Config
 from workers import local
 from workers.lifecycle import Lifecycle, run_worker
 from workers.names import landing_group, ledger_group
+from workers.upkeep import Upkeep
 
 _log = structlog.get_logger()
 
@@ -40,7 +41,6 @@ POLL_RECORDS_MAX = 2048
 """As many as one fetch (16 MiB) usually brings, so that no partition lags behind the others of a backlog."""
 RECORDS_MAX = 128
 BYTES_MAX = 4 * 1024 * 1024
-FOLD_INTERVAL_S = 0.5
 
 LANDED = Counter("headgate_points_landed_total", "Points in landed batches, those known already included.")
 BATCHES = Counter("headgate_batches_landed_total", "Landed batches; by the way they took.", ["way"])
@@ -223,17 +223,6 @@ def _consumer(config: Config, topic: str, group: str, name: str, clock: Clock, r
     )
 
 
-async def fold(ledger: Ledger, clock: Clock, lifecycle: Lifecycle) -> None:
-    """Mark what has landed in the ledger, until told to stop."""
-    while not lifecycle.stop.is_set():
-        try:
-            while await ledger.fold_landed("postgres", clock.now_s()) and not lifecycle.stop.is_set():
-                pass
-        except Transient as error:
-            _log.warning("fold_retries", error=str(error))
-        await lifecycle.pause(FOLD_INTERVAL_S)
-
-
 async def serve(config: Config, name: str, lifecycle: Lifecycle) -> None:
     """Wire one consumer and run it until told to stop."""
     clock = SystemClock(config.run.clock_offset_s)
@@ -241,7 +230,7 @@ async def serve(config: Config, name: str, lifecycle: Lifecycle) -> None:
     producer = Producer(config.kafka.bootstrap, name)
     sink = await _connect(config, clock, lifecycle)
     projected = Ledger(config.postgres, f"headgate {name} ledger", settling_s)
-    folded = Ledger(config.postgres, f"headgate {name} fold", settling_s)
+    kept = Ledger(config.postgres, f"headgate {name} upkeep", settling_s)
     try:
         landing = Landing(
             config.kafka.topic("raw"),
@@ -255,12 +244,12 @@ async def serve(config: Config, name: str, lifecycle: Lifecycle) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(landing_reader(config, name, landing, sink, clock).run(lifecycle))
             group.create_task(ledger_reader(config, name, projected, clock).run(lifecycle))
-            group.create_task(fold(folded, clock, lifecycle))
+            group.create_task(Upkeep(kept, config, clock).run(lifecycle))
     finally:
         await producer.close()
         await sink.close()
         await projected.close()
-        await folded.close()
+        await kept.close()
 
 
 async def _connect(config: Config, clock: Clock, lifecycle: Lifecycle) -> PostgresSink:
