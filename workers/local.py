@@ -131,11 +131,17 @@ class LocalStack:
         await asyncio.to_thread(self._setup, spec.worker_command)
         progress("setup", "ready")
 
-        state = state.with_workers(names, worker_ports)
-        self._write(state)
-        await asyncio.to_thread(supervisor.apply, state.all_programs())
-        await self._wait_ready(supervisor, {n: _readyz(p) for n, p in state.metrics_ports.items()}, progress)
-        self._publish(state)
+        whole = state.with_workers(names, worker_ports)
+        others = {n: p for n, p in whole.metrics_ports.items() if n != "coordinator"}
+        ready: set[str] = set()
+        # The coordinator last: what it plans to be scraped first is there by then.
+        for state in (replace(whole, metrics_ports=others), whole):
+            self._write(state)
+            self._publish(state)
+            await asyncio.to_thread(supervisor.apply, state.all_programs())
+            started = {n: _readyz(p) for n, p in state.metrics_ports.items() if n not in ready}
+            await self._wait_ready(supervisor, started, progress)
+            ready |= started.keys()
         return endpoints
 
     async def stop(self) -> None:
