@@ -23,23 +23,15 @@ import structlog
 from ingest.archive import S3Archive
 from ingest.audit import (
     BUCKET_S,
-    POINTS_MAX,
     Comparison,
     Difference,
     Digests,
-    Expected,
     Kind,
-    Known,
-    Letters,
-    LookCount,
     Report,
-    TooMuchError,
-    counted,
-    living,
     look_problem,
     seal_problem,
 )
-from ingest.batch import Decoded, decode_by_series, without_series
+from ingest.batch import decode_by_series
 from ingest.clock import Clock
 from ingest.collect import merge_counts
 from ingest.errors import Rejected
@@ -47,7 +39,6 @@ from ingest.evidence import (
     LedgerLook,
     Place,
     StoreRows,
-    dead_letters,
     forgotten_days,
     landed_ids,
     ledger_keys,
@@ -57,6 +48,7 @@ from ingest.evidence import (
     store_rows,
     store_series,
 )
+from ingest.expected import POINTS_MAX, Expected, Known, Letters, Slice, TooMuchError, counted
 from ingest.model import (
     DeadLetter,
     LookStatus,
@@ -67,10 +59,11 @@ from ingest.model import (
     version_of,
 )
 from ingest.ports import ArchivedTask, Record
+from ingest.scan import dead_letters
 from ingest.schedule import Grid, grids_of
 from ingest.sinks.connection import translated
 from ingest.validate import Reason, describe
-from shard_config.model import Config, Limits
+from shard_config.model import Config
 
 log = structlog.get_logger()
 
@@ -104,39 +97,6 @@ def reach_s(grids: Iterable[Grid]) -> int:
     """How long after a point's time the tick of a task that asked for it may be."""
     longest = [max(g.block_s, g.poll_interval_s + g.lookback_s) + g.poll_interval_s for g in grids]
     return max(longest, default=DAY_S) + max((g.poll_interval_s for g in grids), default=0)
-
-
-class _Slice:
-    """What the archive holds of one place in a slice of time."""
-
-    def __init__(self, expected: Expected, letters: Letters) -> None:
-        self.expected = expected
-        self.maximum = expected.maximum()
-        self.dead_points = 0
-        self.batches: set[bytes] = set()
-        self.newest: dict[tuple[str, str], dict[int, LookCount]] = defaultdict(dict)
-        """By target and service: of each window the newest complete look."""
-        self._letters = letters
-
-    def add(self, decoded: Decoded, batch_id: bytes, limits: Limits) -> tuple[WindowCount, ...]:
-        """Take in a batch without what is dead in it; what is left, by window. Raises TooMuchError."""
-        batch = without_series(decoded.batch, decoded.bad) if decoded.bad else decoded.batch
-        alive = living(batch, limits, batch_id, self._letters)
-        self.batches.add(batch_id)
-        self.dead_points += self.expected.within(decoded.batch)
-        if alive is None:
-            return ()
-        self.dead_points -= self.expected.within(alive)
-        self.expected.add(alive)
-        return counted(alive)
-
-    def remember(self, target: str, done: ReceiptItem, version: int, counts: Iterable[WindowCount]) -> None:
-        """What a complete look holds of each of its windows."""
-        found = {c.start_s: (c.points, c.digest) for c in counts}
-        newest = self.newest[(target, done.item.service)]
-        for window in done.item.windows():
-            count = LookCount(version, done.outcome.observed_at_ms, *found.get(window.start_s, (0, 0)))
-            newest[window.start_s] = max(count, newest.get(window.start_s, count))
 
 
 class Auditor:
@@ -288,7 +248,7 @@ class _PlaceDay:
         for stretch in differing:
             await self._name(found, *stretch)
 
-    def _differing(self, found: _Slice, start_s: int, end_s: int) -> list[tuple[int, int]]:
+    def _differing(self, found: Slice, start_s: int, end_s: int) -> list[tuple[int, int]]:
         own = Digests(1, start_s, end_s)
         m = found.maximum
         if len(m.keys):
@@ -298,7 +258,7 @@ class _PlaceDay:
         stretches = self._stored.differing(self._number, own)
         return [(a, min(b, end_s)) for a, b in stretches]
 
-    async def _seals(self, found: _Slice, start_s: int, end_s: int) -> list[Difference]:
+    async def _seals(self, found: Slice, start_s: int, end_s: int) -> list[Difference]:
         seals = await ledger_seals(self._a.connection, self._targets, start_s, end_s)
         self._report.seals += sum(seal.windows for seal in seals)
         return [
@@ -310,8 +270,8 @@ class _PlaceDay:
 
     # --- reading the archive --------------------------------------------------------------------------------------
 
-    async def _read(self, start_s: int, end_s: int, letters: Letters) -> _Slice:
-        found = _Slice(Expected(start_s, end_s), letters)
+    async def _read(self, start_s: int, end_s: int, letters: Letters) -> Slice:
+        found = Slice(Expected(start_s, end_s, POINTS_MAX), letters)
         async for key, task in self._archived():
             if task is None:
                 self._not_archived(key)
@@ -321,7 +281,7 @@ class _PlaceDay:
         found.maximum = found.expected.maximum()
         return found
 
-    async def _take_in(self, found: _Slice, key: str, task: ArchivedTask) -> None:
+    async def _take_in(self, found: Slice, key: str, task: ArchivedTask) -> None:
         under_way = await self._under_way(task)
         payloads = iter(task.payloads)
         for done in task.receipt.items:
@@ -407,7 +367,7 @@ class _PlaceDay:
 
     # --- naming points ----------------------------------------------------------------------------------------------
 
-    async def _name(self, found: _Slice, start_s: int, end_s: int) -> None:
+    async def _name(self, found: Slice, start_s: int, end_s: int) -> None:
         """Compare the points of a stretch whose digests differ."""
         for a, b in self._stored.pieces(self._number, start_s, end_s, POINTS_MAX // 4):
             comparison = Comparison(self._report, found.expected, found.maximum, a, b, self._a.scope.service)

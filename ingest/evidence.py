@@ -1,39 +1,25 @@
-"""Reading back what an audit, or a question about one point, needs: the store's rows, the ledger's looks, Kafka's records. Changes nothing.
+"""Reading back what an audit, or a question about one point, needs: the store's rows and the ledger's looks. Changes nothing.
 
-Memory is bounded: rows come in chunks of `CHUNK_BYTES`, records one fetch at a time, and what is collected is capped.
+Rows come in chunks of about `CHUNK_BYTES`, however many there are. Kafka's side is `ingest.scan`.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import asyncpg
 import numpy as np
 import orjson
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
-from aiokafka.partitioner import DefaultPartitioner
 from numpy.typing import NDArray
 
-from ingest import wire
-from ingest.collect import raw_key
-from ingest.errors import Rejected, Transient
-from ingest.log import quietly
-from ingest.model import BatchId, DeadLetter, RecordPosition, Series, SeriesIds, SeriesKey, Target
-from ingest.ports import Record
+from ingest.errors import Transient
+from ingest.model import BatchId, Series, SeriesIds, SeriesKey, Target
 from ingest.sinks.connection import translated
-from shard_config.model import Kafka
 
 CHUNK_BYTES = 4 * 1024 * 1024
-RECORDS_READ_MAX = 1_000_000
-"""Of one topic, in one reading."""
-KAFKA_DEADLINE_S = 300.0
-_FETCH_MS = 2_000
 
 Place = tuple[str, str]
 """Account and region, as they stand in the labels."""
@@ -302,102 +288,6 @@ async def forgotten_days(
             [str(t) for t in targets],
         )
     return {(row["target"], row["service"], row["number"]) for row in rows}
-
-
-# --- Kafka's records --------------------------------------------------------------------------------------------
-
-
-async def scan(
-    kafka: Kafka,
-    topic: str,
-    take: Callable[[Record], bool],
-    *,
-    from_ms: int = 0,
-    to_ms: int | None = None,
-    key: bytes | None = None,
-) -> None:
-    """Hand the records of a topic to `take`, up to where it ends now, partition by partition, until `take` returns True.
-
-    Records before `from_ms` are passed over, and a partition is left at its first record past `to_ms`; with `key` only the partition of
-    that key is read. Belongs to no group: commits nothing and moves nobody. Raises Transient, also past `RECORDS_READ_MAX`.
-    """
-    client = AIOKafkaConsumer(
-        bootstrap_servers=kafka.bootstrap, enable_auto_commit=False, auto_offset_reset="none"
-    )
-    try:
-        async with asyncio.timeout(KAFKA_DEADLINE_S):
-            await client.start()
-            await client._client.fetch_all_metadata()
-            numbers = sorted(client._client.cluster.partitions_for_topic(topic) or ())
-            if key is not None and numbers:
-                numbers = [DefaultPartitioner()(key, numbers, numbers)]
-            left = RECORDS_READ_MAX
-            for number in numbers:
-                left = await _scan(client, TopicPartition(topic, number), take, from_ms, to_ms, left)
-                if not left:
-                    return
-    except (KafkaError, OSError, TimeoutError) as error:
-        raise Transient(f"kafka {kafka.bootstrap}", f"{type(error).__name__} {error}".rstrip()) from error
-    finally:
-        await quietly(client.stop())
-
-
-async def _scan(
-    client: AIOKafkaConsumer,
-    tp: TopicPartition,
-    take: Callable[[Record], bool],
-    from_ms: int,
-    to_ms: int | None,
-    left: int,
-) -> int:
-    """How many more records may be read; 0 where `take` has enough."""
-    client.assign([tp])
-    end = (await client.end_offsets([tp]))[tp]
-    here = (await client.beginning_offsets([tp]))[tp]
-    if from_ms > 0:
-        found = (await client.offsets_for_times({tp: from_ms}))[tp]
-        here = found.offset if found is not None else end
-    client.seek(tp, here)
-    while here < end:
-        for r in (await client.getmany(tp, timeout_ms=_FETCH_MS)).get(tp, ()):
-            here = r.offset + 1
-            if to_ms is not None and r.timestamp > to_ms:
-                return left
-            if not left:
-                raise Transient(f"topic {tp.topic}", f"more than {RECORDS_READ_MAX:,} records to read")
-            left -= 1
-            at_ = RecordPosition(tp.topic, tp.partition, r.offset)
-            if take(Record(at_, r.key or b"", r.value or b"", r.timestamp)):
-                return 0
-    return left
-
-
-async def dead_letters(kafka: Kafka, take: Callable[[Record, DeadLetter], None]) -> None:
-    """Hand over all dead letters that Kafka still has; those of a newer Headgate, which do not decode, are passed over. Raises Transient."""
-
-    def one(record: Record) -> bool:
-        with suppress(Rejected):
-            take(record, wire.decode_dead_letter(record.value))
-        return False
-
-    await scan(kafka, kafka.topic("dead"), one)
-
-
-async def positions_in_raw(
-    kafka: Kafka, target: Target, batches: Collection[BatchId], from_ms: int, to_ms: int
-) -> Mapping[BatchId, RecordPosition]:
-    """Where batches of a target stand in `raw`, of those that were published in [from_ms, to_ms] and that it still has. Raises Transient."""
-    wanted = set(batches)
-    found: dict[BatchId, RecordPosition] = {}
-
-    def one(record: Record) -> bool:
-        batch_id = wire.batch_id_of(record.value)
-        if batch_id in wanted:
-            found.setdefault(batch_id, record.position)
-        return len(found) == len(wanted)
-
-    await scan(kafka, kafka.topic("raw"), one, from_ms=from_ms, to_ms=to_ms, key=raw_key(target))
-    return found
 
 
 def at(seconds: float) -> datetime:

@@ -9,15 +9,17 @@ import argparse
 import asyncio
 import json
 import math
+import secrets
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from ingest.archive import open_archive
-from ingest.audit import Report
+from ingest.audit import Kind, Report
 from ingest.auditor import Auditor, Scope
-from ingest.clock import SystemClock
-from ingest.errors import Fatal
+from ingest.clock import Clock, SystemClock
+from ingest.recheck import Recheck, recheck
+from ingest.schedule import grids_of
 from ingest.sinks.connection import open_connection
 from shard_config.model import Config
 from workers import local
@@ -25,29 +27,39 @@ from workers.lifecycle import configure_logs
 from workers.samples import parse_time
 
 
-async def audit(config: Config, scope: Scope) -> Report:
+async def audit(
+    config: Config, scope: Scope, clock: Clock, recheck_share: float = 0.0, seed: int = 0
+) -> tuple[Report, Recheck | None]:
     """One audit over everything that the configuration's connections reach. Raises Transient, Fatal."""
-    clock = SystemClock(config.run.clock_offset_s)
     connection = await open_connection(config.postgres, "headgate audit")
     try:
         async with open_archive(config.s3, clock) as archive:
-            return await Auditor(connection, archive, config, clock, scope).run()
+            report = await Auditor(connection, archive, config, clock, scope).run()
+        if not recheck_share:
+            return report, None
+        targets = [t for t in grids_of(config) if scope.includes((t.account, t.region))]
+        return report, await recheck(
+            connection, config, clock, report, targets, recheck_share, seed, scope.service
+        )
     finally:
         connection.terminate()
 
 
-def to_json(report: Report) -> str:
+def to_json(report: Report, again: Recheck | None = None) -> str:
     """For machines: what was compared, the counts by kind, and the differences that are named."""
     raw = asdict(report) | {"counts": {str(k): n for k, n in report.counts.items()}}
-    return json.dumps(raw | {"equal": report.equal, "verdict": report.verdict()}, indent=2)
+    raw |= {"equal": report.equal, "verdict": report.verdict(), "recheck": asdict(again) if again else None}
+    return json.dumps(raw, indent=2, default=str)
 
 
-def render(report: Report) -> str:
-    """For people: each named difference, how many more there are, and the verdict."""
+def render(report: Report, again: Recheck | None = None) -> str:
+    """For people: each named difference, how many more there are, what a recheck cost, and the verdict."""
     lines = [str(one) for one in report.differences]
     unnamed = report.counts.total() - len(lines)
     if unnamed:
         lines.append(f"… and {unnamed:,} more; a shorter stretch or --service names others")
+    if again is not None:
+        lines.append(again.sentence(sum(report.counts[k] for k in (Kind.SOURCE_MISSING, Kind.SOURCE_VALUE))))
     return "\n".join([*lines, report.verdict()])
 
 
@@ -81,6 +93,14 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--to", dest="to_s", type=parse_time, required=True, metavar="TIME", help="exclusive")
     for name in ("account", "region", "service"):
         parser.add_argument(f"--{name}")
+    parser.add_argument(
+        "--recheck",
+        type=parse_share,
+        default=0.0,
+        metavar="SHARE",
+        help="ask the source again for so many of the sealed windows, as 1%%; it costs dollars, and lands nothing",
+    )
+    parser.add_argument("--seed", type=int, help="of the sample; default: another each time")
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.add_argument("--config", type=Path, help="headgate.yaml; default: the running local stack's")
     parser.set_defaults(run=run)
@@ -89,8 +109,12 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(args: argparse.Namespace) -> int:
     configure_logs("audit")
     if not args.from_s < args.to_s:
-        raise Fatal("audit", "--from is not before --to")
+        print("headgate audit: --from is not before --to", file=sys.stderr)
+        return 2
+    config = local.find_config(args.config)
     scope = Scope(math.floor(args.from_s), math.ceil(args.to_s), args.account, args.region, args.service)
-    report = asyncio.run(audit(local.find_config(args.config), scope))
-    sys.stdout.write((to_json(report) if args.format == "json" else render(report)) + "\n")
+    seed = args.seed if args.seed is not None else secrets.randbelow(2**32)
+    clock = SystemClock(config.run.clock_offset_s)
+    report, again = asyncio.run(audit(config, scope, clock, args.recheck, seed))
+    sys.stdout.write((to_json if args.format == "json" else render)(report, again) + "\n")
     return 0 if report.equal else 1
