@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
 import numpy as np
 import pytest
 
-from ingest import compact
 from ingest.balance import Claim, imbalance, put_aside, signed, stored_counts
 from ingest.clock import ManualClock
 from ingest.collect import merge_counts
