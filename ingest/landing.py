@@ -134,13 +134,13 @@ class Landing:
         `cluster` is the Kafka cluster's id, for dead letters. Reading begins a little before the positions: what was landed before
         shows at once whether this process can read what others could, before it puts anything aside.
         """
-        starts = self._positions.open(partitions, await self._sink.positions(self._topic, partitions), bounds)
+        stored = await self._sink.positions(self._topic, partitions)
+        starts = self._positions.open(partitions, stored, bounds)
         self._cluster = cluster
         self._share.clear()
         before = SHARE_RECORDS // max(1, len(partitions))
-        earlier = {p: max(bounds[p][0], start - before) for p, start in starts.items()}
-        self._reread = {p: (earlier[p], start) for p, start in starts.items()}
-        return earlier
+        self._reread = {p: (max(bounds[p][0], stored[p].next - before), stored[p].next) for p in starts}
+        return {p: min(start, self._reread[p][0]) for p, start in starts.items()}
 
     def close(self) -> None:
         """Forget all partitions: they went to somebody else."""

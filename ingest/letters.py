@@ -135,11 +135,11 @@ def account_of(letter: DeadLetter) -> str:
     """The account: of the labels, else of the record's key, else of the description; empty where none names one."""
     if letter.context:
         return str(_json(letter.context).get("labels", {}).get("account", ""))
-    for text in (letter.key.decode(errors="replace"), f"/{letter.series}"):
-        pieces = text.split("/")
-        if len(pieces) >= 3:
-            return pieces[1]
-    return ""
+    pieces = letter.key.decode(errors="replace").split("/")
+    if len(pieces) == 4:
+        return pieces[1]
+    head = letter.series.split(" ", 1)[0].split("/")
+    return head[0] if len(head) == 2 else ""
 
 
 def points_of(letter: DeadLetter) -> LostPoints:
