@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -187,7 +188,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "position, and start it again. Landing the same records twice changes nothing, so --to start is always safe.",
     )
     parser.add_argument("--config", type=Path, help="headgate.yaml; default: the running local stack's")
-    parser.add_argument("--move", metavar="TOPIC/PARTITION", help="move the position there")
+    parser.add_argument(
+        "--move", metavar="TOPIC[/PARTITION]", help="move the position there; of a topic, all that are marked"
+    )
     parser.add_argument("--to", default="start", metavar="start|end|OFFSET", help="where to (%(default)s)")
     parser.add_argument("--reader", help="whose position; needed where several readers have one there")
     parser.set_defaults(run=run)
@@ -200,16 +203,27 @@ def run(args: argparse.Namespace) -> int:
 async def _run(config: Config, moved: str | None, to: str, reader: str | None) -> int:
     found = await places(config)
     if moved is None:
-        Console(width=None).print(_table(found))
+        # A pipe has no width: what is wrong must not be cut off there.
+        Console(width=None if sys.stdout.isatty() else 200).print(_table(found))
         return 1 if any(place.wrong for place in found) else 0
-    named = [p for p in found if f"{p.topic}/{p.partition}" == moved and reader in (None, p.reader)]
-    if len(named) != 1:
-        what = f"{len(named)} readers have a position there: {', '.join(p.reader for p in named)}".rstrip(
-            ": "
-        )
-        raise Fatal(moved, what, "run `headgate positions` for what there is; --reader says whose")
-    print(await move(config, named[0], to))
+    named = _named(found, moved, reader)
+    if len({place.reader for place in named}) != 1:
+        readers = sorted({place.reader for place in named})
+        what = f"readers with such a position: {', '.join(readers) or 'none'}"
+        raise Fatal(moved, what, "run `headgate positions` for what there is; --reader says whose is meant")
+    for place in named:
+        print(await move(config, place, to))
     return 0
+
+
+def _named(found: Sequence[Place], moved: str, reader: str | None) -> list[Place]:
+    """The places that `--move` means: one partition, or of a topic those whose reader will not go on."""
+    return [
+        place
+        for place in found
+        if reader in (None, place.reader)
+        and (f"{place.topic}/{place.partition}" == moved or (place.topic == moved and place.wrong))
+    ]
 
 
 def _table(found: Sequence[Place]) -> Table:
