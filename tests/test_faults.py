@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
-from shard_config.model import S3
+from ingest.sinks.connection import open_connection
+from shard_config.model import S3, Postgres
+from tests.faults.oracle import complaints_of_landed
+from tests.faults.proxy import Proxy
+from tests.faults.replay import archive_all, replay_archive, replay_kafka
 from tests.faults.stage import Stage, seed_of_run, staged
 from tests.faults.truth import Truth
+from workers.servers import PostgresServer
+
+SAFETY = "worker_stopped_for_safety"
 
 
 @pytest.fixture
@@ -32,11 +42,19 @@ def s3(s3_endpoint: str, bucket: str) -> S3:
 
 
 @pytest.fixture
+def truth(seed: int, request: pytest.FixtureRequest) -> Truth:
+    return Truth(seed, **getattr(request, "param", {}))
+
+
+@pytest.fixture
 async def stage(
-    seed: int, kafka_bootstrap: str, topic_prefix: str, database: str, s3: S3, tmp_path: Path
+    truth: Truth, kafka_bootstrap: str, topic_prefix: str, database: str, s3: S3, tmp_path: Path
 ) -> AsyncIterator[Stage]:
-    async with staged(Truth(seed), kafka_bootstrap, topic_prefix, database, s3, tmp_path) as stage:
+    async with staged(truth, kafka_bootstrap, topic_prefix, database, s3, tmp_path) as stage:
         yield stage
+
+
+# --- consumers ------------------------------------------------------------------------------------------------
 
 
 async def test_a_consumer_killed_between_the_stores_commit_and_kafkas_loses_and_doubles_nothing(
@@ -52,3 +70,247 @@ async def test_a_consumer_killed_between_the_stores_commit_and_kafkas_loses_and_
     with stage.victim("consumer-1"):
         await stage.has_landed()
         assert await stage.oracle.at_the_end() == []
+
+
+@pytest.mark.parametrize("where", ["before_landing", "in_transaction"])
+async def test_a_zombie_is_refused_and_its_successor_is_not_blocked(
+    stage: Stage, rng: random.Random, where: str
+) -> None:
+    waves = stage.truth.waves(8)
+    with stage.victim("consumer-1", f"{where}:{rng.randint(1, 3)}") as zombie:
+        await zombie.logged("partitions_assigned")
+        for wave in waves[:4]:
+            await stage.publish(wave)
+            await asyncio.sleep(0.3)
+        await zombie.logged("failpoint_reached")
+        with stage.victim("consumer-2") as successor:
+            await stage.has_landed()
+            assert await stage.oracle.positions() == []
+            # It wakes while its successor is at work, with records in hand that have landed since.
+            zombie.signal(signal.SIGCONT)
+            for wave in waves[4:]:
+                await stage.publish(wave)
+                await asyncio.sleep(0.1)
+            refused = await zombie.logged("consumer_retries")
+            assert refused["topic"] == stage.raw
+            await stage.has_landed()
+            assert await stage.oracle.at_the_end() == []
+            assert not [e for e in successor.events() if e["event"] == "consumer_retries"]
+
+
+# --- Kafka's log ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("truth", [{"rubbish": 0, "corrections": 0}], ids=["all archived"], indirect=True)
+async def test_a_retention_that_passed_the_position_stops_the_consumer_until_it_is_filled_and_moved(
+    stage: Stage, rng: random.Random
+) -> None:
+    await archive_all(stage)
+    waves = stage.truth.waves(4)
+    with stage.victim("consumer-1") as victim:
+        await stage.publish(waves[0])
+        await stage.has_landed()
+        victim.signal(signal.SIGTERM)
+        assert await victim.exit_code() == 0
+    stored = await stage.oracle.next_offsets(stage.raw, "postgres")
+    for wave in waves[1:]:
+        await stage.publish(wave)
+    # Of one partition at least a record goes that has not landed.
+    grown = {p: end for p, end in stage.ends().items() if end > stored[p]}
+    await stage.delete_before({p: rng.randint(stored[p] + 1, end) for p, end in grown.items()})
+
+    with stage.victim("consumer-1") as victim:
+        assert await victim.exit_code() == 3
+        stopped = await victim.logged(SAFETY)
+    assert "headgate positions" in stopped["remedy"]
+    assert complaints_of_landed((p for _, p in waves[0]), await stage.oracle.table()) == []
+
+    await replay_archive(stage)
+    shown = stage.headgate("positions")
+    assert (shown.returncode, shown.stdout.count("retention passed it")) == (1, len(grown)), shown
+    moved = stage.headgate("positions", "--move", stage.raw, "--to", "start")
+    assert (moved.returncode, moved.stdout.count("headgate backfill")) == (0, len(grown)), moved
+    with stage.victim("consumer-1"):
+        await stage.has_landed()
+        assert await stage.oracle.at_the_end() == []
+
+
+@pytest.mark.parametrize("running", [False, True], ids=["while it was stopped", "under it"])
+async def test_a_topic_that_was_created_again_and_grew_past_the_position_is_refused(
+    stage: Stage, running: bool
+) -> None:
+    first = stage.truth.records[: len(stage.truth.records) // 3]
+    with stage.victim("consumer-1", "impatient:2") as victim:
+        await stage.publish(first)
+        await stage.has_landed()
+        if not running:
+            victim.signal(signal.SIGTERM)
+            assert await victim.exit_code() == 0
+        await stage.recreate_raw()
+        await stage.publish(reversed(stage.truth.records))
+        if running:
+            assert await victim.exit_code() == 3
+            stopped = await victim.logged(SAFETY)
+    if not running:
+        with stage.victim("consumer-1") as victim:
+            assert await victim.exit_code() == 3
+            stopped = await victim.logged(SAFETY)
+    assert "created again" in stopped["remedy"], stopped
+    assert complaints_of_landed((p for _, p in first), await stage.oracle.table()) == []
+
+
+async def test_replays_of_kafka_and_of_the_archive_beside_the_live_consumer_change_nothing(
+    stage: Stage,
+) -> None:
+    await archive_all(stage)
+    waves = stage.truth.waves(8)
+    for wave in waves[:4]:
+        await stage.publish(wave)
+
+    async def live() -> None:
+        for wave in waves[4:]:
+            await stage.publish(wave)
+            await asyncio.sleep(0.2)
+
+    with stage.victim("consumer-1") as victim:
+        await victim.logged("partitions_assigned")
+        async with asyncio.TaskGroup() as group:
+            group.create_task(live())
+            group.create_task(replay_kafka(stage))
+            group.create_task(replay_archive(stage))
+        await stage.has_landed()
+        assert await stage.oracle.at_the_end() == []
+
+
+# --- PostgreSQL -----------------------------------------------------------------------------------------------
+
+
+async def test_a_postgresql_that_is_killed_and_started_again_has_everything_and_the_ledger_balances(
+    seed: int, rng: random.Random, kafka_bootstrap: str, topic_prefix: str, s3: S3, tmp_path: Path
+) -> None:
+    server = PostgresServer(tmp_path, durable=False)
+    server.prepare()
+    server.launch()
+    try:
+        server.wait_ready()
+        truth = Truth(seed, corrections=0)
+        async with staged(truth, kafka_bootstrap, topic_prefix, server.dsn(), s3, tmp_path) as stage:
+            with stage.victim("consumer-1") as victim:
+                await victim.logged("partitions_assigned")
+                await stage.announce()
+                publishing = asyncio.create_task(stage.publish_all(waves=12))
+                await asyncio.sleep(rng.uniform(0.3, 1.5))
+                assert server.pid is not None
+                os.killpg(server.pid, signal.SIGKILL)
+                server.stop()
+                await asyncio.sleep(0.5)
+                server.launch()
+                server.wait_ready()
+                await publishing
+                await stage.has_landed()
+                assert await stage.oracle.at_the_end() == []
+                await stage.ledger_balances()
+    finally:
+        server.stop()
+
+
+def through(proxy: Proxy, stage: Stage) -> Postgres:
+    """The stage's PostgreSQL, by way of the proxy."""
+    parts = urlsplit(stage.config.postgres.dsn)
+    user = parts.netloc.rpartition("@")[0]
+    return Postgres(dsn=parts._replace(netloc=f"{user}@127.0.0.1:{proxy.port}").geturl())
+
+
+@pytest.fixture
+async def proxy(database: str) -> AsyncIterator[Proxy]:
+    parts = urlsplit(database)
+    assert parts.hostname
+    async with Proxy(parts.hostname, parts.port or 5432) as proxy:
+        yield proxy
+
+
+STANDSTILL_S = 8
+MEMORY_CAP_BYTES = 400 * 1024**2
+
+
+async def test_a_sink_at_a_standstill_fills_kafka_and_not_the_consumers_memory(
+    stage: Stage, proxy: Proxy, rng: random.Random
+) -> None:
+    config = stage.config.model_copy(update={"postgres": through(proxy, stage)})
+    heavy = stage.truth.heavy()
+    waves = stage.truth.waves(4)
+    with stage.victim("consumer-1", config=config) as victim:
+        await stage.publish([*waves[0], *heavy[:20]])
+        await stage.has_landed()
+        before_bytes = most_bytes = victim.rss_bytes()
+        proxy.stall()
+        waiting = [*heavy[20:], *(record for wave in waves[1:] for record in wave)]
+        rng.shuffle(waiting)
+        ends_s = time.monotonic() + STANDSTILL_S
+        await stage.publish(waiting)
+        while time.monotonic() < ends_s:
+            most_bytes = max(most_bytes, victim.rss_bytes())
+            await asyncio.sleep(0.1)
+        assert await stage.oracle.positions() == []
+        assert victim.events()[-1]["event"] != "consumer_retries"
+        proxy.resume()
+        await stage.has_landed()
+        most_bytes = max(most_bytes, victim.rss_bytes())
+        assert await stage.oracle.at_the_end() == []
+    waiting_bytes = sum(len(out.value) for out, _ in waiting)
+    print(f"waiting {waiting_bytes >> 20} MB, consumer {before_bytes >> 20} -> {most_bytes >> 20} MB")
+    assert most_bytes < MEMORY_CAP_BYTES
+    assert most_bytes - before_bytes < waiting_bytes / 3
+
+
+async def test_a_network_that_swallows_a_copy_halfway_delays_and_loses_nothing(
+    stage: Stage, proxy: Proxy, rng: random.Random
+) -> None:
+    config = stage.config.model_copy(update={"postgres": through(proxy, stage)})
+    with stage.victim("consumer-1", "impatient:2", config=config) as victim:
+        await victim.logged("partitions_assigned")
+        proxy.blackhole_in_copy(rng.randint(1, 3))
+        publishing = asyncio.create_task(stage.publish_all(waves=8))
+        async with asyncio.timeout(20):
+            await proxy.fell_silent.wait()
+        assert await backends_in_copy(stage) == 1
+        assert await stage.oracle.positions() == []
+        await asyncio.sleep(1)
+        proxy.resume()
+        await publishing
+        await stage.has_landed()
+        assert await stage.oracle.at_the_end() == []
+
+
+async def test_a_consumer_is_gone_soon_after_its_signal_though_the_network_swallows_its_copy(
+    stage: Stage, proxy: Proxy
+) -> None:
+    config = stage.config.model_copy(update={"postgres": through(proxy, stage)})
+    with stage.victim("consumer-1", "short_drain:2", config=config) as victim:
+        await victim.logged("partitions_assigned")
+        proxy.blackhole_in_copy(1)
+        await stage.publish(stage.truth.records)
+        async with asyncio.timeout(20):
+            await proxy.fell_silent.wait()
+        victim.signal(signal.SIGTERM)
+        started_s = time.monotonic()
+        assert await victim.exit_code(15) == 0
+        await victim.logged("drain_cut_short")
+        print(f"gone after {time.monotonic() - started_s:.1f} s")
+    with stage.victim("consumer-1"):
+        await stage.has_landed()
+        assert await stage.oracle.at_the_end() == []
+
+
+async def backends_in_copy(stage: Stage) -> int:
+    """Server processes that wait for the rest of a COPY into `samples` or its staging table."""
+    connection = await open_connection(stage.config.postgres, "test")
+    try:
+        return int(
+            await connection.fetchval(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'active'"
+                " AND pid <> pg_backend_pid() AND query LIKE 'COPY %'"
+            )
+        )
+    finally:
+        await connection.close()

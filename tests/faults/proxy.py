@@ -83,6 +83,8 @@ class Proxy:
                 group.create_task(self._pump(upstream_reader, writer, flow))
         except* OSError:
             pass
+        except* asyncio.CancelledError:
+            pass  # at the end of the test; asyncio's own callback would log it
         finally:
             writer.transport.abort()
             upstream_writer.transport.abort()

@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import psutil
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
+from aiokafka.errors import TopicAlreadyExistsError
+from aiokafka.structs import TopicPartition
 
 from ingest import wire
 from ingest.log import Outgoing, Producer
@@ -26,8 +29,8 @@ from tests.faults.truth import SERVICE, Published, Truth
 from workers.servers import _die_with_parent
 from workers.setup import setup
 
+FILE_KEYS = {"accounts", "kafka", "postgres", "s3"}
 ROOT = Path(__file__).resolve().parent.parent.parent
-SESSION_TIMEOUT_S = 6
 
 
 def seed_of_run() -> int:
@@ -86,8 +89,9 @@ class Victim:
         found: list[dict[str, Any]] = []
 
         async def logged_it() -> bool:
-            assert self._process.poll() is None or event == "worker_stopped_for_safety", self.log.read_text()
+            ended = self._process.poll() is not None
             found[:] = [e for e in self.events() if e["event"] == event]
+            assert found or not ended, f"{self.name} ended without {event}"
             return bool(found)
 
         await eventually(logged_it, timeout_s)
@@ -95,10 +99,12 @@ class Victim:
 
     async def exit_code(self, timeout_s: float = 30) -> int:
         """Wait until it ends by itself."""
-        async with asyncio.timeout(timeout_s):
-            while (code := self._process.poll()) is None:
-                await asyncio.sleep(0.05)
-        return code
+
+        async def ended() -> bool:
+            return self._process.poll() is not None
+
+        await eventually(ended, timeout_s)
+        return int(self._process.returncode)
 
     def rss_bytes(self) -> int:
         return int(psutil.Process(self._process.pid).memory_info().rss)
@@ -116,16 +122,39 @@ class Stage:
         self._ends: dict[tuple[str, str], dict[int, int]] = {}
         """(topic, sink) → partition → where its position must come to."""
 
+    @property
+    def raw(self) -> str:
+        return self.config.kafka.topic("raw")
+
+    def ends(self) -> dict[int, int]:
+        """Partition of `raw` → the next offset to be written, where anything was."""
+        return dict(self._ends.get((self.raw, "postgres"), {}))
+
+    def headgate(self, *args: str) -> subprocess.CompletedProcess[str]:
+        """Run a command on this stage."""
+        path = self.home / "headgate.yaml"
+        # JSON is YAML.
+        path.write_text(self.config.model_dump_json(include=FILE_KEYS, exclude_defaults=True))
+        return subprocess.run(
+            [sys.executable, "-m", "workers.cli", *args, "--config", str(path)],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
     def victim(self, name: str, failpoint: str = "none", *, config: Config | None = None) -> Victim:
         return Victim(config or self.config, name, self.home, failpoint)
 
     async def publish(self, records: Iterable[tuple[Outgoing, Published]]) -> None:
         """Write records to `raw`, and tell the oracle."""
         records = list(records)
-        positions = await self.producer.send(self.config.kafka.topic("raw"), [out for out, _ in records])
+        positions = await self.producer.send(self.raw, [out for out, _ in records])
         for at, (_, published) in zip(positions, records, strict=True):
             self.oracle.sent[at.partition, at.offset] = published
-            self._expect(self.config.kafka.topic("raw"), "postgres", at.partition, at.offset + 1)
+            self._expect(self.raw, "postgres", at.partition, at.offset + 1)
 
     async def publish_all(self, waves: int, pause_s: float = 0.15) -> None:
         """Everything, in so many waves, so that it takes several transactions to land."""
@@ -148,6 +177,39 @@ class Stage:
         ends = self._ends.setdefault((topic, sink), {})
         ends[partition] = max(next_, ends.get(partition, 0))
 
+    async def recreate_raw(self) -> None:
+        """Delete the topic and create it again: same name, same partitions, empty. What was sent there is forgotten."""
+        topic, partitions = self.raw, self.config.kafka.raw_partitions
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.config.kafka.bootstrap)
+        await admin.start()
+        try:
+            await admin.delete_topics([topic])
+
+            async def created() -> bool:
+                try:
+                    answer = await admin.create_topics([NewTopic(topic, partitions, 1)])
+                except TopicAlreadyExistsError:
+                    return False
+                return bool(answer.topic_errors[0][1] == 0)
+
+            await eventually(created)
+        finally:
+            await admin.close()
+        self.oracle.sent.clear()
+        self._ends.pop((topic, "postgres"), None)
+
+    async def delete_before(self, offsets: Mapping[int, int]) -> None:
+        """As retention does: what lies before these offsets of `raw` goes."""
+        topic = self.raw
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.config.kafka.bootstrap)
+        await admin.start()
+        try:
+            await admin.delete_records(
+                {TopicPartition(topic, p): RecordsToDelete(offset) for p, offset in offsets.items()}
+            )
+        finally:
+            await admin.close()
+
     async def has_landed(self, timeout_s: float = 30) -> None:
         """Wait until the store's positions are at the end of what was sent."""
 
@@ -161,12 +223,17 @@ class Stage:
         await eventually(all_landed, timeout_s)
 
     async def ledger_balances(self, timeout_s: float = 15) -> None:
-        """Wait until the ledger has nothing open."""
+        """Wait until the ledger has folded and sealed everything."""
+        found: list[str] = []
 
         async def balanced() -> bool:
-            return await self.oracle.ledger() == []
+            found[:] = await self.oracle.ledger()
+            return not found
 
-        await eventually(balanced, timeout_s)
+        try:
+            await eventually(balanced, timeout_s)
+        finally:
+            assert found == []
 
 
 @asynccontextmanager
@@ -183,7 +250,6 @@ async def staged(
             prefix=prefix,
             raw_partitions=4,
             ledger_partitions=1,
-            session_timeout_s=SESSION_TIMEOUT_S,
         ),
         postgres=Postgres(dsn=dsn),
         s3=s3,

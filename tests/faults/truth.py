@@ -2,7 +2,8 @@
 
 The looks are those of a few targets' polls: each covers three windows again, some values change until they have settled, some points
 are missing, and some are NaN or infinite. They are published out of order, some twice, with rubbish in between, and a few with a greater
-revision and an earlier time. `Truth.table` is computed from the generated numbers alone, by no code of `ingest` but the version's.
+revision and an earlier time. What must land (`greatest`) is computed from the generated numbers alone, by no code of `ingest` but the
+version's.
 """
 
 from __future__ import annotations
@@ -133,15 +134,21 @@ class Truth:
         size = math.ceil(len(self.records) / count)
         return [self.records[at : at + size] for at in range(0, len(self.records), size)]
 
-    @cached_property
-    def table(self) -> Table:
-        """What the store must hold when all has landed: of each key the greatest (version, value)."""
-        return greatest(p for _, p in self.records)
-
-    @cached_property
-    def dead(self) -> frozenset[Dead]:
-        """What the dead-letter topic must hold, once each by identity."""
-        return frozenset().union(*(p.dead for _, p in self.records))
+    def heavy(self, copies: int = 400) -> tuple[tuple[Outgoing, Published], ...]:
+        """Half a megabyte each, on all partitions, cheap to take apart: what a sink that has the first ones skips by batch id."""
+        rng = np.random.default_rng(self.seed)
+        account = self.accounts()[0].id
+        target = Target("cloudwatch", account, REGION)
+        key = SeriesKey(account, REGION, "Heavy", "Load", (), "Average", 1)
+        values = rng.random(40_000)
+        series = (Series(key),)
+        times_s = np.arange(START_S - len(values), START_S, dtype=np.int64)
+        batch = Batch(
+            "0" * 32, target, "heavy", START_S * 1000, 0, GRID_S, series,
+            np.array([len(values)], np.int32), times_s, values, series_ids(series),
+        )  # fmt: skip
+        published = _published(batch)
+        return tuple((Outgoing(str(i).encode(), published.value, i % 4), published) for i in range(copies))
 
     # --- one look ---------------------------------------------------------------------------------------------
 

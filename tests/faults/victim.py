@@ -17,6 +17,7 @@ from typing import Any
 
 import structlog
 
+from ingest import group
 from ingest.group import Consumer
 from ingest.sinks import connection, postgres
 from ingest.sinks.postgres import PostgresSink
@@ -25,6 +26,9 @@ from workers import consumer
 from workers.lifecycle import run_worker
 
 _log = structlog.get_logger()
+
+SESSION_TIMEOUT_S = 3
+"""Shorter than a configuration may be, for tests do not wait."""
 
 
 def before_commit(nth: int) -> None:
@@ -43,12 +47,12 @@ def before_commit(nth: int) -> None:
 
 def before_landing(nth: int) -> None:
     """Be stopped with records in hand, before anything is asked of the store."""
-    PostgresSink.land = _stopped_before(PostgresSink.land, nth)  # type: ignore[method-assign]
+    setattr(PostgresSink, "land", _stopped_before(PostgresSink.land, nth))  # noqa: B010
 
 
 def in_transaction(nth: int) -> None:
     """Be stopped when the position has been moved and no row sent: the transaction stays open."""
-    postgres._insert_rows = _stopped_before(postgres._insert_rows, nth)
+    setattr(postgres, "_insert_rows", _stopped_before(postgres._insert_rows, nth))  # noqa: B010
 
 
 def _stopped_before(function: Callable[..., Awaitable[Any]], nth: int) -> Callable[..., Awaitable[Any]]:
@@ -64,17 +68,25 @@ def _stopped_before(function: Callable[..., Awaitable[Any]], nth: int) -> Callab
 
 
 def impatient(seconds: int) -> None:
-    """Not a point, but shorter times: so long for a landing, a ledger's statements, a connection."""
+    """Not a point, but shorter times: so long for a landing and a connection, and until Kafka is asked for its topics again."""
     assert PostgresSink.connect.__kwdefaults__ is not None
     PostgresSink.connect.__kwdefaults__["timeout_s"] = seconds
     connection.CONNECT_TIMEOUT_S = seconds
+    group.METADATA_MAX_AGE_S = seconds
 
 
-FAILPOINTS = {f.__name__: f for f in (before_commit, before_landing, in_transaction, impatient)}
+def short_drain(seconds: int) -> None:
+    """Not a point: so long for what is in the works when told to stop."""
+    consumer.DRAIN_S = seconds
+
+
+FAILPOINTS = {f.__name__: f for f in (before_commit, before_landing, in_transaction, impatient, short_drain)}
 
 
 def main(config_path: str, name: str, failpoint: str) -> int:
     config = Config.model_validate_json(Path(config_path).read_bytes())
+    kafka = config.kafka.model_copy(update={"session_timeout_s": SESSION_TIMEOUT_S})
+    config = config.model_copy(update={"kafka": kafka})
     point, _, nth = failpoint.partition(":")
     if point != "none":
         FAILPOINTS[point](int(nth))
