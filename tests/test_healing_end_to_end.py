@@ -1,0 +1,119 @@
+"""A permission that is missing for a while, on the whole real stack: gaps appear, and heal without a hand when it is granted."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+import yaml
+
+from shard_config.model import Config
+from tests.conftest import eventually
+from tests.test_end_to_end import headgate, left_behind
+from workers.local import LocalStack, find_config
+from workers.scenes import made_up_scene
+from workers.stack import Endpoints, StackSpec
+
+SCENE = made_up_scene(accounts=2, metrics=40, seed=11, once=False)
+DENIED, GRANTED = SCENE.truth.accounts
+HEAL = {"attempts_max": 8, "backoff_s": 2, "usd_per_day": 1.0}
+
+
+@dataclass(frozen=True)
+class Running:
+    stack: LocalStack
+    config: Config
+    sql: asyncpg.Connection
+    started_at: datetime
+
+
+def ask(url: str, body: dict[str, Any] | None = None) -> str:
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(url, data, timeout=10) as response:  # noqa: S310  # loopback
+        return str(response.read().decode())
+
+
+def config_text(endpoints: Endpoints) -> str:
+    """The scene's, with the account's permission missing before the first worker starts."""
+    ask(f"{endpoints.aws_url}/faults", {"forbidden_accounts": [DENIED]})
+    config = yaml.safe_load(SCENE.config(endpoints))
+    del config["exposition"]  # it has no past, and nothing to heal
+    return yaml.safe_dump(config | {"heal": HEAL})
+
+
+@pytest.fixture
+async def running(tmp_path: Path) -> AsyncIterator[Running]:
+    stack = LocalStack(tmp_path)
+    started_at = datetime.now(UTC)
+    await stack.start(StackSpec(config_text, shards=2, consumers=1, simulate_args=SCENE.simulate_args))
+    try:
+        config = find_config(stack.config_path)
+        sql = await asyncpg.connect(config.postgres.dsn)
+        try:
+            yield Running(stack, config, sql, started_at)
+        finally:
+            await sql.close()
+    finally:
+        await stack.stop()
+    assert left_behind(tmp_path) == []
+
+
+def gaps(running: Running) -> list[dict[str, Any]]:
+    done = headgate(running.stack.home, "gaps", "--format", "json")
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    assert done.returncode == int(bool(found)), done.stderr
+    return found
+
+
+def coordinators(running: Running, line: str) -> float:
+    """The value of a line of the coordinator's /metrics."""
+    port = running.stack.metrics_ports["coordinator"]
+    for found in ask(f"http://127.0.0.1:{port}/metrics").splitlines():
+        if found.startswith(line + " "):
+            return float(found.rpartition(" ")[2])
+    return 0.0
+
+
+async def test_a_gap_appears_is_asked_again_with_rests_and_is_sealed_when_the_source_answers(
+    running: Running,
+) -> None:
+    async def asked_again_in_vain() -> bool:
+        most = await running.sql.fetchval("SELECT max(attempt) FROM attempts")
+        return (most or 0) >= 2
+
+    await eventually(asked_again_in_vain, timeout_s=30)
+    open_ones = gaps(running)
+    assert {g["target"].split("/")[1] for g in open_ones} == {DENIED}
+    assert {g["reason"] for g in open_ones} == {"forbidden"}
+    assert all("AccessDenied" in g["detail"] for g in open_ones)
+
+    ask(f"{running.stack.endpoints.aws_url}/faults", {})
+
+    async def healed() -> bool:
+        return not await running.sql.fetchval(
+            "SELECT count(*) FROM windows WHERE sealed_at IS NULL AND declared IS NULL"
+            " AND settles_at + interval '420 s' < $1",
+            running.started_at,
+        )
+
+    await eventually(healed, timeout_s=60)
+    assert gaps(running) == []
+    # Every window is sealed; none was given up.
+    assert await running.sql.fetchval("SELECT count(*) FROM windows WHERE declared IS NOT NULL") == 0
+    # Only what was denied was asked again, by the block and not by the window, and within the money.
+    targets = {r["target"] for r in await running.sql.fetch("SELECT DISTINCT target FROM attempts")}
+    assert {t.split("/")[1] for t in targets} == {DENIED}
+    assert coordinators(running, 'headgate_heals_total{means="source"}') >= 2 * len(targets)
+    assert 0 < coordinators(running, "headgate_heal_dollars_reserved") <= HEAL["usd_per_day"]
+
+    # What AWS billed is in the ledger, to the metric.
+    bill = json.loads(ask(f"{running.stack.endpoints.aws_url}/billing"))["accounts"]
+    billed = await running.sql.fetchval("SELECT sum(metrics_billed)::bigint FROM looks")
+    assert billed == sum(account["metrics_requested"] for account in bill.values())
