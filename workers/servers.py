@@ -165,7 +165,8 @@ class KafkaServer(Server):
         (self.dir / "server.properties").write_text(self._properties())
         if (self.dir / "data" / "meta.properties").exists():
             return
-        cluster_id = base64.urlsafe_b64encode(os.urandom(16)).decode().rstrip("=")
+        # 16 bytes, the first of which keeps it from beginning with "-": `format` would read an option.
+        cluster_id = base64.urlsafe_b64encode(b"\0" + os.urandom(15)).decode().rstrip("=")
         # C1 only: the tool lives for half a second.
         java = self._java("-XX:TieredStopAtLevel=1")
         format_ = ["kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", "server.properties"]
