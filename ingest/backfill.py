@@ -104,16 +104,19 @@ class Survey:
 
     scope: Scope
     kept_since_ms: int | None
+    collected: int | None = None
+    """Points of all looks that touch the scope; None where no look is known."""
     _known: dict[tuple[Target, str], _Known] = field(default_factory=dict)
 
-    def expect(self, grids: Mapping[Target, Sequence[Grid]]) -> None:
-        """The windows that configuration and time say there are. Raises Fatal where they are too many."""
+    def expect(self, grids: Mapping[Target, Sequence[Grid]], now_s: int) -> None:
+        """The windows that configuration and time say there are: those that have ended. Raises Fatal where they are too many."""
         total = 0
         for target, of_target in grids.items():
             for grid in of_target:
                 if not self.scope.wants(target, grid.service, self.scope.from_s, self.scope.to_s):
                     continue
-                start_s, end_s = grid.floor(self.scope.from_s), grid.ceil(self.scope.to_s)
+                start_s = grid.floor(self.scope.from_s)
+                end_s = min(grid.ceil(self.scope.to_s), grid.floor(now_s))
                 windows = max(0, (end_s - start_s) // grid.poll_interval_s)
                 total += windows
                 if total > WINDOWS_MAX:
@@ -128,6 +131,9 @@ class Survey:
 
     def look(self, look: KnownLook) -> None:
         """There was this look."""
+        if not self.scope.wants(look.target, look.service, look.start_s, look.end_s):
+            return
+        self.collected = (self.collected or 0) + look.points
         known = self._known.get((look.target, look.service))
         if known is None:
             return
@@ -166,12 +172,6 @@ class Survey:
                 spans[target] = Window(min(before.start_s, start_s), max(before.end_s, end_s))
         return spans
 
-    def points(self) -> int | None:
-        """Of all windows, estimated; None where nothing is known."""
-        found = [_points(known, len(known.flags)) for known in self._known.values()]
-        some = [points for points in found if points is not None]
-        return sum(some) if some else None
-
     def plan(self, via: Means | None, now_s: int, prices: Prices) -> tuple[Stretch, ...]:
         """Stretches by target, service and time. `via` asks CloudWatch for every window; None takes the cheapest means for each."""
         stretches: list[Stretch] = []
@@ -179,6 +179,8 @@ class Survey:
             means = _means(known, via, now_s)
             edges = [0, *(np.nonzero(np.diff(means))[0] + 1).tolist(), len(means)]
             for first, end in pairwise(edges):
+                if MEANS[int(means[first])] is Means.NOWHERE and not known.grid.has_past:
+                    continue  # nobody can help, and only the ledger knows whether it was ever planned
                 stretches.append(
                     _stretch(target, service, known, MEANS[int(means[first])], first, end, now_s, prices)
                 )
@@ -198,9 +200,7 @@ def _means(known: _Known, via: Means | None, now_s: int) -> NDArray[np.int8]:
     starts_s = known.start_s + np.arange(len(flags)) * grid.poll_interval_s
     means = np.full(len(flags), MEANS.index(Means.NOWHERE), np.int8)
     if grid.has_past:
-        can_be_asked = (starts_s >= now_s - retention_s(grid.period_s)) & (
-            starts_s + grid.poll_interval_s <= now_s
-        )
+        can_be_asked = starts_s >= now_s - retention_s(grid.period_s)
         means[can_be_asked] = MEANS.index(Means.CLOUDWATCH)
     if via is Means.CLOUDWATCH:
         return means
@@ -238,10 +238,6 @@ def _stretch(
 
 
 def _why_nowhere(grid: Grid, start_s: int, now_s: int) -> str:
-    if not grid.has_past:
-        return "an endpoint has no past"
-    if start_s + grid.poll_interval_s > now_s:
-        return "has not ended yet"
     coarser = [p for p in (300, 3600) if p > grid.period_s and start_s >= now_s - retention_s(p)]
     older = f"CloudWatch keeps {grid.period_s} s for {retention_s(grid.period_s) // 86_400} days"
     return older + (f"; at {coarser[0]} s it has it still, as other series" if coarser else "")

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,18 +26,19 @@ from rich.prompt import Confirm
 from rich.table import Table
 
 from ingest.archive_replay import LANES
-from ingest.backfill import Means, Stretch
+from ingest.backfill import MEANS, Means, Stretch
 from ingest.clock import Clock, SystemClock
 from ingest.errors import HeadgateError
-from ingest.model import REVISION_MAX
+from ingest.model import REVISION_MAX, Target
 from ingest.replay import Scope
 from ingest.sinks.connection import server_of
 from shard_config.model import Config, Postgres
 from workers import local
-from workers.backfill_plan import LIVE, NULL, Ask, Plan, Tell, opened, time_of
+from workers.backfill_plan import LIVE, NULL, Ask, Plan, Tell, opened, time_of, total_points, total_usd
 from workers.backfilling import Done
 from workers.lifecycle import configure_logs
 from workers.samples import parse_time
+from workers.servers import local_environment
 
 RATE_POINTS_PER_S = 100_000
 LIKELY_POINTS_PER_S = 300_000
@@ -96,30 +97,33 @@ def show(console: Console, asked: Ask, plan: Plan) -> None:
 
 
 def _table(stretches: Sequence[Stretch]) -> Table:
-    table = Table("target", "service", "from", "to", title_justify="left")
-    for name in ("windows", "points", "dollars"):
-        table.add_column(name, justify="right")
-    table.add_column("via")
-    # What costs or cannot be had first; what is there is only counted.
-    order = [Means.NOWHERE, Means.CLOUDWATCH, Means.S3, Means.KAFKA]
-    shown = sorted(
-        (s for s in stretches if s.means in order),
-        key=lambda s: (order.index(s.means), s.target, s.service, s.start_s),
-    )
-    for s in shown[:STRETCHES_SHOWN_MAX]:
-        table.add_row(
-            str(s.target), s.service, time_of(s.start_s), time_of(s.end_s), str(s.windows), _number(s.points),
-            _money(s.usd) if s.usd is None or s.usd else "", f"{s.means} {s.detail}".rstrip(),
-        )  # fmt: skip
+    """What costs or cannot be had first; what is there is only counted. Services that go together are one line."""
+    groups: dict[tuple[int, Target, int, int, str], list[Stretch]] = defaultdict(list)
     windows = Counter[str]()
     for s in stretches:
         windows[s.means] += s.windows
-    more = (
-        f"and {len(shown) - STRETCHES_SHOWN_MAX} more stretches; " if len(shown) > STRETCHES_SHOWN_MAX else ""
-    )
-    table.caption = (
-        more + "windows: " + (", ".join(f"{n:,} {m}" for m, n in sorted(windows.items())) or "none")
-    )
+        if s.means is not Means.THERE:
+            way = f"{s.means} {s.detail}".rstrip()
+            groups[-MEANS.index(s.means), s.target, s.start_s, s.end_s, way].append(s)
+    table = Table("target", "services", "from", "to", caption_justify="left")
+    for name in ("windows", "points", "dollars"):
+        table.add_column(name, justify="right")
+    table.add_column("via")
+    for (_, target, start_s, end_s, way), some in sorted(groups.items())[:STRETCHES_SHOWN_MAX]:
+        paid = some[0].means is Means.CLOUDWATCH
+        table.add_row(
+            str(target),
+            ", ".join(s.service for s in some),
+            time_of(start_s),
+            time_of(end_s),
+            f"{sum(s.windows for s in some):,}",
+            _number(total_points(some)),
+            _money(total_usd(some)) if paid else "",
+            way,
+        )
+    left_out = len(groups) - STRETCHES_SHOWN_MAX
+    counted = ", ".join(f"{n:,} {m}" for m, n in sorted(windows.items())) or "none"
+    table.caption = (f"and {left_out} more lines; " if left_out > 0 else "") + f"windows: {counted}"
     return table
 
 
@@ -286,6 +290,9 @@ def asked_of(args: argparse.Namespace, now_s: int) -> Ask:
 
 def run(args: argparse.Namespace) -> int:
     configure_logs("backfill")
+    if args.config is None:
+        # The local stack's S3 wants some credentials, and no real ones shall reach it.
+        os.environ.update(local_environment(os.environ))
     config = local.find_config(args.config)
     clock = SystemClock(config.run.clock_offset_s)
     try:
@@ -302,7 +309,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _run(config: Config, asked: Ask, clock: Clock, args: argparse.Namespace) -> int:
-    console = Console(soft_wrap=not sys.stdout.isatty(), stderr=args.json)
+    console = Console(width=None if sys.stdout.isatty() else 160, stderr=args.json)
     async with opened(config, asked, clock) as backfill:
         plan, asked = await backfill.plan()
         show(console, asked, plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -20,7 +20,7 @@ from ingest.clock import Clock
 from ingest.errors import Transient
 from ingest.landing import Landing
 from ingest.log import Producer
-from ingest.model import Receipt
+from ingest.model import Receipt, Task
 from ingest.replay import KafkaReplay, Replay, Scope, kept_since_ms
 from ingest.schedule import grids_of
 from ingest.sinks.connection import open_connection, server_of
@@ -33,6 +33,7 @@ from workers.backfilling import (
     Done,
     LedgerAnnouncer,
     ReplaySink,
+    answers,
     ask,
     has_positions,
     is_emptied,
@@ -85,8 +86,12 @@ class Plan:
     kept_since_ms: int
     receipts: tuple[Receipt, ...]
     notes: tuple[str, ...]
+    tasks: tuple[Task, ...] = ()
+    """For CloudWatch, without those that were answered when this backfill was run before."""
 
     def has(self, means: Means) -> bool:
+        if means is Means.CLOUDWATCH:
+            return bool(self.tasks)
         return self.whole is means or any(s.means is means for s in self.stretches)
 
     @property
@@ -97,13 +102,23 @@ class Plan:
     def points(self) -> int | None:
         if self.whole is not None:
             return self.whole_points
-        some = [s.points for s in self.stretches if s.means in (Means.KAFKA, Means.S3, Means.CLOUDWATCH)]
-        return None if None in some else sum(p for p in some if p is not None)
+        return total_points([s for s in self.stretches if s.means is not Means.THERE])
 
     @property
     def usd(self) -> Decimal | None:
-        some = [s.usd for s in self.stretches]
-        return None if None in some else sum((u for u in some if u is not None), Decimal(0))
+        return total_usd(self.stretches)
+
+
+def total_points(stretches: Iterable[Stretch]) -> int | None:
+    """Of all of them; None where one does not know."""
+    some = [s.points for s in stretches]
+    return None if None in some else sum(p for p in some if p is not None)
+
+
+def total_usd(stretches: Iterable[Stretch]) -> Decimal | None:
+    """Of all of them; None where one does not know."""
+    some = [s.usd for s in stretches]
+    return None if None in some else sum((u for u in some if u is not None), Decimal(0))
 
 
 class Backfill:
@@ -133,7 +148,7 @@ class Backfill:
         )
         offset_ms = config.run.clock_offset_s * 1000
         survey = Survey(scope, kept_ms + offset_ms if asked.via != Means.S3 else None)
-        survey.expect(self._grids)
+        survey.expect(self._grids, self._clock.now_s())
         notes: list[str] = []
         try:
             connection = await open_connection(config.postgres, "headgate backfill plan")
@@ -157,7 +172,25 @@ class Backfill:
             receipts = await read_manifests(self._archive, survey, self._reach_s)
         via = Means.CLOUDWATCH if asked.via == Means.CLOUDWATCH else None
         stretches = survey.plan(via, self._clock.now_s(), Prices.of(config.aws))
-        return Plan(stretches, None, None, kept_ms, tuple(receipts), tuple(notes)), asked
+        tasks = tasks_of(stretches, self._grids, config.revision, asked.backfill_id, asked.revision)
+        if tasks:
+            answered = await self._answered(tasks)
+            if answered:
+                notes.append(
+                    f"{len(answered)} of {len(tasks)} tasks have their answer from before and are not asked again; "
+                    "a higher --revision asks anew"
+                )
+            tasks = [t for t in tasks if t.task_id not in answered]
+        return Plan(stretches, None, None, kept_ms, tuple(receipts), tuple(notes), tuple(tasks)), asked
+
+    async def _answered(self, tasks: list[Task]) -> frozenset[str]:
+        connection = await open_connection(self._config.postgres, "headgate backfill plan")
+        try:
+            return frozenset(
+                r["task_id"] for r in await answers(connection, [t.task_id for t in tasks]) if r["landed"]
+            )
+        finally:
+            connection.terminate()
 
     async def _is_for_rebuilding(self, connection: asyncpg.Connection) -> bool:
         """Whether the store was emptied, or was when this backfill was begun."""
@@ -179,7 +212,7 @@ class Backfill:
             if self._asked.via == Means.KAFKA or (self._asked.via == "auto" and in_kafka)
             else Means.S3
         )
-        return Plan((), whole, survey.points(), kept_ms, (), tuple(notes))
+        return Plan((), whole, survey.collected, kept_ms, (), tuple(notes))
 
     async def execute(self, plan: Plan, tell: Tell) -> Done:
         """Do it. Raises Transient and Fatal: the same command goes on where it was."""
@@ -192,12 +225,8 @@ class Backfill:
                 await self._replay(plan, producer, open_things, done, tell)
             if plan.has(Means.CLOUDWATCH):
                 connection = await self._connect(open_things)
-                asked = self._asked
-                tasks = tasks_of(
-                    plan.stretches, self._grids, self._config.revision, asked.backfill_id, asked.revision
-                )
                 await ask(
-                    tasks, connection, producer, self._config, self._clock, done,
+                    plan.tasks, connection, producer, self._config, self._clock, done,
                     partial(tell, Means.CLOUDWATCH),
                 )  # fmt: skip
         done.seconds = self._clock.monotonic_s() - started_s

@@ -303,7 +303,7 @@ async def ask(
     patience_s = 3.0 * config.task_deadline_s + 60.0
     moved_s = clock.monotonic_s()
     while waiting:
-        for row in await _answered(connection, waiting):
+        for row in await answers(connection, waiting):
             in_flight.pop(row["task_id"], None)
             if row["landed"]:
                 _count(waiting.pop(row["task_id"]), row, done)
@@ -328,7 +328,8 @@ def _next(tasks: list[Task], count: int) -> tuple[list[Task], list[Task]]:
     return tasks[: max(0, count)], tasks[max(0, count) :]
 
 
-async def _answered(connection: asyncpg.Connection, tasks: Iterable[str]) -> list[asyncpg.Record]:
+async def answers(connection: asyncpg.Connection, tasks: Iterable[str]) -> list[asyncpg.Record]:
+    """Of those tasks that have a receipt: task_id, landed, complete, points, metrics_billed, detail. Raises Transient."""
     with translated("ledger"):
         rows: list[asyncpg.Record] = await connection.fetch(_ANSWERED, list(tasks))
     return rows
