@@ -31,6 +31,8 @@ from shard_config.price import Prices
 
 REPLAYS_MAX = 3
 """Of one task; what landing passed over so often cannot land, and counts as not archived."""
+RELANDING_S = 900
+"""A look whose rows were not in the store is replayed once, and has so long to land and to be read back (each ten minutes)."""
 ANNOUNCED_MAX = 200
 """Replays, and tasks announced again, in one decision."""
 ASKED_MAX = 50
@@ -111,13 +113,18 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Unlanded:
-    """A look that is archived and has not landed. `passed`: what was published after it, under the same key, has."""
+    """A look that is archived and has not landed. `passed`: what was published after it, under the same key, has.
+
+    Or one that has landed, and whose rows are not in the store as it says (`look_id` is not 0): landed entries have to go before
+    it is replayed, or the store would know its batches and pass them over.
+    """
 
     task: Task
     service: str
     start_s: int
     end_s: int
     passed: bool
+    look_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +180,8 @@ class Decision:
     asks: tuple[Ask, ...]
     declared: tuple[Declaration, ...]
     waiting: Mapping[Wait, int]
+    relanded: tuple[int, ...] = ()
+    """Ids of replayed looks whose landed entries have to go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +211,7 @@ def decide(situation: Situation, rules: Rules) -> Decision:
         asks=tuple(judge.asks(wanted)),
         declared=tuple(judge.declared),
         waiting=judge.waiting,
+        relanded=tuple(judge.relanded),
     )
 
 
@@ -219,6 +229,7 @@ class _Judge:
         )
         self._unlanded = _by_pair((u.task.target, u.service, u) for u in situation.unlanded)
         self.replays: dict[str, Task] = {}
+        self.relanded: list[int] = []
         self.again: dict[str, Task] = {}
         self.declared: list[Declaration] = []
         self.waiting: Counter[Wait] = Counter()
@@ -247,18 +258,23 @@ class _Judge:
     def _landable(self, w: OpenWindow) -> Unlanded | None:
         """The first look at the window that may yet land: it is on its way, or can be replayed."""
         for look in self._unlanded.get((w.target, w.service), ()):
-            before = self._s.announced.get(look.task.task_id)
-            if _covers(look, w) and (before is None or before.times < REPLAYS_MAX or not look.passed):
+            if not _covers(look, w) or (look.look_id and not w.unbalanced):
+                continue
+            before = self._s.announced.get(look.task.task_id, Announced(0, 0))
+            over = self._now_s >= before.last_s + RELANDING_S if look.look_id else look.passed
+            if before.times < (1 if look.look_id else REPLAYS_MAX) or not over:
                 return look
         return None
 
     def _replay(self, look: Unlanded) -> bool:
         before = self._s.announced.get(look.task.task_id, Announced(0, 0))
-        rest_s = self._rules.heal.backoff_s << min(max(0, before.times - 1), DOUBLINGS_MAX)
+        rest_s = RELANDING_S if look.look_id else self._rules.heal.backoff_s << max(0, before.times - 1)
         if not look.passed or (before.times and self._now_s < before.last_s + rest_s):
             return self._wait(Wait.LANDING)
         if len(self.replays) >= ANNOUNCED_MAX and look.task.task_id not in self.replays:
             return self._wait(Wait.TURN)
+        if look.look_id and look.look_id not in self.relanded:
+            self.relanded.append(look.look_id)
         self.replays[look.task.task_id] = look.task
         return False
 

@@ -39,6 +39,7 @@ from ingest.pauses import Pauses
 LOCK_ID = 0x4845414C  # HEAL
 WINDOWS_MAX = 20_000
 UNLANDED_MAX = 5_000
+UNBALANCED_MAX = 1_000
 PENDING_MAX = 20_000
 MEMORY_S = 4 * 86_400
 """Tasks and looks older than this tell healing nothing: `collect` keeps three days."""
@@ -68,6 +69,19 @@ FROM looks l LEFT JOIN tasks t USING (task_id) LEFT JOIN attempts a USING (task_
 WHERE l.landed_at IS NULL AND l.archive_key <> '' AND cardinality(l.batch_ids) > 0 AND l.target = ANY($1)
     AND l.finished_at < $2 AND coalesce(t.value, a.value) IS NOT NULL
 ORDER BY l.finished_at DESC LIMIT $3"""
+
+_UNBALANCED = """SELECT DISTINCT ON (w.target, w.service, w.start) coalesce(t.value, a.value) AS value, l.target, l.service,
+    l.window_start, l.window_end, l.look_id
+FROM unnest($1::text[], $2::text[], $3::timestamptz[]) AS w (target, service, start)
+JOIN looks l ON l.target = w.target AND l.service = w.service AND l.window_start <= w.start AND l.window_end > w.start
+LEFT JOIN tasks t USING (task_id) LEFT JOIN attempts a USING (task_id)
+WHERE l.landed_at IS NOT NULL AND l.status = 'complete' AND l.archive_key <> '' AND cardinality(l.batch_ids) > 0
+    AND coalesce(t.value, a.value) IS NOT NULL
+ORDER BY w.target, w.service, w.start, l.observed_at DESC"""
+
+_RELAND = """WITH gone AS (
+    UPDATE looks SET landed_at = NULL WHERE look_id = ANY($1) RETURNING batch_ids)
+DELETE FROM landed l USING gone WHERE l.sink = 'postgres' AND l.batch_id = ANY(gone.batch_ids)"""
 
 _HEARD = """SELECT target, (SELECT max(finished_at) FROM looks l WHERE l.target = asked.target) AS heard,
     (SELECT finished_at FROM looks l WHERE l.target = asked.target AND finished_at > $2
@@ -132,6 +146,8 @@ class HealStore:
             decision = decide(situation, rules)
             asked = [a for a in decision.asks if await self._allocate(connection, a, now_s)]
             declared = await _declare(connection, decision.declared, now_s)
+            if decision.relanded:
+                await connection.execute(_RELAND, list(decision.relanded))
             await connection.execute(
                 "DELETE FROM attempts WHERE allocated_at < $1", _at(now_s) - ATTEMPTS_KEPT
             )
@@ -177,7 +193,8 @@ class HealStore:
             unlanded=[
                 _unlanded(r, heard[r["target"]]["landed"])
                 for r in await connection.fetch(_UNLANDED, targets, now - grace, UNLANDED_MAX)
-            ],
+            ]
+            + await _unbalanced(connection, windows),
             heard_s={Target.parse(t): int(r["heard"].timestamp()) for t, r in heard.items() if r["heard"]},
             series={(Target.parse(r["target"]), r["service"]): r["series"] for r in series if r["series"]},
             pauses=Pauses.of(await pauses.read(connection)),
@@ -205,6 +222,28 @@ async def _declare(
     )  # fmt: skip
     done = ((r["target"], r["service"], int(r["window_start"].timestamp())) for r in rows)
     return tuple(by_key[key] for key in sorted(done))
+
+
+async def _unbalanced(connection: asyncpg.Connection, windows: list[OpenWindow]) -> list[Unlanded]:
+    """The newest looks at windows whose rows are not what those looks say."""
+    some = [w for w in windows if w.unbalanced][:UNBALANCED_MAX]
+    if not some:
+        return []
+    rows = await connection.fetch(
+        _UNBALANCED, [str(w.target) for w in some], [w.service for w in some], [_at(w.window.start_s) for w in some],
+    )  # fmt: skip
+    looks = {r["look_id"]: r for r in rows}
+    return [
+        Unlanded(
+            wire.decode_task(r["value"]),
+            r["service"],
+            int(r["window_start"].timestamp()),
+            int(r["window_end"].timestamp()),
+            passed=True,
+            look_id=look_id,
+        )
+        for look_id, r in looks.items()
+    ]
 
 
 def _next_below(rows: list[asyncpg.Record], before: datetime | None) -> datetime | None:

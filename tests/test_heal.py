@@ -179,6 +179,22 @@ def test_a_window_that_has_landed_settled_waits_for_its_seal_and_one_that_does_n
     assert len(decide(situation(replace(settled, unbalanced=True)), RULES).asks) == 1
 
 
+def test_rows_that_are_not_in_the_store_are_landed_once_more_from_the_archive_before_the_source_is_asked() -> (
+    None
+):
+    w = window(unbalanced=True, landed_s=window().settles_s, status="complete")
+    look = replace(unlanded(w), look_id=7)
+    first = decide(situation(w, unlanded=[look]), RULES)
+    assert ([t.kind for t in first.replays], first.relanded, first.asks) == (["replay"], (7,), ())
+    for since_s, asks in ((899, 0), (900, 1)):
+        known = {look.task.task_id: Announced(1, LATER_S - since_s)}
+        decision = decide(situation(w, unlanded=[look], announced=known), RULES)
+        assert (len(decision.asks), decision.replays, decision.relanded) == (asks, (), ())
+        assert decision.waiting == ({} if asks else {Wait.LANDING: 1})
+    # A balanced window needs nothing of it.
+    assert decide(situation(replace(w, unbalanced=False), unlanded=[look]), RULES).relanded == ()
+
+
 def test_of_what_is_asked_the_cheapest_comes_first_and_of_equals_the_newest() -> None:
     some = [
         window(0),

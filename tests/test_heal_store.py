@@ -182,6 +182,26 @@ async def test_an_archived_look_is_replayed_only_where_a_later_one_has_landed(wo
     assert (await world.heal()).decision.replays == ()
 
 
+async def test_a_look_whose_rows_are_not_in_the_store_is_made_to_land_again(world: World) -> None:
+    task = task_of(3)
+    await world.project(task, receipt_of(task, LookStatus.COMPLETE, START_S + 2000, (b"a", b"b")))
+    await world.land(b"a", b"b")
+    await world.heard()
+    assert (await world.heal()).decision.waiting == {Wait.SEALING: 3}
+    await world.sql.execute(
+        "UPDATE windows SET unbalanced = 'a row is missing' WHERE window_start = to_timestamp($1)", START_S
+    )
+    healed = await world.heal()
+    assert [(t.task_id, t.kind) for t in healed.decision.replays] == [(task.task_id, "replay")]
+    assert await world.sql.fetchval("SELECT count(*) FROM landed") == 0
+    assert healed.asked == ()
+    known = {task.task_id: Announced(1, OVERDUE_S)}
+    await world.land(b"a", b"b")
+    again = await world.heal(OVERDUE_S + 60, announced=known)
+    assert (again.asked, again.decision.replays, again.decision.waiting[Wait.LANDING]) == ((), (), 1)
+    assert await world.sql.fetchval("SELECT count(*) FROM landed") == 2
+
+
 async def test_a_task_that_nobody_answered_is_announced_again_and_a_paused_one_is_not(world: World) -> None:
     lost, paused = task_of(1), replace(task_of(1, 2), kind="paused")
     await world.project(lost, paused)
