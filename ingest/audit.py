@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from enum import StrEnum
 from itertools import pairwise
 
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ingest.evidence import LedgerLook, LedgerSeal, StoreRows
-from ingest.expected import Expected, LookCount, Maximum
+from ingest.expected import Expected, LookCount, Maximum, rfc3339
 from ingest.model import (
     ReceiptItem,
     SeriesIds,
@@ -104,10 +103,6 @@ class Report:
             return f"EQUAL: archive = ledger = store over {span}: {what}; {aside}"
         total = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.counts.items()))
         return f"DIFFERENT over {span}: {total}; compared {what}; {aside}"
-
-
-def rfc3339(at_s: float) -> str:
-    return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 # --- digests ------------------------------------------------------------------------------------------------------

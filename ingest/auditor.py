@@ -17,7 +17,6 @@ from itertools import islice, pairwise
 
 import asyncpg
 import numpy as np
-import orjson
 import structlog
 
 from ingest.archive import S3Archive
@@ -59,7 +58,7 @@ from ingest.model import (
     version_of,
 )
 from ingest.ports import ArchivedTask, Record
-from ingest.scan import dead_letters
+from ingest.scan import dead_letters, times_of
 from ingest.schedule import Grid, grids_of
 from ingest.sinks.connection import translated
 from ingest.validate import Reason, describe
@@ -170,7 +169,7 @@ class Auditor:
                 if letter.reason == Reason.MORE:
                     at_s = record.timestamp_ms // 1000 + self.config.run.clock_offset_s
                     more_at_s.setdefault(letter.batch_id, at_s)
-                points[(letter.batch_id, letter.series)] |= _times_s(letter)
+                points[(letter.batch_id, letter.series)] |= times_of(letter)
 
             await dead_letters(self.config.kafka, take)
             self._letters_read = Letters({k: frozenset(v) for k, v in points.items()}, more_at_s)
@@ -395,13 +394,3 @@ class _PlaceDay:
                 if namespace == (profile.namespace if profile else grid.service):
                     return str(target), grid.service
         return "", ""
-
-
-def _times_s(letter: DeadLetter) -> set[int]:
-    """Timestamps of the points that a letter holds; none where it was cut off."""
-    try:
-        payload = orjson.loads(letter.payload)
-        points = payload["points"] if "points" in payload else [(payload["timestamp_s"], "")]
-        return {int(timestamp_s) for timestamp_s, _ in points}
-    except (ValueError, KeyError, TypeError):
-        return set()

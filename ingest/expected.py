@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import NamedTuple
 
 import numpy as np
@@ -215,3 +216,7 @@ class Slice:
         for window in done.item.windows():
             count = LookCount(version, done.outcome.observed_at_ms, *found.get(window.start_s, (0, 0)))
             newest[window.start_s] = max(count, newest.get(window.start_s, count))
+
+
+def rfc3339(at_s: float) -> str:
+    return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 
+import orjson
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 from aiokafka.partitioner import DefaultPartitioner
@@ -116,3 +117,13 @@ async def positions_in_raw(
 
     await scan(kafka, kafka.topic("raw"), one, from_ms=from_ms, to_ms=to_ms, key=raw_key(target))
     return found
+
+
+def times_of(letter: DeadLetter) -> set[int]:
+    """Timestamps of the points that a letter holds; none where it was cut off."""
+    try:
+        payload = orjson.loads(letter.payload)
+        points = payload["points"] if "points" in payload else [(payload["timestamp_s"], "")]
+        return {int(timestamp_s) for timestamp_s, _ in points}
+    except (ValueError, KeyError, TypeError):
+        return set()
