@@ -48,11 +48,11 @@ WHERE v.target = $1 AND v.service = $2 AND v.window_start >= $3 AND v.window_sta
 
 
 async def fold_landed(
-    connection: asyncpg.Connection, sink: str, settling: Callable[[str], timedelta], now: datetime
+    connection: asyncpg.Connection, sink: str, settling: Callable[[str, str, int], timedelta], now: datetime
 ) -> int:
     """Mark up to 500 looks whose batches have all landed in `sink`, and their windows; returns how many.
 
-    Inside a transaction of the caller's. `settling` has a service's settling time.
+    Inside a transaction of the caller's. `settling` has the settling time of a target's service with windows of so many seconds.
     """
     rows = await connection.fetch(_NEWLY_LANDED, sink, now)
     # One order for all processes, so that no two wait for each other.
@@ -65,7 +65,7 @@ async def fold_landed(
 async def _landed(
     connection: asyncpg.Connection,
     look: asyncpg.Record,
-    settling: Callable[[str], timedelta],
+    settling: Callable[[str, str, int], timedelta],
     now: datetime,
 ) -> None:
     span = (look["target"], look["service"], look["window_start"], look["window_end"])
@@ -74,7 +74,13 @@ async def _landed(
     if look["grid_s"]:
         grid = timedelta(seconds=look["grid_s"])
         await connection.execute(
-            _FOLDED_AGAIN, *span, grid, settling(span[1]), now, look["observed_at"], version
+            _FOLDED_AGAIN,
+            *span,
+            grid,
+            settling(look["target"], look["service"], look["grid_s"]),
+            now,
+            look["observed_at"],
+            version,
         )
     counts = stored_counts(orjson.loads(look["windows"]), orjson.loads(look["dead"] or "[]"))
     await connection.execute(

@@ -245,11 +245,14 @@ class Ledger:
             _at(item.start_s),
             _at(item.end_s),
             timedelta(seconds=item.grid_s),
-            self._settling(item.service),
+            self._settling(target, item.service, item.grid_s),
             now,
         )
 
-    def _settling(self, service: str) -> timedelta:
+    def _settling(self, target: str, service: str, grid_s: int) -> timedelta:
+        """From a window's end to the time from which on a look at it is final. What has no past is looked at while its window lasts."""
+        if target.startswith(f"{SourceName.EXPOSITION}/"):
+            return timedelta(seconds=-grid_s)
         return timedelta(seconds=self._settling_s.get(service, UNKNOWN_SETTLING_S))
 
 
@@ -292,7 +295,11 @@ async def _receipt(connection: asyncpg.Connection, receipt: Receipt, done: Recei
     target, item, outcome = str(receipt.target), done.item, done.outcome
     span = (target, item.service, _at(item.start_s), _at(item.end_s))
     finished_at = _at(receipt.finished_at_ms / 1000)
-    observed_at = _at(outcome.observed_at_ms / 1000) if outcome.observed_at_ms else None
+    observed_at_ms = outcome.observed_at_ms
+    if observed_at_ms and receipt.target.source == SourceName.EXPOSITION:
+        # It was taken while its window lasted; an endpoint whose clock is behind must not make it look unsettled.
+        observed_at_ms = max(observed_at_ms, item.start_s * 1000)
+    observed_at = _at(observed_at_ms / 1000) if observed_at_ms else None
     written = await connection.execute(
         _LOOK,
         receipt.task_id,

@@ -400,3 +400,50 @@ async def test_the_plan_that_is_remembered_replaces_the_one_before(store: Store)
     await store.ledger.remember_plan({"a": 1, "b": 2}, {"a": 1.0, "b": 2.0}, NOON_S)
     await store.ledger.remember_plan({"b": 3, "c": 4}, {"b": 2.0, "c": 1.0}, NOON_S)
     assert (await store.ledger.memory()).slots == {"b": 3, "c": 4}
+
+
+# --- what has no past, and what is folded -----------------------------------------------------------------------
+
+SCRAPED = Target("exposition", "lab", "rack-1")
+
+
+async def test_a_window_without_a_past_settles_as_it_begins_whatever_the_endpoints_clock_says(
+    store: Store,
+) -> None:
+    task = task_of(NOON_S, NOON_S + 300, target=SCRAPED)
+    await store.project(receipt_of(task, observed_s=NOON_S - 5))
+    await store.fold()
+    row = await store.sql.fetchrow("SELECT settles_at, window_start, landed_as_of FROM windows")
+    assert row["settles_at"] == row["window_start"] == row["landed_as_of"]
+
+
+async def test_an_expired_look_declares_its_window_where_there_is_no_past_and_only_there(
+    store: Store,
+) -> None:
+    for target in (TARGET, SCRAPED):
+        await store.project(
+            receipt_of(task_of(NOON_S - 300, NOON_S, target=target), status=LookStatus.EXPIRED)
+        )
+    rows = await store.sql.fetch("SELECT target, declared, attempts FROM windows ORDER BY target")
+    assert [tuple(r) for r in rows] == [(str(TARGET), None, 1), (str(SCRAPED), "expired", 1)]
+
+
+@pytest.mark.parametrize("late_first", [True, False])
+async def test_a_window_that_another_run_of_its_task_was_in_time_for_has_not_expired(
+    store: Store, late_first: bool
+) -> None:
+    task = task_of(NOON_S - 300, NOON_S, target=SCRAPED)
+    late = receipt_of(task, status=LookStatus.EXPIRED, finished_s=NOON_S + 9)
+    facts = [late, receipt_of(task)] if late_first else [receipt_of(task), late]
+    await store.project(*facts)
+    await store.fold()
+    assert await store.sql.fetchval(f"SELECT {STATE_SQL} FROM windows") == "landed"
+
+
+async def test_attempts_count_looks_with_a_receipt_once_each(store: Store) -> None:
+    task = task_of(NOON_S - 600, NOON_S)
+    failed = receipt_of(task, status=LookStatus.FAILED, finished_s=NOON_S + 1)
+    await store.project(task)
+    assert {r["attempts"] for r in (await store.windows()).values()} == {0}
+    await store.project(failed, failed, receipt_of(task, finished_s=NOON_S + 2))
+    assert {r["attempts"] for r in (await store.windows()).values()} == {2}

@@ -29,6 +29,7 @@ CREATE INDEX windows_closed ON windows (greatest(sealed_at, declared_at)) WHERE 
 
 -- Before this migration a seal was the receipts' word alone: those windows are sealed again, on the store's.
 UPDATE windows SET sealed_at = NULL;
+UPDATE windows SET settles_at = window_start WHERE target LIKE 'exposition/%';
 UPDATE looks SET landed_at = NULL WHERE status = 'complete';
 
 -- Sealed and declared windows, folded: a row per target, service and UTC day of the window's start.
