@@ -4,14 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check bench scale down clean
+.PHONY: help setup run test check bench scale backfill down clean
 .SUFFIXES:
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 help: ## List what there is to do
-	@awk -F ':[^#]*## ' '/^[a-z]+:.*## / { printf "  make %-6s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':[^#]*## ' '/^[a-z]+:.*## / { printf "  make %-8s  %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/.complete .headgate/kafka-libs/.complete ## Install everything into this folder; instant where it is done
 
@@ -22,6 +22,11 @@ run: setup ## Run it all here: ONCE=1, TRACES=DIR, OUT=DIR, SHARDS=n, SEED=n
 scale: setup ## Change the number of exporters of what runs here: SHARDS=n
 	@$(if $(SHARDS),,echo "say how many: make scale SHARDS=4" >&2; exit 2)
 	@$(BIN)/python -m workers.cli scale $(SHARDS)
+
+backfill: setup ## Land what is missing: FROM=TIME, TO=TIME, ACCOUNT=, SERVICE=, VIA=, DRY_RUN=1
+	@$(if $(FROM),,echo "say from when: make backfill FROM=2026-11-24T05:00:00Z" >&2; exit 2)
+	@$(BIN)/python -m workers.cli backfill --from "$(FROM)" $(if $(TO),--to "$(TO)") $(if $(ACCOUNT),--account "$(ACCOUNT)") \
+	  $(if $(SERVICE),--service "$(SERVICE)") $(if $(VIA),--via "$(VIA)") $(if $(DRY_RUN),--dry-run) $(ARGS)
 
 down: ## Stop what runs here, whatever state it is in
 	@if [ -e .venv/.complete ]; then $(BIN)/python -m workers.cli down; else echo "nothing runs here"; fi

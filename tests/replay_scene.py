@@ -42,13 +42,16 @@ Table = dict[tuple[bytes, int], tuple[int, float]]
 
 
 def config_of(kafka: str, prefix: str, dsn: str, s3: str, bucket: str) -> Config:
+    return loads(config_text(kafka, prefix, dsn, s3, bucket), "test.yaml", environ={})
+
+
+def config_text(kafka: str, prefix: str, dsn: str, s3: str, bucket: str) -> str:
+    """A headgate.yaml of three accounts with two services each."""
     accounts = ", ".join(f'{{id: "{a}", regions: [eu-west-1], services: [ec2, sqs]}}' for a in ACCOUNTS)
-    return loads(
+    return (
         f"accounts: [{accounts}]\nslots: 2\n"
         f"kafka: {{bootstrap: '{kafka}', prefix: {prefix}, raw_partitions: 3, ledger_partitions: 1}}\n"
-        f"postgres: {{dsn: '{dsn}'}}\ns3: {{endpoint_url: '{s3}', bucket: {bucket}}}\n",
-        "test.yaml",
-        environ={},
+        f"postgres: {{dsn: '{dsn}'}}\ns3: {{endpoint_url: '{s3}', bucket: {bucket}}}\n"
     )
 
 

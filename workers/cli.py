@@ -21,6 +21,8 @@ COMMANDS = {
     "status": "status",
     "gaps": "gaps",
     "audit": "audit",
+    "why": "why",
+    "backfill": "backfill",
     "samples": "samples",
     "check": "check",
     "pause": "pause",

@@ -1,0 +1,302 @@
+"""What a backfill plans, what it costs, and when it does not begin."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from ingest.backfill import KnownLook, Means, Stretch, Survey, reach_s, tasks_of, windows_by_service
+from ingest.clock import ManualClock
+from ingest.errors import HeadgateError
+from ingest.model import Target, TaskKind, Window
+from ingest.replay import Scope
+from ingest.schedule import Grid
+from shard_config.load import loads
+from shard_config.price import Prices
+from tests.replay_scene import config_text
+from workers.backfill import asked_of, register
+from workers.backfill_plan import Ask
+from workers.pace import LIVE_LAG_MAX, YIELD_MAX_S, Pace
+from workers.setup import setup
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = Target("cloudwatch", "123456789012", "eu-west-1")
+EC2 = Grid("ec2", 300, 60, 600)
+NOW_S = 1_795_478_400
+DAY_S = 86_400
+FROM_S = NOW_S - 3600
+
+
+def look(start_s: int, end_s: int, **changes: object) -> KnownLook:
+    """A complete look, archived, with 10 points a window and 40 metrics billed."""
+    whole = KnownLook(TARGET, "ec2", start_s, end_s, end_s * 1000, True, True, 1, (end_s - start_s) // 30, 40)
+    return replace(whole, **changes)  # type: ignore[arg-type]
+
+
+def plan(
+    *looks: KnownLook,
+    landed: tuple[int, int] | None = None,
+    kept_since_ms: int | None = 0,
+    from_s: int = FROM_S,
+    to_s: int = NOW_S,
+    grid: Grid = EC2,
+    via: Means | None = None,
+) -> list[tuple[Means, int, int]]:
+    return [(s.means, s.start_s, s.end_s) for s in stretches(*looks, landed=landed, kept_since_ms=kept_since_ms, from_s=from_s, to_s=to_s, grid=grid, via=via)]  # fmt: skip
+
+
+def stretches(
+    *looks: KnownLook,
+    landed: tuple[int, int] | None,
+    kept_since_ms: int | None,
+    from_s: int,
+    to_s: int,
+    grid: Grid,
+    via: Means | None,
+) -> tuple[Stretch, ...]:
+    survey = Survey(Scope(from_s, to_s), kept_since_ms)
+    survey.expect({TARGET: (grid,)}, NOW_S)
+    for one in looks:
+        survey.look(one)
+    if landed:
+        survey.landed(TARGET, "ec2", *landed)
+    return survey.plan(via, NOW_S, Prices())
+
+
+# --- which source -------------------------------------------------------------------------------------------------
+
+
+def test_a_window_that_landed_is_left_alone() -> None:
+    assert plan(look(FROM_S, NOW_S), landed=(FROM_S, NOW_S)) == [(Means.THERE, FROM_S, NOW_S)]
+
+
+def test_kafka_comes_before_the_archive_and_both_before_money() -> None:
+    middle_s = NOW_S - 1800
+    assert plan(
+        look(FROM_S, FROM_S + 900),
+        look(middle_s, NOW_S),
+        kept_since_ms=middle_s * 1000,
+    ) == [
+        (Means.S3, FROM_S, FROM_S + 900),
+        (Means.CLOUDWATCH, FROM_S + 900, middle_s),
+        (Means.KAFKA, middle_s, NOW_S),
+    ]
+
+
+def test_a_window_of_which_kafka_holds_some_looks_only_comes_whole_from_the_archive() -> None:
+    early = look(FROM_S, NOW_S, started_at_ms=0)
+    assert plan(early, look(FROM_S, NOW_S), kept_since_ms=1) == [(Means.S3, FROM_S, NOW_S)]
+
+
+def test_an_empty_window_needs_nothing() -> None:
+    assert plan(look(FROM_S, NOW_S, batches=0, points=0)) == [(Means.THERE, FROM_S, NOW_S)]
+
+
+def test_what_failed_in_part_is_asked_again_while_the_source_has_it_and_else_taken_as_it_is() -> None:
+    partial = look(FROM_S, NOW_S, complete=False)
+    assert plan(partial) == [(Means.CLOUDWATCH, FROM_S, NOW_S)]
+    old_s = NOW_S - 20 * DAY_S
+    assert plan(replace(partial, start_s=old_s, end_s=old_s + 300), from_s=old_s, to_s=old_s + 300) == [
+        (Means.KAFKA, old_s, old_s + 300)
+    ]
+
+
+def test_past_cloudwatchs_retention_nobody_is_asked_and_the_plan_says_what_is_left() -> None:
+    edge_s = NOW_S - 15 * DAY_S
+    found = stretches(
+        landed=None, kept_since_ms=0, from_s=edge_s - 600, to_s=edge_s + 600, grid=EC2, via=None
+    )
+    assert [(s.means, s.start_s, s.end_s) for s in found] == [
+        (Means.NOWHERE, edge_s - 600, edge_s),
+        (Means.CLOUDWATCH, edge_s, edge_s + 600),
+    ]
+    assert "at 300 s it has it still" in found[0].detail
+
+
+def test_an_endpoint_without_a_past_is_replayed_and_never_asked() -> None:
+    node = Grid("ec2", 30, 30, 0, has_past=False)
+    assert plan(look(FROM_S, FROM_S + 60), grid=node) == [(Means.KAFKA, FROM_S, FROM_S + 60)]
+
+
+def test_what_has_not_ended_is_not_planned() -> None:
+    assert plan(to_s=NOW_S + DAY_S) == [(Means.CLOUDWATCH, FROM_S, NOW_S)]
+
+
+def test_via_cloudwatch_asks_for_everything_again() -> None:
+    assert plan(look(FROM_S, NOW_S), landed=(FROM_S, NOW_S), via=Means.CLOUDWATCH) == [
+        (Means.CLOUDWATCH, FROM_S, NOW_S)
+    ]
+
+
+def test_dollars_are_what_the_newest_look_was_billed_for_each_block() -> None:
+    found = stretches(
+        look(FROM_S, FROM_S + 300), look(FROM_S + 300, FROM_S + 600, metrics_billed=50),
+        landed=None, kept_since_ms=0, from_s=NOW_S - DAY_S, to_s=NOW_S, grid=EC2, via=Means.CLOUDWATCH,
+    )  # fmt: skip
+    blocks = -(-DAY_S // EC2.block_s)
+    assert found[0].usd is not None
+    assert blocks <= found[0].usd / (50 * Decimal("0.01") / 1000) <= blocks + 1
+    assert found[0].points == 10 * DAY_S // 300
+
+
+def test_where_nobody_was_asked_before_neither_points_nor_dollars_are_made_up() -> None:
+    (only,) = stretches(landed=None, kept_since_ms=0, from_s=FROM_S, to_s=NOW_S, grid=EC2, via=None)
+    assert (only.points, only.usd) == (None, None)
+
+
+# --- tasks --------------------------------------------------------------------------------------------------------
+
+
+def gap() -> tuple[Stretch, ...]:
+    return stretches(landed=None, kept_since_ms=0, from_s=FROM_S, to_s=NOW_S, grid=EC2, via=None)
+
+
+def test_the_same_backfill_makes_the_same_tasks_and_another_revision_others() -> None:
+    def ids(backfill_id: str, revision: int) -> list[str]:
+        return [t.task_id for t in tasks_of(gap(), {TARGET: (EC2,)}, "c" * 16, backfill_id, revision)]
+
+    assert ids("0" * 16, 0) == ids("0" * 16, 0)
+    assert len({*ids("0" * 16, 0), *ids("1" + "0" * 15, 0), *ids("0" * 16, 1)}) == 3 * len(ids("0" * 16, 0))
+
+
+def test_tasks_are_backlog_cover_exactly_the_gap_and_never_expire() -> None:
+    tasks = tasks_of(gap(), {TARGET: (EC2,)}, "c" * 16, "f" * 16, 5)
+    asked = sorted(w for t in tasks for i in t.items for w in i.windows())
+    assert asked == [Window(s, s + 300) for s in range(FROM_S, NOW_S, 300)]
+    assert {(t.kind, t.expires_s, t.revision) for t in tasks} == {(TaskKind.BACKLOG, 0, 5)}
+    assert all(1 << 30 <= t.attempt < 1 << 31 for t in tasks)
+
+
+def test_stretches_of_one_means_are_what_a_scope_takes() -> None:
+    found = windows_by_service(gap(), Means.CLOUDWATCH)
+    assert found == {(TARGET, "ec2"): (Window(FROM_S, NOW_S),)}
+    assert windows_by_service(gap(), Means.S3) == {}
+
+
+def test_a_task_that_looked_at_a_window_is_within_reach_of_it() -> None:
+    assert reach_s([EC2]) >= EC2.block_s + EC2.poll_interval_s
+    assert reach_s([]) > 0
+
+
+# --- pace ---------------------------------------------------------------------------------------------------------
+
+
+class Live:
+    """Live consumers: how far they are behind at each look, and whether they move."""
+
+    def __init__(self, *lags: int, moving: bool = True) -> None:
+        self._lags = list(lags)
+        self._moving = moving
+        self.looks = 0
+
+    async def __call__(self) -> tuple[int, int]:
+        self.looks += 1
+        lag = self._lags.pop(0) if len(self._lags) > 1 else self._lags[0]
+        return lag, self.looks if self._moving else 0
+
+
+async def test_a_rate_is_kept() -> None:
+    clock = ManualClock(NOW_S)
+    pace = Pace(1000, Live(0), clock)
+    for _ in range(11):
+        await pace.before_landing()
+        pace.landed(500)
+    assert clock.monotonic_s() == pytest.approx(4.0, abs=1.01)
+
+
+async def test_it_waits_while_live_consumers_are_behind() -> None:
+    clock = ManualClock(NOW_S)
+    pace = Pace(0, Live(*[LIVE_LAG_MAX + 1] * 7, 0), clock)
+    await pace.before_landing()
+    assert clock.monotonic_s() == 7.0
+
+
+async def test_it_does_not_wait_for_ever_for_consumers_that_are_not_there() -> None:
+    clock = ManualClock(NOW_S)
+    pace = Pace(0, Live(10**6, moving=False), clock)
+    await pace.before_landing()
+    assert clock.monotonic_s() == pytest.approx(YIELD_MAX_S, abs=2)
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def ask_for(*options: str) -> Ask:
+    """What the options ask for, by way of the parser."""
+    parser = argparse.ArgumentParser()
+    register(parser.add_subparsers())
+    return asked_of(parser.parse_args(["backfill", "--from", str(FROM_S), *options]), NOW_S)
+
+
+def test_the_id_is_of_what_is_asked_for_not_of_how_fast() -> None:
+    assert ask_for("--rate", "5").backfill_id == ask_for("--rate", "7", "--to", str(NOW_S)).backfill_id
+    others = [
+        (),
+        ("--via", "s3"),
+        ("--account", "1"),
+        ("--service", "ec2"),
+        ("--rebuild",),
+        ("--into", "null"),
+    ]
+    assert len({ask_for(*o).backfill_id for o in others}) == len(others)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--to", "0"), "not before"),
+        (("--into", "elsewhere"), "no sink is called"),
+        (("--revision", "3"), "--via cloudwatch"),
+        (("--via", "cloudwatch", "--revision", "128"), "0..127"),
+        (("--via", "cloudwatch", "--into", "null"), "live store"),
+        (("--part", "1/2"), "--via kafka"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_with_what_to_do(options: tuple[str, ...], said: str) -> None:
+    with pytest.raises(HeadgateError, match=said):
+        ask_for(*options)
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+async def command(
+    tmp_path: Path, kafka_bootstrap: str, topic_prefix: str, database: str, s3_endpoint: str, bucket: str
+) -> Command:
+    """`headgate backfill` on an installation that has never collected anything, with nobody at the terminal."""
+    text = config_text(kafka_bootstrap, topic_prefix, database, s3_endpoint, bucket)
+    await setup(loads(text, "test.yaml", environ={}))
+    path = tmp_path / "headgate.yaml"
+    path.write_text(text)
+
+    def headgate(*options: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "workers.cli", "backfill", "--config", str(path), *options]
+        return subprocess.run(
+            words, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    return headgate
+
+
+def test_nothing_is_paid_for_where_nobody_can_be_asked(command: Command) -> None:
+    now_s = int(time.time())
+    refused = command("--from", str(now_s - 3600))
+    assert refused.returncode == 2, refused.stderr
+    assert "cloudwatch at 60 s" in refused.stdout
+    assert "--yes" in refused.stderr
+
+    shown = command("--from", "3600", "--to", "7200", "--dry-run", "--json")
+    assert shown.returncode == 0, shown.stderr
+    printed = json.loads(shown.stdout)
+    assert {s["means"] for s in printed["stretches"]} == {"nowhere"}
+    assert printed["done"] is None
