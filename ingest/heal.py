@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from enum import StrEnum
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from ingest.model import LookStatus, Target, Task, TaskItem, TaskKind, Window, task_id_of
 from ingest.pauses import Pauses
@@ -223,11 +223,21 @@ class _Judge:
         self._s = situation
         self._rules = rules
         self._grids = {(t, g.service): g for t, grids in rules.grids.items() for g in grids}
-        self._attempts = _by_pair((a.target, a.service, a) for a in situation.attempts)
-        self._pending = _by_pair(
-            (p.task.target, i.service, (i, p)) for p in situation.pending for i in p.task.items
-        )
-        self._unlanded = _by_pair((u.task.target, u.service, u) for u in situation.unlanded)
+        block_s = {pair: grid.block_s for pair, grid in self._grids.items()}
+        self._attempts: _Spans[Attempt] = _Spans(block_s)
+        self._pending: _Spans[Pending] = _Spans(block_s)
+        self._unlanded: _Spans[Unlanded] = _Spans(block_s)
+        self._highest: Counter[tuple[Target, str, int]] = Counter()
+        """By target, service and start of a block: the last attempt's number."""
+        for a in situation.attempts:
+            self._attempts.add(a.target, a.service, a.start_s, a.end_s, a)
+            block = a.target, a.service, a.block_start_s
+            self._highest[block] = max(self._highest[block], a.attempt)
+        for p in situation.pending:
+            for i in p.task.items:
+                self._pending.add(p.task.target, i.service, i.start_s, i.end_s, p)
+        for u in situation.unlanded:
+            self._unlanded.add(u.task.target, u.service, u.start_s, u.end_s, u)
         self.replays: dict[str, Task] = {}
         self.relanded: list[int] = []
         self.again: dict[str, Task] = {}
@@ -246,7 +256,7 @@ class _Judge:
         if (look := self._landable(w)) is not None:
             return self._replay(look)
         gone = self._gone(w, grid)
-        pending = self._pending_of(w)
+        pending = self._pending.covering(w)
         if pending and not (gone and all(self._now_s - p.since_s > PATIENCE_S for p in pending)):
             return self._announce_again(pending)
         if self._s.heard_s.get(w.target, 0) <= w.settles_s + w.window.end_s - w.window.start_s:
@@ -257,8 +267,8 @@ class _Judge:
 
     def _landable(self, w: OpenWindow) -> Unlanded | None:
         """The first look at the window that may yet land: it is on its way, or can be replayed."""
-        for look in self._unlanded.get((w.target, w.service), ()):
-            if not _covers(look, w) or (look.look_id and not w.unbalanced):
+        for look in self._unlanded.covering(w):
+            if look.look_id and not w.unbalanced:
                 continue
             before = self._s.announced.get(look.task.task_id, Announced(0, 0))
             over = self._now_s >= before.last_s + RELANDING_S if look.look_id else look.passed
@@ -277,9 +287,6 @@ class _Judge:
             self.relanded.append(look.look_id)
         self.replays[look.task.task_id] = look.task
         return False
-
-    def _pending_of(self, w: OpenWindow) -> list[Pending]:
-        return [p for i, p in self._pending.get((w.target, w.service), ()) if _covers(i, w)]
 
     def _announce_again(self, pending: Sequence[Pending]) -> bool:
         """The newest task is enough: it covers the window, as the others do."""
@@ -303,7 +310,7 @@ class _Judge:
         return not self._rules.source_keeps_all and self._now_s - w.window.start_s > kept_s
 
     def _may_ask(self, w: OpenWindow) -> bool:
-        made = [a for a in self._attempts.get((w.target, w.service), ()) if _covers(a, w)]
+        made = self._attempts.covering(w)
         heal = self._rules.heal
         if len(made) >= heal.attempts_max:
             forbidden = w.last_status == LookStatus.FORBIDDEN
@@ -350,10 +357,7 @@ class _Judge:
         target, service, length_s, block_start_s = key
         start_s, end_s = min(w.start_s for w in windows), max(w.end_s for w in windows)
         items = (TaskItem(service, start_s, end_s, length_s),)
-        made = (
-            a.attempt for a in self._attempts.get((target, service), ()) if a.block_start_s == block_start_s
-        )
-        attempt = 1 + max(made, default=0)
+        attempt = 1 + self._highest[target, service, block_start_s]
         revision = self._rules.revision
         task = Task(
             task_id=task_id_of(target, revision, attempt, items),
@@ -372,12 +376,23 @@ class _Judge:
 T = TypeVar("T")
 
 
-def _by_pair(found: Iterable[tuple[Target, str, T]]) -> dict[tuple[Target, str], list[T]]:
-    by_pair: dict[tuple[Target, str], list[T]] = defaultdict(list)
-    for target, service, one in found:
-        by_pair[target, service].append(one)
-    return by_pair
+class _Spans(Generic[T]):
+    """Things that cover a span of a target's service, found by a window of it; `block_s` is a pair's usual length of them."""
 
+    def __init__(self, block_s: Mapping[tuple[Target, str], int]) -> None:
+        self._block_s = block_s
+        self._by_block: dict[tuple[Target, str, int], list[tuple[int, int, T]]] = defaultdict(list)
 
-def _covers(span: TaskItem | Attempt | Unlanded, w: OpenWindow) -> bool:
-    return span.start_s <= w.window.start_s and w.window.end_s <= span.end_s
+    def add(self, target: Target, service: str, start_s: int, end_s: int, one: T) -> None:
+        if (block_s := self._block_s.get((target, service))) is None:
+            return
+        for n in range(start_s // block_s, (end_s - 1) // block_s + 1):
+            self._by_block[target, service, n].append((start_s, end_s, one))
+
+    def covering(self, w: OpenWindow) -> list[T]:
+        """In the order in which they were added."""
+        n = w.window.start_s // self._block_s[w.target, w.service]
+        found = self._by_block.get((w.target, w.service, n), ())
+        return [
+            one for start_s, end_s, one in found if start_s <= w.window.start_s and w.window.end_s <= end_s
+        ]
