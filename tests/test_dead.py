@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,19 +15,21 @@ import asyncpg
 import numpy as np
 import orjson
 import pytest
+import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingest import avro, letters, wire
+from ingest.archive import open_archive
 from ingest.balance import put_aside
 from ingest.clock import ManualClock
 from ingest.collect import raw_key
-from ingest.errors import Fatal, Rejected
+from ingest.errors import Fatal
 from ingest.landing import SHARE_RECORDS, SHARE_RECORDS_MIN, Landing
 from ingest.letters import KEY_BYTES_MAX, PAYLOAD_BYTES_MAX
 from ingest.log import Outgoing, Producer
-from ingest.model import Batch, BatchId, DeadLetter, RecordPosition, Series, SeriesKey, Target, series_ids
-from ingest.ports import Record, Sink
+from ingest.model import Batch, DeadLetter, Series, SeriesKey, Target, series_ids
+from ingest.ports import Sink
 from ingest.revive import plan
 from ingest.sinks.connection import open_connection
 from ingest.validate import DEAD_POINTS_MAX, series_problem
@@ -84,8 +87,8 @@ class World:
 
     def __init__(self, limits: Limits | None = None, of: World | None = None) -> None:
         """With `of`, another process on the log and the sink of that world."""
-        self.broker = of.broker if of else FakeBroker(raw=1, dead=1)
-        self.sink = of.sink if of else FakeSink()
+        self.broker: FakeBroker = of.broker if of else FakeBroker(raw=1, dead=1)
+        self.sink: FakeSink = of.sink if of else FakeSink()
         as_port: Sink = self.sink
         self.landing = Landing(
             "raw",
@@ -443,3 +446,180 @@ async def test_a_landing_that_is_tried_again_is_not_counted_twice() -> None:
             await world.landing.land(records[60:])
     await world.landing.land(records[60:])
     assert world.position == 80
+
+
+# --- on the real servers, from the command line -----------------------------------------------------------------
+
+CONFIG = """
+accounts:
+  - id: "123456789012"
+    regions: [eu-west-1]
+    services: [ec2]
+kafka: {{bootstrap: "{kafka}", prefix: {prefix}, raw_partitions: 1, ledger_partitions: 1}}
+postgres: {{dsn: "{dsn}"}}
+s3: {{bucket: {bucket}, endpoint_url: "{s3}"}}
+slots: 1
+run: {{clock_offset_s: {offset_s}}}
+"""
+
+
+@asynccontextmanager
+async def consuming(config: Config) -> AsyncIterator[None]:
+    lifecycle = Lifecycle()
+    running = asyncio.create_task(serve(config, "consumer-1", lifecycle))
+    try:
+        yield
+    finally:
+        lifecycle.stop.set()
+        async with asyncio.timeout(20):
+            await running
+
+
+@pytest.fixture
+def quiet_stdout() -> Iterator[None]:
+    """Logs of what runs in this process beside the command go elsewhere than the command's output."""
+    before = structlog.get_config()
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.__stderr__))
+    yield
+    structlog.configure(**before)
+
+
+@pytest.mark.usefixtures("quiet_stdout")
+async def test_letters_are_listed_shown_replayed_and_discarded_on_the_real_servers(
+    kafka_bootstrap: str,
+    database: str,
+    s3_endpoint: str,
+    bucket: str,
+    topic_prefix: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # It is the process's, and would keep this test's stderr beyond its end.
+    monkeypatch.setattr("workers.dead.configure_logs", lambda _: None)
+    path = tmp_path / "headgate.yaml"
+    path.write_text(
+        CONFIG.format(
+            kafka=kafka_bootstrap,
+            prefix=topic_prefix,
+            dsn=database,
+            bucket=bucket,
+            s3=s3_endpoint,
+            offset_s=NOON_S - int(time.time()),
+        )
+    )
+    config = loads(path.read_text(), str(path), environ={})
+    await setup(config)
+    producer = Producer(kafka_bootstrap, "test")
+    topic = config.kafka.topic("raw")
+
+    async def headgate(*args: str, expect: int = 0) -> str:
+        capsys.readouterr()
+        code = await asyncio.to_thread(main, ["dead", *args, "--config", str(path)])
+        said = capsys.readouterr()
+        assert code == expect, said.err + said.out
+        return said.out
+
+    async def listed(*args: str) -> list[dict[str, object]]:
+        newest: list[dict[str, object]] = json.loads(await headgate("list", "--format", "json", *args))[
+            "newest"
+        ]
+        return newest
+
+    # A record that nobody reads, twice; one of a newer Headgate; and one with a point that no store should hold.
+    from_the_future = value_of([4.0])
+    (schema,) = (s for s in avro.SCHEMAS if s.name == "batch")
+    try:
+        del avro._BY_FINGERPRINT[schema.fingerprint]
+        async with consuming(config):
+            await producer.send(topic, [Outgoing(KEY, b"rubbish"), Outgoing(KEY, b"rubbish")])
+            await producer.send(topic, [Outgoing(KEY, from_the_future)])
+
+            async def buried() -> bool:
+                return len(await listed()) == 2
+
+            await eventually(buried, 30)
+    finally:
+        avro._BY_FINGERPRINT[schema.fingerprint] = schema
+
+    sql = await open_connection(config.postgres, "test")
+    try:
+        async with consuming(config):
+            await producer.send(topic, [Outgoing(KEY, value_of([1.0, NAN]))])
+
+            async def all_there() -> bool:
+                return len(await listed()) == 3
+
+            await eventually(all_there, 30)
+            by_reason = {str(one["reason"]): one for one in await listed("--account", TARGET.account)}
+            assert {r: one["times_written"] for r, one in by_reason.items()} == {
+                "bad_frame": 2,
+                "unknown_schema": 1,
+                "not_a_number": 1,
+            }
+            assert {len(str(one["cluster"])) for one in by_reason.values()} == {22}
+            assert await listed("--account", "999999999999") == []
+            assert await listed("--since", "2999-01-01") == []
+            nan = str(by_reason["not_a_number"]["identity"])
+            rubbish = str(by_reason["bad_frame"]["identity"])
+
+            shown = json.loads(await headgate("show", rubbish[:8]))
+            assert (shown["payload"], shown["today"]["decodes"]) == ({"bytes": 7, "text": "rubbish"}, False)
+            shown = json.loads(await headgate("show", nan))
+            assert (shown["today"]["points"], shown["today"]["look"]["revision"]) == (
+                [[NOON_S - 240, "nan"]],
+                3,
+            )
+
+            # What decodes by now goes the way of living data; what does not is refused and stays.
+            assert "to replay: 1 records" in await headgate(
+                "replay", "--reason", "unknown_schema", "--dry-run"
+            )
+            assert (await headgate("replay", "--reason", "unknown_schema")).endswith("landed\n")
+            assert "refused" in await headgate("replay", rubbish, expect=1)
+            assert {one["reason"] for one in await listed()} == {"bad_frame", "not_a_number"}
+
+            # A point of a window that is open waits; then it lands, corrected, with its look's version.
+            edit = tmp_path / "edit.json"
+            edit.write_text('{"value": 2.5}')
+            await sql.execute(OPEN_WINDOW)
+            assert "still open" in await headgate("replay", nan, "--edit", str(edit), expect=1)
+            await sql.execute("UPDATE windows SET sealed_at = now()")
+            assert (await headgate("replay", nan, "--edit", str(edit))).endswith("landed\n")
+            await assert_landed_everywhere(sql, config)
+
+            # Again is the same again; and what nobody needs is out of the way, not out of Kafka.
+            assert (await headgate("replay", nan, "--edit", str(edit))).endswith("landed\n")
+            assert "discarded 1" in await headgate("discard", rubbish, "--yes", "--note", "a test")
+            assert await listed() == []
+            handled = {str(one["reason"]): one["handled"] for one in await listed("--all")}
+            assert {r: h["what"] for r, h in handled.items() if isinstance(h, dict)} == {
+                "bad_frame": "discarded",
+                "unknown_schema": "replayed",
+                "not_a_number": "replayed",
+            }
+            assert "no dead letters" in await headgate("list")
+    finally:
+        sql.terminate()
+        await producer.close()
+
+
+OPEN_WINDOW = f"""INSERT INTO windows (target, service, window_start, window_end, settles_at, planned_at)
+SELECT '{TARGET}', 'ec2', to_timestamp({NOON_S - 300}), to_timestamp({NOON_S}), to_timestamp({NOON_S + 600}), now()"""
+
+
+async def assert_landed_everywhere(sql: asyncpg.Connection, config: Config) -> None:
+    """The corrected point is in the store with its look's version, and in the archive and the ledger as a task of its own."""
+    row = await sql.fetchrow("SELECT version FROM samples WHERE value = 2.5")
+    assert row["version"] == batch_of([1.0]).version
+
+    async def receipt() -> bool:
+        return bool(await sql.fetchval("SELECT count(*) FROM looks WHERE shard = 'dead-letters'"))
+
+    await eventually(receipt, 30)
+    look = await sql.fetchrow("SELECT status, points, archive_key, batch_ids FROM looks")
+    assert (look["status"], look["points"]) == ("partial", 1)
+    async with open_archive(config.s3, ManualClock(NOON_S)) as archive:
+        archived = await archive.get(look["archive_key"])
+    assert archived is not None
+    assert [p.batch_id for p in archived.payloads] == look["batch_ids"]
