@@ -134,7 +134,7 @@ class Truth:
         size = math.ceil(len(self.records) / count)
         return [self.records[at : at + size] for at in range(0, len(self.records), size)]
 
-    def heavy(self, copies: int = 400) -> tuple[tuple[Outgoing, Published], ...]:
+    def heavy(self, copies: int = 300) -> tuple[tuple[Outgoing, Published], ...]:
         """Half a megabyte each, on all partitions, cheap to take apart: what a sink that has the first ones skips by batch id."""
         rng = np.random.default_rng(self.seed)
         account = self.accounts()[0].id

@@ -80,7 +80,21 @@ def short_drain(seconds: int) -> None:
     consumer.DRAIN_S = seconds
 
 
-FAILPOINTS = {f.__name__: f for f in (before_commit, before_landing, in_transaction, impatient, short_drain)}
+def hoarding(_: int) -> None:
+    """Not a point, but a consumer that takes all that Kafka has: what its memory is watched for."""
+    consumer.POLL_RECORDS_MAX = 1_000_000
+    init = Consumer.__init__
+
+    def patched(self: Consumer, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self._options |= {"fetch_max_bytes": 2**30, "max_partition_fetch_bytes": 2**30}
+
+    Consumer.__init__ = patched  # type: ignore[method-assign]
+
+
+FAILPOINTS = {
+    f.__name__: f for f in (before_commit, before_landing, in_transaction, impatient, short_drain, hoarding)
+}
 
 
 def main(config_path: str, name: str, failpoint: str) -> int:
