@@ -18,7 +18,7 @@ import structlog
 from prometheus_client import Counter, Gauge
 
 from ingest.clock import Clock
-from ingest.errors import Fatal, Transient
+from ingest.errors import HeadgateError, Transient
 from ingest.heal import Announced, Declaration, Means, OpenWindow, Reason, Rules, Wait
 from ingest.heal_store import Healed, HealStore
 from ingest.model import Target, Task
@@ -100,8 +100,8 @@ class Healer:
                 await self.step()
             except Transient as error:
                 _log.warning("healing_waits", error=str(error))
-            except Fatal as error:
-                # A store that will not have us must not stop the planning.
+            except HeadgateError as error:
+                # A store that will not have us, or a task that we cannot read, must not stop the planning.
                 _log.error("healing_failed", error=str(error))
 
     def _remember(self, tasks: Iterable[Task], now_s: int) -> None:
@@ -150,7 +150,7 @@ async def read_pauses(coordinator: Planner, store: HealStore) -> bool:
     """Tell the coordinator what is paused now. False where the store does not say: what was paused last stays so."""
     try:
         coordinator.pauses = await store.pauses()
-    except (Transient, Fatal) as error:
+    except HeadgateError as error:
         _log.warning("pauses_as_last_known", error=str(error))
         return False
     return True
