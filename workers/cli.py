@@ -22,6 +22,7 @@ COMMANDS = {
     "gaps": "gaps",
     "audit": "audit",
     "why": "why",
+    "bundle": "bundle",
     "backfill": "backfill",
     "samples": "samples",
     "check": "check",
