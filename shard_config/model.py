@@ -297,7 +297,7 @@ class Config(Strict):
     task_deadline_s: int = Field(120, ge=1)
     startup_lookback_s: int = Field(3600, ge=0)
     """How far back a first start plans: the last hour."""
-    ledger_retention_days: int = Field(7, ge=5)
+    ledger_retention_days: int = Field(2, ge=2)
     """Tasks, looks and landed batches older than this go; windows stay, folded into days."""
     aws: Aws = Aws()
     kafka: Kafka = Kafka()
