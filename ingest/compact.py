@@ -7,6 +7,7 @@
 
 Rows are deleted in bounded batches rather than by dropping partitions: which looks may go depends on their windows, not on the day
 alone, and their counts have to be read anyway. At 1,000 targets of 10 services that is 33 looks a second.
+Measured with those: a folded day takes 284 bytes, so 1.04 GB a year; a look, its batch and its share of a task 1.03 kB, so 3 GB a day.
 """
 
 from __future__ import annotations
@@ -65,7 +66,12 @@ _NO_MORE_DECLARED = """UPDATE declared_days SET covered = covered - $5::text::ts
 WHERE target = $1 AND service = $2 AND day = $3 AND reason = $4"""
 
 _OLD_TASKS = """DELETE FROM tasks WHERE task_id = ANY(ARRAY(
-    SELECT task_id FROM tasks WHERE planned_at < $1 ORDER BY planned_at LIMIT $2))"""
+    SELECT task_id FROM tasks AS t WHERE planned_at < $1 AND (planned_at < $1 - interval '5 days'
+        -- What has no receipt, or has not landed, may be announced again.
+        OR EXISTS (SELECT FROM looks AS l WHERE l.task_id = t.task_id)
+        AND NOT EXISTS (SELECT FROM looks AS l WHERE l.task_id = t.task_id AND l.landed_at IS NULL))
+    ORDER BY planned_at LIMIT $2))"""
+"""Five days later nobody waits for a task any more: `collect` keeps three."""
 
 _OLD_LOOKS = """WITH gone AS (
     DELETE FROM looks WHERE look_id = ANY(ARRAY(

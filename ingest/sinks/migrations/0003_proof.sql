@@ -11,7 +11,6 @@ ALTER TABLE landed ADD COLUMN dead_windows jsonb;              -- NULL: none
 CREATE INDEX landed_by_time ON landed USING brin (landed_at) WITH (autosummarize = on);
 
 ALTER TABLE looks ADD COLUMN grid_s integer;                   -- length of its windows; NULL: from before this migration
-CREATE INDEX looks_by_target ON looks (target, service, finished_at);
 
 -- An open window has neither sealed_at nor declared. points and digest are what the store must hold of the newest landed look.
 ALTER TABLE windows
