@@ -55,6 +55,7 @@ class Recheck:
     gone: int = 0
     unanswered: Counter[str] = field(default_factory=Counter)
     metrics_billed: int = 0
+    requests: Counter[str] = field(default_factory=Counter)
     usd: Decimal = Decimal(0)
 
     def sentence(self, differences: int) -> str:
@@ -110,7 +111,7 @@ async def recheck(
             await _again(connection, config, clock, report, source, window, done)
     finally:
         await source.close()
-    done.usd = Prices.of(config.aws).get_metric_data_usd(done.metrics_billed)
+    done.usd = Prices.of(config.aws).look_usd(done.metrics_billed, done.requests)
     return done
 
 
@@ -134,6 +135,7 @@ async def _again(
                 outcome: Outcome = answer
     done.windows += 1
     done.metrics_billed += outcome.metrics_billed
+    done.requests.update(outcome.requests)
     if outcome.status is not LookStatus.COMPLETE:
         done.unanswered[f"{outcome.status}: {outcome.detail}"] += 1
         return

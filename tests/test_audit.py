@@ -384,7 +384,8 @@ async def test_a_recheck_names_what_the_source_has_otherwise_and_lands_nothing(
 
             report, done = await again(1.0)
             assert (report.differences, done.windows, done.points) == ([], 4, landed)
-            assert done.usd == Decimal("0.01") * done.metrics_billed / 1000 > 0
+            requests = done.metrics_billed + done.requests["ListMetrics"]
+            assert done.usd == Decimal("0.01") * requests / 1000 > 0
 
             await way.sql.execute("DELETE FROM samples WHERE ts = to_timestamp($1)", float(NOON_S + 60))
             await way.sql.execute(

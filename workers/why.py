@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -39,6 +40,7 @@ from workers.samples import (
     parse_time,
     rfc3339,
 )
+from workers.servers import local_environment
 
 SERIES_MAX = 100
 ROWS_SHOWN_MAX = 20
@@ -144,7 +146,7 @@ def _stages(story: Story) -> Iterable[tuple[str, list[str]]]:
     yield (
         "window",
         [
-            f"[{_time(window.start_s)}, {_time(window.end_s)}) {window.state}, {window.attempts} looks"
+            f"[{_time(window.start_s)}, {_time(window.end_s)}) {window.state}, looks: {window.attempts}"
             + (f": {window.detail}" if window.detail else "")
         ]
         if window
@@ -253,6 +255,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(args: argparse.Namespace) -> int:
     configure_logs("why")
     config = local.find_config(args.config)
+    if args.config is None:  # the local stack's servers take no other
+        os.environ.update(local_environment(os.environ))
     wanted = Filter(args.account, args.region, args.namespace, args.metric, tuple(args.dim), args.stat)
     clock = SystemClock(config.run.clock_offset_s)
     try:
