@@ -18,10 +18,10 @@ from ingest.model import LookStatus
 from ingest.overview import freshness, overview
 from ingest.schedule import Grid, due
 from shard_config.model import Postgres
-from tests.test_ledger import NOON_S, SETTLING_S, TARGET, Store, receipt_of, store, task_of
+from tests.test_ledger import NOON_S, SETTLING_S, TARGET, Store, ledger_database, receipt_of, store, task_of
 from tests.test_seal import Proof, batch_of, five, proof
 
-__all__ = ["proof", "store"]  # the fixtures
+__all__ = ["ledger_database", "proof", "store"]  # the fixtures
 
 DAY = date(2026, 1, 1)
 LATER = datetime.fromtimestamp(NOON_S + 86_400, UTC)

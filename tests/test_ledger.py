@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -13,8 +14,8 @@ import asyncpg
 import pytest
 
 from ingest import wire
-from ingest.clock import ManualClock
 from ingest.balance import signed
+from ingest.clock import ManualClock
 from ingest.errors import Fatal, Transient
 from ingest.landing import Landing
 from ingest.ledger import SINK, STATE_SQL, Ledger
@@ -140,12 +141,30 @@ class Store:
         self.next = 0
 
 
+@pytest.fixture(scope="session")
+async def ledger_database(postgres_dsn: str) -> AsyncIterator[str]:
+    """DSN of a database with the schema, for all tests of the ledger one after the other."""
+    server = await asyncpg.connect(postgres_dsn)
+    name = f"t_ledger_{uuid.uuid4().hex[:12]}"
+    dsn = postgres_dsn.rpartition("/")[0] + "/" + name
+    try:
+        await server.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+        await migrate(Postgres(dsn=dsn))
+        yield dsn
+        await server.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    finally:
+        await server.close()
+
+
 @pytest.fixture
-async def store(database: str) -> AsyncIterator[Store]:
-    await migrate(Postgres(dsn=database))
-    connection = await asyncpg.connect(database)
+async def store(ledger_database: str) -> AsyncIterator[Store]:
+    connection = await asyncpg.connect(ledger_database)
+    tables = await connection.fetch(
+        "SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'schema_migrations'"
+    )
+    await connection.execute("TRUNCATE " + ", ".join(t["tablename"] for t in tables))
     await connection.execute("INSERT INTO positions VALUES ($1, $2, 0, 0, '')", SINK, TOPIC)
-    store = Store(database, connection)
+    store = Store(ledger_database, connection)
     try:
         yield store
     finally:

@@ -10,9 +10,9 @@ import pytest
 from ingest.errors import Fatal
 from ingest.model import LookStatus
 from ingest.overview import GRACE_S, Overview, ShardOverview, overview
-from tests.test_ledger import NOON_S, OTHER, TARGET, Store, receipt_of, store, task_of
+from tests.test_ledger import NOON_S, OTHER, TARGET, Store, ledger_database, receipt_of, store, task_of
 
-__all__ = ["store"]  # the fixture
+__all__ = ["ledger_database", "store"]  # the fixtures
 
 
 def at(seconds: int) -> datetime:

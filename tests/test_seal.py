@@ -31,9 +31,9 @@ from ingest.ports import Landable
 from ingest.seal import RECHECK_S, Scope, Sealing, Tally, scopes_of, seal
 from ingest.sinks.postgres import PostgresSink
 from shard_config.model import Account, Config, ExpositionJob, MetricProfile, Postgres, ServiceProfile
-from tests.test_ledger import NOON_S, OTHER, TARGET, Store, receipt_of, store, task_of
+from tests.test_ledger import NOON_S, OTHER, TARGET, Store, ledger_database, receipt_of, store, task_of
 
-__all__ = ["store"]  # the fixture
+__all__ = ["ledger_database", "store"]  # the fixtures
 
 SCOPES = {("cloudwatch", "ec2"): Scope("AWS/EC2", 60), ("cloudwatch", "rds"): Scope("AWS/RDS", 60)}
 SETTLED_S = NOON_S + 600
