@@ -6,7 +6,7 @@ A window is looked at here when it is past its deadline and neither sealed nor d
   is neither; of what the source is asked, the cheapest first, and of equals the newest.
 * *Nothing is asked on stale knowledge*: the source is asked, and a window declared, only where a receipt of its target has come in
   since the deadline. Receipts of a target keep their order, so all earlier ones are known then.
-* *Bounded*: in attempts a window, in dollars a day, in tasks at once; between attempts the time doubles.
+* *Bounded*: in attempts a window, in dollars a day, in tasks at once; between attempts at a block the time doubles, up to an hour.
 * *It ends*: sealed, or declared: unrecoverable where the source keeps it no longer, forbidden or abandoned where the attempts are used up.
 * *What is paused is left alone*, and so is what the configuration no longer knows.
 
@@ -40,17 +40,11 @@ ASKED_MAX = 50
 PATIENCE_S = 86_400
 """So long past what the source keeps a task without a receipt is still waited for."""
 DOUBLINGS_MAX = 7
-"""Announcing again waits no longer than 128 times the first back-off."""
+"""Back-offs grow to 128 times the first."""
+REST_S_MAX = 3600
+"""Between two attempts at a block, where the first back-off is not longer: what is mended is healed within the hour."""
 UNKNOWN_SERIES = 1000
 """Of a service that never answered."""
-
-
-class Means(StrEnum):
-    """How a gap is closed, the cheapest first."""
-
-    REPLAY = "replay"
-    AGAIN = "again"
-    SOURCE = "source"
 
 
 class Reason(StrEnum):
@@ -227,12 +221,11 @@ class _Judge:
         self._attempts: _Spans[Attempt] = _Spans(block_s)
         self._pending: _Spans[Pending] = _Spans(block_s)
         self._unlanded: _Spans[Unlanded] = _Spans(block_s)
-        self._highest: Counter[tuple[Target, str, int]] = Counter()
-        """By target, service and start of a block: the last attempt's number."""
+        self._of_block: dict[tuple[Target, str, int], list[Attempt]] = defaultdict(list)
+        """By target, service and start of a block."""
         for a in situation.attempts:
             self._attempts.add(a.target, a.service, a.start_s, a.end_s, a)
-            block = a.target, a.service, a.block_start_s
-            self._highest[block] = max(self._highest[block], a.attempt)
+            self._of_block[a.target, a.service, a.block_start_s].append(a)
         for p in situation.pending:
             for i in p.task.items:
                 self._pending.add(p.task.target, i.service, i.start_s, i.end_s, p)
@@ -310,13 +303,9 @@ class _Judge:
         return not self._rules.source_keeps_all and self._now_s - w.window.start_s > kept_s
 
     def _may_ask(self, w: OpenWindow) -> bool:
-        made = self._attempts.covering(w)
-        heal = self._rules.heal
-        if len(made) >= heal.attempts_max:
+        if len(self._attempts.covering(w)) >= self._rules.heal.attempts_max:
             forbidden = w.last_status == LookStatus.FORBIDDEN
             return self._declare(w, Reason.FORBIDDEN if forbidden else Reason.ABANDONED)
-        if made and self._now_s < max(a.allocated_s for a in made) + (heal.backoff_s << (len(made) - 1)):
-            return self._wait(Wait.BACKOFF)
         return True
 
     def _wait(self, why: Wait) -> bool:
@@ -328,13 +317,16 @@ class _Judge:
         return False
 
     def asks(self, wanted: Iterable[OpenWindow]) -> list[Ask]:
-        """One a block, the cheapest first, as far as money and turns go."""
+        """One a block that has rested, the cheapest first, as far as money and turns go."""
         blocks: dict[tuple[Target, str, int, int], list[Window]] = defaultdict(list)
         for w in wanted:
             length_s = w.window.end_s - w.window.start_s
             grid = replace(self._grids[w.target, w.service], poll_interval_s=length_s)
             start_s = w.window.start_s // grid.block_s * grid.block_s
             blocks[w.target, w.service, length_s, start_s].append(w.window)
+        resting = [k for k in blocks if self._rests(self._of_block[k[0], k[1], k[3]])]
+        for key in resting:
+            self.waiting[Wait.BACKOFF] += len(blocks.pop(key))
         priced = sorted(
             ((self._ask(key, windows), windows) for key, windows in blocks.items()),
             key=lambda one: (one[0].usd, -one[0].task.tick_s, one[0].task.task_id),
@@ -352,12 +344,21 @@ class _Judge:
                 left_usd -= ask.usd
         return taken
 
+    def _rests(self, made: Sequence[Attempt]) -> bool:
+        """Whether a block was asked too lately. A window that came into it since waits too, or an outage would be asked for by the window."""
+        if not made:
+            return False
+        first_s = self._rules.heal.backoff_s
+        rest_s = min(first_s << min(len(made) - 1, DOUBLINGS_MAX), max(first_s, REST_S_MAX))
+        return self._now_s < max(a.allocated_s for a in made) + rest_s
+
     def _ask(self, key: tuple[Target, str, int, int], windows: Sequence[Window]) -> Ask:
         """From the first window to the last: what lies between costs nothing, for points are not billed."""
         target, service, length_s, block_start_s = key
         start_s, end_s = min(w.start_s for w in windows), max(w.end_s for w in windows)
         items = (TaskItem(service, start_s, end_s, length_s),)
-        attempt = 1 + self._highest[target, service, block_start_s]
+        made = (a.attempt for a in self._of_block[target, service, block_start_s])
+        attempt = 1 + max(made, default=0)
         revision = self._rules.revision
         task = Task(
             task_id=task_id_of(target, revision, attempt, items),

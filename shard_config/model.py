@@ -259,10 +259,10 @@ class Limits(Strict):
 class Heal(Strict):
     """How windows that are past their deadline are healed: see `ingest.heal`."""
 
-    attempts_max: int = Field(8, ge=1, le=16)
+    attempts_max: int = Field(24, ge=1, le=100)
     """The source is asked again so often; then the window is declared forbidden or abandoned."""
     backoff_s: int = Field(300, ge=1)
-    """Between the first two attempts, and twice as long each time after: with 8 attempts 10.6 hours in all."""
+    """Between the first two attempts, and twice as long each time after, up to an hour: with 24 attempts 20 hours in all."""
     usd_per_day: float = Field(10.0, ge=0)
     """The most that attempts may cost in a UTC day, over all accounts; 0: replays only."""
 

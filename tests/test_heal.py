@@ -251,6 +251,29 @@ def test_attempts_are_numbered_on_and_the_time_between_them_doubles() -> None:
         assert decision.waiting == ({} if number else {Wait.BACKOFF: 1})
 
 
+def test_the_rest_grows_to_an_hour_and_no_longer() -> None:
+    patient = replace(RULES, heal=Heal(attempts_max=100, backoff_s=300))
+    w = window()
+    for count, rest_s in ((1, 300), (4, 2400), (5, 3600), (50, 3600)):
+        made = [attempt(w, n, 0) for n in range(1, count + 1)]
+        for now_s, asks in ((rest_s - 1, 0), (rest_s, 1)):
+            known = replace(situation(w, attempts=made), now_s=ZERO_S + now_s)
+            assert len(decide(known, patient).asks) == asks
+
+
+def test_a_window_that_comes_into_a_block_that_was_just_asked_rests_with_it_and_both_are_asked_for_at_once() -> (
+    None
+):
+    old, new = window(0), window(600)
+    made = [attempt(old, 1, 0)]
+    for now_s, tasks in ((99, 0), (100, 1)):
+        decision = decide(replace(situation(old, new, attempts=made), now_s=ZERO_S + now_s), RULES)
+        assert [windows_of([t]) for t in asked(decision)] == [
+            [(TARGET, "ec2", 0), (TARGET, "ec2", 300), (TARGET, "ec2", 600)]
+        ] * tasks
+        assert decision.waiting == ({} if tasks else {Wait.BACKOFF: 2})
+
+
 def test_an_attempt_has_an_id_of_its_own() -> None:
     w = window()
     [first] = asked(decide(situation(w), RULES))

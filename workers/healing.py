@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from itertools import pairwise
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from prometheus_client import Counter, Gauge
 
 from ingest.clock import Clock
 from ingest.errors import HeadgateError, Transient
-from ingest.heal import Announced, Declaration, Means, OpenWindow, Reason, Rules, Wait
+from ingest.heal import Announced, Declaration, OpenWindow, Reason, Rules, Wait
 from ingest.heal_store import Healed, HealStore
 from ingest.model import Target, Task
 from ingest.pauses import Pauses
@@ -53,6 +54,14 @@ DECLARED = Counter(
 WAITING = Gauge(
     "headgate_heal_windows_waiting", "Windows past their deadline about which nothing is done now.", ["why"]
 )
+
+
+class Means(StrEnum):
+    """How a gap is closed, the cheapest first."""
+
+    REPLAY = "replay"
+    AGAIN = "again"
+    SOURCE = "source"
 
 
 class Planner(Protocol):
