@@ -104,6 +104,8 @@ class Survey:
 
     scope: Scope
     kept_since_ms: int | None
+    keeps_all: bool = False
+    """Whether the source has recorded data, which no retention ends."""
     collected: int | None = None
     """Points of all looks that touch the scope; None where no look is known."""
     _known: dict[tuple[Target, str], _Known] = field(default_factory=dict)
@@ -176,7 +178,7 @@ class Survey:
         """Stretches by target, service and time. `via` asks CloudWatch for every window; None takes the cheapest means for each."""
         stretches: list[Stretch] = []
         for (target, service), known in sorted(self._known.items(), key=lambda one: one[0]):
-            means = _means(known, via, now_s)
+            means = _means(known, via, 0 if self.keeps_all else now_s)
             edges = [0, *(np.nonzero(np.diff(means))[0] + 1).tolist(), len(means)]
             for first, end in pairwise(edges):
                 if MEANS[int(means[first])] is Means.NOWHERE and not known.grid.has_past:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import asyncpg
 import numpy as np
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from ingest import wire
 from ingest.archive import archive_key, open_archive
@@ -194,3 +196,17 @@ async def table_of(dsn: str) -> Table:
     finally:
         await connection.close()
     return {(r["id"], r["t"]): (r["version"], r["value"]) for r in rows}
+
+
+async def delete_records(bootstrap: str, topic: str, partitions: int) -> None:
+    """As retention does."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap)
+    await admin.start()
+    await consumer.start()
+    try:
+        ends = await consumer.end_offsets([TopicPartition(topic, p) for p in range(partitions)])
+        await admin.delete_records({tp: RecordsToDelete(before_offset=end) for tp, end in ends.items()})
+    finally:
+        await consumer.stop()
+        await admin.close()

@@ -122,6 +122,12 @@ def test_past_cloudwatchs_retention_nobody_is_asked_and_the_plan_says_what_is_le
     assert "at 300 s it has it still" in found[0].detail
 
 
+def test_recorded_data_never_grows_too_old() -> None:
+    survey = Survey(Scope(0, 600), 0, keeps_all=True)
+    survey.expect({TARGET: (EC2,)}, NOW_S)
+    assert [s.means for s in survey.plan(None, NOW_S, Prices())] == [Means.CLOUDWATCH]
+
+
 def test_an_endpoint_without_a_past_is_replayed_and_never_asked() -> None:
     node = Grid("ec2", 30, 30, 0, has_past=False)
     assert plan(look(FROM_S, FROM_S + 60), grid=node) == [(Means.KAFKA, FROM_S, FROM_S + 60)]
@@ -224,7 +230,11 @@ async def test_it_does_not_wait_for_ever_for_consumers_that_are_not_there() -> N
     clock = ManualClock(NOW_S)
     pace = Pace(0, Live(10**6, moving=False), clock)
     await pace.before_landing()
-    assert clock.monotonic_s() == pytest.approx(YIELD_MAX_S, abs=2)
+    waited_s = clock.monotonic_s()
+    assert waited_s == pytest.approx(YIELD_MAX_S, abs=2)
+    clock.advance(60)
+    await pace.before_landing()
+    assert clock.monotonic_s() == waited_s + 60
 
 
 # --- the command line ---------------------------------------------------------------------------------------------

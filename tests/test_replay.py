@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 import asyncpg
 import pytest
 from aiobotocore.session import get_session
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from ingest.archive_replay import LANES, lane_of, place_of
 from ingest.backfill import Means
@@ -23,7 +21,7 @@ from ingest.replay import Scope
 from ingest.sinks.migrate import migrate
 from ingest.sinks.postgres import PostgresSink
 from shard_config.model import Config, Postgres
-from tests.replay_scene import ACCOUNTS, Past, config_of, table_of
+from tests.replay_scene import ACCOUNTS, Past, config_of, delete_records, table_of
 from workers.backfill_plan import Ask, Plan, opened, reader_of
 from workers.backfilling import Done
 from workers.setup import setup
@@ -195,7 +193,7 @@ async def test_what_is_lost_is_named_and_all_the_rest_lands(
     )
     await setup(lossy.config)
     await lossy.past.publish(lossy.config)
-    await _delete_records(kafka.bootstrap, kafka.topic("raw"))
+    await delete_records(kafka.bootstrap, kafka.topic("raw"), kafka.raw_partitions)
     spoilt = lossy.past.tasks[0].receipt.archive_key
     async with get_session().create_client("s3", endpoint_url=s3.endpoint_url) as client:
         await client.put_object(Bucket=bucket, Key=spoilt, Body=b"HGTASK1\nrubbish")
@@ -206,20 +204,6 @@ async def test_what_is_lost_is_named_and_all_the_rest_lands(
     assert done.problems == [f"spoilt in the archive: {spoilt}"]
     whole = [t for t in lossy.past.tasks[1:] if t.receipt.items[0].item.start_s < lossy.past.to_s]
     assert done.batches == sum(len(t.payloads) for t in whole)
-
-
-async def _delete_records(bootstrap: str, topic: str) -> None:
-    """As retention does."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
-    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap)
-    await admin.start()
-    await consumer.start()
-    try:
-        ends = await consumer.end_offsets([TopicPartition(topic, p) for p in range(3)])
-        await admin.delete_records({tp: RecordsToDelete(before_offset=end) for tp, end in ends.items()})
-    finally:
-        await consumer.stop()
-        await admin.close()
 
 
 # --- what is wanted -----------------------------------------------------------------------------------------------

@@ -147,7 +147,8 @@ class Backfill:
             else 0
         )
         offset_ms = config.run.clock_offset_s * 1000
-        survey = Survey(scope, kept_ms + offset_ms if asked.via != Means.S3 else None)
+        in_kafka_since_ms = kept_ms + offset_ms if asked.via != Means.S3 else None
+        survey = Survey(scope, in_kafka_since_ms, config.run.source_keeps_all)
         survey.expect(self._grids, self._clock.now_s())
         notes: list[str] = []
         try:
@@ -157,7 +158,7 @@ class Backfill:
                 if await self._is_for_rebuilding(connection):
                     asked = self._asked = _rebuilding(asked)
                     notes.append(
-                        "the store has no sample of this time, though batches of it have landed: they are written again"
+                        "the store has no sample of this time, though the ledger says that some landed: all of it is written again"
                     )
             finally:
                 connection.terminate()

@@ -21,14 +21,14 @@ _log = structlog.get_logger()
 LAG_CHECK_S = 2.0
 LIVE_LAG_MAX = 256
 """Records that live consumers may be behind: two of their landings."""
-YIELD_MAX_S = 30.0
-"""So long a landing waits for consumers that do not move at all: then there are none, and nobody is slowed down."""
+YIELD_MAX_S = 20.0
+"""So long a landing waits for consumers that do not move at all; then no more, until they move."""
 
 
 class Pace:
     """How fast a backfill may go: `points_per_s` (0: no limit), and no further while live consumers fall behind.
 
-    `live` gives (records that live consumers are behind, a number that moves as they land), or None where nobody knows.
+    `live` gives (records that live consumers are behind, a number that moves as they land), or None where there are none, or nobody knows.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Pace:
         self._live = live
         self._clock = clock
         self._free_s = self._check_s = clock.monotonic_s()
+        self._stands_at: int | None = None
 
     async def before_landing(self) -> None:
         """Wait for our turn."""
@@ -52,9 +53,12 @@ class Pace:
         standing_s = 0.0
         at = None
         while (live := await self._live()) is not None and live[0] > LIVE_LAG_MAX:
+            if live[1] == self._stands_at:
+                return
             standing_s = standing_s + 1.0 if live[1] == at else 0.0
             if standing_s >= YIELD_MAX_S:
                 _log.warning("live_consumers_stand_still", lag=live[0])
+                self._stands_at = live[1]
                 return
             if at is None:
                 _log.info("yielding_to_live_data", lag=live[0])
@@ -89,6 +93,8 @@ class LiveLag:
     async def __call__(self) -> tuple[int, int] | None:
         try:
             async with asyncio.timeout(10):
+                if not await self._has_members():
+                    return None
                 ends = await self._reader.end_offsets(self._asked)
                 committed = await self._admin.list_consumer_group_offsets(self._group)
         except (KafkaError, OSError, TimeoutError) as error:
@@ -97,6 +103,10 @@ class LiveLag:
         at = sum(committed[tp].offset for tp in self._asked if tp in committed)
         behind = sum(ends[tp] - committed[tp].offset for tp in self._asked if tp in committed)
         return max(0, behind), at
+
+    async def _has_members(self) -> bool:
+        [answer] = await self._admin.describe_consumer_groups([self._group])
+        return any(members for *_, members in (group[:6] for group in answer.groups))
 
     async def close(self) -> None:
         await quietly(self._reader.stop())
