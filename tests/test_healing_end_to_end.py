@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import urllib.request
 from collections.abc import AsyncIterator
@@ -104,7 +105,12 @@ async def test_a_gap_appears_is_asked_again_with_rests_and_is_sealed_when_the_so
         )
 
     await eventually(healed, timeout_s=60)
-    assert gaps(running) == []
+
+    async def without_gaps() -> bool:
+        # A window that was denied too may pass its deadline meanwhile; then it is healed as well.
+        return not await asyncio.to_thread(gaps, running)
+
+    await eventually(without_gaps, timeout_s=60)
     # Every window is sealed; none was given up.
     assert await running.sql.fetchval("SELECT count(*) FROM windows WHERE declared IS NOT NULL") == 0
     # Only what was denied was asked again, by the block and not by the window, and within the money.
