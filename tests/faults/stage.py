@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,7 @@ from workers.servers import _die_with_parent
 from workers.setup import setup
 
 FILE_KEYS = {"accounts", "kafka", "postgres", "s3"}
+Wave = Iterable[tuple[Outgoing, Published]]
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -83,6 +84,10 @@ class Victim:
         """What it logged, as far as the lines are JSON and whole."""
         lines = self.log.read_text().splitlines()
         return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+    def struck(self) -> bool:
+        """Whether it has reached its failpoint."""
+        return any(e["event"] == "failpoint_reached" for e in self.events())
 
     async def logged(self, event: str, timeout_s: float = 30) -> dict[str, Any]:
         """The first such event, which is waited for."""
@@ -148,7 +153,7 @@ class Stage:
     def victim(self, name: str, failpoint: str = "none", *, config: Config | None = None) -> Victim:
         return Victim(config or self.config, name, self.home, failpoint)
 
-    async def publish(self, records: Iterable[tuple[Outgoing, Published]]) -> None:
+    async def publish(self, records: Wave) -> None:
         """Write records to `raw`, and tell the oracle."""
         records = list(records)
         positions = await self.producer.send(self.raw, [out for out, _ in records])
@@ -161,6 +166,19 @@ class Stage:
         for wave in self.truth.waves(waves):
             await self.publish(wave)
             await asyncio.sleep(pause_s)
+
+    async def publish_until_struck(self, victim: Victim, waves: Iterator[Wave]) -> None:
+        """Wave after wave, each when the one before has landed, until the victim has reached its failpoint."""
+
+        async def landed_or_struck() -> bool:
+            return victim.struck() or await self._is_landed()
+
+        for wave in waves:
+            await self.publish(wave)
+            await eventually(landed_or_struck, 30)
+            if victim.struck():
+                return
+        raise AssertionError(f"{victim.name} has not reached its failpoint")
 
     async def announce(self) -> None:
         """Write all plans, then all receipts, to `ledger`."""
@@ -212,15 +230,14 @@ class Stage:
 
     async def has_landed(self, timeout_s: float = 30) -> None:
         """Wait until the store's positions are at the end of what was sent."""
+        await eventually(self._is_landed, timeout_s)
 
-        async def all_landed() -> bool:
-            for (topic, sink), ends in self._ends.items():
-                stored = await self.oracle.next_offsets(topic, sink)
-                if any(stored[p] < end for p, end in ends.items()):
-                    return False
-            return True
-
-        await eventually(all_landed, timeout_s)
+    async def _is_landed(self) -> bool:
+        for (topic, sink), ends in self._ends.items():
+            stored = await self.oracle.next_offsets(topic, sink)
+            if any(stored[p] < end for p, end in ends.items()):
+                return False
+        return True
 
     async def ledger_balances(self, timeout_s: float = 15) -> None:
         """Wait until the ledger has folded and sealed everything."""
