@@ -13,6 +13,8 @@ further points, a newer look is the one to seal on, and until it has landed whol
 * *Never sealed by what was sent*: neither `landed` nor a batch is asked, only `samples`, in a snapshot.
 * *Whole spans at once*: the rows of all windows of a pass are read in one stream and summed up by numpy as they come, in bounded memory.
 * *Not sealed says why*: `unbalanced` has the numbers; the window is read again when another look lands, and each RECHECK_S.
+* *What is refuted is no longer claimed*: the batches of an unbalanced window's looks leave `landed`, so that a replay of them lands
+  rows instead of being passed over as known.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ from numpy.typing import NDArray
 from ingest.balance import Claim, imbalance, signed
 from ingest.model import SourceName, Target, point_hashes
 from shard_config.model import Config
+
+SINK = "postgres"
+"""Whose rows these are, in `landed`."""
 
 RECHECK_S = 600
 WINDOWS_MAX = 20_000
@@ -70,6 +75,12 @@ _CHECKED = """WITH found AS (
 UPDATE windows AS w SET checked_at = $1, unbalanced = h.unbalanced,
     sealed_at = CASE WHEN h.unbalanced IS NULL THEN $1::timestamptz END
 FROM held AS h WHERE (w.target, w.service, w.window_start) = (h.target, h.service, h.window_start)"""
+
+_WITHDRAWN = """DELETE FROM landed WHERE sink = $1 AND batch_id = ANY(ARRAY(
+    SELECT unnest(l.batch_ids) FROM unnest($2::text[], $3::text[], $4::timestamptz[]) AS u (target, service, start)
+    JOIN looks AS l ON l.target = u.target AND l.finished_at >= u.start AND l.service = u.service
+        AND l.window_start <= u.start AND l.window_end > u.start
+    WHERE l.status = 'complete' AND l.landed_at IS NOT NULL))"""
 
 _POSTGRES_EPOCH_S = 946_684_800
 _HEADER_BYTES = 19
@@ -190,6 +201,14 @@ async def seal(
         [c.digest for c in claims],
         verdicts,
     )
+    refuted = [c for c, verdict in zip(claims, verdicts, strict=True) if verdict is not None]
+    if refuted:
+        places = (
+            [c.target for c in refuted],
+            [c.service for c in refuted],
+            [_at(c.start_s) for c in refuted],
+        )
+        await connection.execute(_WITHDRAWN, SINK, *places)
     return Sealing(len(claims), verdicts.count(None), tally.rows)
 
 

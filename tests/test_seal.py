@@ -313,6 +313,17 @@ async def test_an_unbalanced_window_is_read_again_after_a_while_and_when_another
     assert (await proof.seal(now_s + RECHECK_S + 1)).sealed == 1
 
 
+async def test_a_replay_of_the_same_batch_brings_back_what_was_lost(proof: Proof) -> None:
+    batch = batch_of({"cpu": five(1, 2, 3)})
+    await proof.look(batch)
+    landable = Landable(BatchId((1).to_bytes(8, "big") + bytes(8)), batch, 0)
+    await proof.sql.execute("DELETE FROM samples WHERE value > 1")
+    await proof.land(landable)
+    assert (await proof.seal()).sealed == 0
+    await proof.land(landable)
+    assert (await proof.seal(SETTLED_S + 61 + RECHECK_S)).sealed == 1
+
+
 async def test_days_long_windows_are_sealed_by_lookups_and_wide_spans_by_several_passes(proof: Proof) -> None:
     scopes = {("cloudwatch", "ec2"): Scope("AWS/EC2", 86_400)}
     day_s = NOON_S - 43_200
