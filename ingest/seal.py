@@ -36,7 +36,7 @@ from shard_config.model import Config
 SINK = "postgres"
 """Whose rows these are, in `landed`."""
 
-RECHECK_S = 600
+RECHECK_S = 120
 WINDOWS_MAX = 20_000
 SPAN_S = 900
 """A pass reads so much time, from its oldest window on; rows are streamed, so that this bounds its duration only."""
