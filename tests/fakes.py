@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from ingest.archive import checked_key, pack, part_key, read_task
+from ingest.archive import checked_key
+from ingest.objects import pack, part_key, read_task
 from ingest.ports import ArchivedTask
 
 

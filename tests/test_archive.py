@@ -23,10 +23,11 @@ from aiobotocore.session import AioSession
 from botocore.retries.standard import ExponentialBackoff
 
 from ingest import archive as archive_module
-from ingest.archive import archive_key, assemble, open_archive, pack, unpack
+from ingest.archive import archive_key, open_archive
 from ingest.clock import ManualClock
 from ingest.errors import Rejected, Transient
 from ingest.model import LookStatus, Outcome, Receipt, ReceiptItem, Target, TaskItem
+from ingest.objects import PARTS_MAX, assemble, pack, unpack, unpack_tail
 from ingest.ports import Archive, ArchivedTask, Payload
 from ingest.wire import batch_id_of
 from shard_config.model import S3
@@ -124,6 +125,19 @@ def test_an_object_gives_back_what_was_packed(values: tuple[bytes, ...]) -> None
     assert assemble(unpack(body), []) == task
 
 
+def test_the_receipt_is_in_an_objects_tail_and_a_changed_byte_of_it_is_found() -> None:
+    task = archived(b"one" * 1000, b"two" * 1000)
+    _, body = pack(task)
+    tail = body[-1000:]
+
+    assert unpack_tail(tail) == task.receipt
+    assert unpack_tail(body) == task.receipt
+    assert unpack_tail(body[-100:]) is None  # it begins before that
+    for at in (len(tail) - 20, len(tail) - 100):
+        with pytest.raises(Rejected):
+            unpack_tail(tail[:at] + bytes([tail[at] ^ 1]) + tail[at + 1 :])
+
+
 def test_a_heavy_task_goes_into_parts_within_the_bound_and_comes_back_in_order() -> None:
     task = archived(*(bytes([n]) * 400 for n in range(10)))
 
@@ -135,7 +149,7 @@ def test_a_heavy_task_goes_into_parts_within_the_bound_and_comes_back_in_order()
 
 
 def test_a_task_of_more_parts_than_anybody_could_read_is_refused() -> None:
-    task = archived(*(bytes([n]) * 9 for n in range(archive_module.PARTS_MAX + 1)))
+    task = archived(*(bytes([n]) * 9 for n in range(PARTS_MAX + 1)))
 
     with pytest.raises(Rejected) as refused:
         pack(task, object_bytes_max=10)
