@@ -17,6 +17,7 @@ import asyncpg
 import numpy as np
 import pytest
 from botocore.session import get_session
+from structlog.testing import capture_logs
 
 from ingest import auditor
 from ingest.audit import NAMED_MAX, Difference, Digests, Kind, Report
@@ -418,27 +419,31 @@ def config_file(way: Way, folder: Path) -> Path:
 
 
 async def test_the_command_says_equal_with_exit_code_0_and_different_with_1(
-    way: Way, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    way: Way, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = [
-        "audit",
-        "--config",
-        str(config_file(way, tmp_path)),
-        "--from",
-        "2026-01-01T11:00:00Z",
-        "--to",
-        "2026-01-01T13:00:00Z",
-    ]
-    args += ["--account", TARGET.account]
-    assert await asyncio.to_thread(cli.main, args) == 0
-    assert capfd.readouterr().out.startswith("EQUAL: archive = ledger = store over [2026-01-01T11:00:00Z")
-    await way.sql.execute(f"UPDATE samples SET value = 7 WHERE {ROW}")
-    assert await asyncio.to_thread(cli.main, [*args, "--format", "json"]) == 1
-    said = json.loads(capfd.readouterr().out)
-    await way.sql.execute(f"UPDATE samples SET value = 2.5 WHERE {ROW.replace('2.5', '7')}")
-    assert (said["equal"], said["counts"]) == (False, {"other value": 1})
-    assert said["differences"][0]["at_s"] == NOON_S + 60
-    assert await asyncio.to_thread(cli.main, [*args, "--to", "2026-01-01T11:00:00Z"]) == 2
+    monkeypatch.setattr(
+        "workers.audit.configure_logs", lambda _: None
+    )  # it would log to this test's stderr for ever
+    with capture_logs():
+        args = [
+            "audit",
+            "--config",
+            str(config_file(way, tmp_path)),
+            "--from",
+            "2026-01-01T11:00:00Z",
+            "--to",
+            "2026-01-01T13:00:00Z",
+        ]
+        args += ["--account", TARGET.account]
+        assert await asyncio.to_thread(cli.main, args) == 0
+        assert capfd.readouterr().out.startswith("EQUAL: archive = ledger = store over [2026-01-01T11:00:00Z")
+        await way.sql.execute(f"UPDATE samples SET value = 7 WHERE {ROW}")
+        assert await asyncio.to_thread(cli.main, [*args, "--format", "json"]) == 1
+        said = json.loads(capfd.readouterr().out)
+        await way.sql.execute(f"UPDATE samples SET value = 2.5 WHERE {ROW.replace('2.5', '7')}")
+        assert (said["equal"], said["counts"]) == (False, {"other value": 1})
+        assert said["differences"][0]["at_s"] == NOON_S + 60
+        assert await asyncio.to_thread(cli.main, [*args, "--to", "2026-01-01T11:00:00Z"]) == 2
 
 
 @pytest.mark.parametrize(("text", "share"), [("1%", 0.01), ("0.5", 0.5), ("100%", 1.0)])

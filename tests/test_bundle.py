@@ -148,6 +148,9 @@ def test_secrets_are_found_wherever_they_stand() -> None:
 async def test_the_command_writes_a_file_for_its_owner_only_and_never_over_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(
+        "workers.bundle.configure_logs", lambda _: None
+    )  # it would log to this test's stderr for ever
     path, out = tmp_path / "headgate.yaml", tmp_path / "b.tar.gz"
     path.write_text(YAML)
     for name, value in ENVIRON.items():

@@ -269,8 +269,11 @@ async def test_the_table_and_the_json_tell_the_same(way: Way) -> None:
 
 
 async def test_the_command_ends_with_0_1_or_2(
-    way: Way, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    way: Way, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(
+        "workers.why.configure_logs", lambda _: None
+    )  # it would log to this test's stderr for ever
     raw = way.config.model_dump(mode="json", include={"slots", "kafka", "postgres", "s3", "run"})
     raw["postgres"].pop("password")
     raw["accounts"] = [{"id": ACCOUNTS[0], "regions": ["eu-west-1"], "services": ["ec2"]}]
