@@ -184,8 +184,8 @@ async def test_replays_of_kafka_and_of_the_archive_beside_the_live_consumer_chan
         await victim.logged("partitions_assigned")
         async with asyncio.TaskGroup() as group:
             group.create_task(live())
-            group.create_task(replay_kafka(stage))
-            group.create_task(replay_archive(stage))
+            replays = [group.create_task(replay_kafka(stage)), group.create_task(replay_archive(stage))]
+        assert all(done.result().batches - done.result().skipped_batches > 10 for done in replays)
         await stage.has_landed()
         assert await stage.oracle.at_the_end() == []
 

@@ -1,20 +1,17 @@
-"""What was published, landed again beside the live consumers: from Kafka and from the archive, by the live path's own code."""
+"""What was published, landed again beside the live consumers: from Kafka and from the archive, as `headgate backfill --rebuild` does."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from aiokafka import AIOKafkaConsumer, TopicPartition
-
 from ingest.archive import open_archive
+from ingest.archive_replay import LANES, ArchiveReplay
 from ingest.clock import SystemClock
 from ingest.landing import Landing
-from ingest.model import RecordPosition
-from ingest.ports import Record
+from ingest.replay import KafkaReplay, Replay, Scope
 from ingest.sinks.postgres import PostgresSink
 from tests.faults.stage import Stage
-
-RECORDS_A_LANDING = 10
+from tests.faults.truth import LOOKBACK_S, START_S
+from workers.backfilling import Done, replay
+from workers.pace import Pace
 
 
 async def archive_all(stage: Stage) -> None:
@@ -24,47 +21,41 @@ async def archive_all(stage: Stage) -> None:
             await archive.put(look.archived)
 
 
-async def replay_archive(stage: Stage) -> None:
-    """Land every look that the archive holds."""
-    values: list[bytes] = []
+async def replay_archive(stage: Stage) -> Done:
+    """Land every look that the archive holds, whether or not it has landed."""
     async with open_archive(stage.config.s3, SystemClock()) as archive:
-        for look in stage.truth.looks:
-            archived = await archive.get(look.archived.receipt.archive_key)
-            assert archived is not None
-            values += [payload.value for payload in archived.payloads]
-    records = [Record(RecordPosition("archive", 0, i), b"", value, 0) for i, value in enumerate(values)]
-    await _land(stage, "archive", "replay of the archive", records)
+        until_s = stage.truth.end_s + LOOKBACK_S + 1
+        return await _land(stage, ArchiveReplay(archive, range(LANES), _scope(stage), until_s))
 
 
-async def replay_kafka(stage: Stage) -> None:
-    """Land everything that `raw` holds now."""
-    topic = stage.config.kafka.topic("raw")
-    asked = [TopicPartition(topic, p) for p in range(stage.config.kafka.raw_partitions)]
-    client = AIOKafkaConsumer(bootstrap_servers=stage.config.kafka.bootstrap, enable_auto_commit=False)
-    await client.start()
-    records: list[Record] = []
-    try:
-        client.assign(asked)
-        await client.seek_to_beginning(*asked)
-        for tp, end in (await client.end_offsets(asked)).items():
-            while await client.position(tp) < end:
-                for r in (await client.getmany(tp, timeout_ms=1000)).get(tp, ()):
-                    at = RecordPosition(topic, r.partition, r.offset)
-                    records.append(Record(at, r.key or b"", r.value or b"", r.timestamp))
-    finally:
-        await client.stop()
-    await _land(stage, topic, "replay of kafka", records)
+async def replay_kafka(stage: Stage) -> Done:
+    """Land every batch that `raw` holds now, whether or not it has landed."""
+    kafka = stage.config.kafka
+    partitions = range(kafka.raw_partitions)
+    source = KafkaReplay(
+        kafka.bootstrap, stage.raw, partitions, _scope(stage), 0, SystemClock(), stage.config.limits
+    )
+    return await _land(stage, source)
 
 
-async def _land(stage: Stage, topic: str, sink_name: str, records: Sequence[Record]) -> None:
+def _scope(stage: Stage) -> Scope:
+    return Scope(START_S, stage.truth.end_s)
+
+
+async def _land(stage: Stage, source: Replay) -> Done:
     kafka, clock = stage.config.kafka, SystemClock(stage.config.run.clock_offset_s)
-    sink = await PostgresSink.connect(stage.config.postgres, sink_name=sink_name, clock=clock)
+    sink = await PostgresSink.connect(
+        stage.config.postgres, clock=clock, reader=f"replay of {source.topic}", rebuilding=True
+    )
+    done = Done()
     try:
-        partitions = sorted({r.position.partition for r in records})
-        await sink.init_positions(topic, partitions)
-        landing = Landing(topic, kafka.topic("dead"), sink, stage.producer, stage.config.limits, clock)
-        await landing.open(partitions, {p: (0, len(records)) for p in partitions})
-        for at in range(0, len(records), RECORDS_A_LANDING):
-            await landing.land(records[at : at + RECORDS_A_LANDING])
+        landing = Landing(source.topic, kafka.topic("dead"), sink, stage.producer, stage.config.limits, clock)
+        await replay(source, sink, landing, Pace(0, _nobody, clock), clock, done, lambda *_: None)
     finally:
+        await source.close()
         await sink.close()
+    return done
+
+
+async def _nobody() -> None:
+    """Whom a replay lets go first: it shall meet the live consumers."""
