@@ -494,6 +494,18 @@ async def test_of_many_puts_at_once_all_are_told_of_the_same_one(s3: S3) -> None
     assert told == {held.receipt.shard}
 
 
+@pytest.mark.parametrize("size", [1, 200_000])
+async def test_a_receipt_is_read_without_the_payloads(s3: S3, size: int) -> None:
+    task = archived(b"x" * size, prefix=s3.prefix)
+
+    async with open_archive(s3, ManualClock(TICK_S), SESSION) as archive:
+        await archive.put(task)
+        found = await archive.receipt(task.receipt.archive_key)
+        none = await archive.receipt(archived(prefix=s3.prefix).receipt.archive_key)
+
+    assert (found, none) == (task.receipt, None)
+
+
 async def test_the_keys_of_a_targets_ticks_are_listed_over_midnight(s3: S3) -> None:
     target = Target("cloudwatch", "210987654321", "eu-west-1")
     other = Target("cloudwatch", "210987654321", "eu-west-2")

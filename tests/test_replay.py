@@ -110,6 +110,16 @@ async def test_a_store_whose_samples_were_lost_is_rebuilt_though_landed_knows_it
     assert await table_of(scene.dsn) == scene.past.expected
 
 
+async def test_what_a_lost_ledger_does_not_know_is_planned_from_the_archives_receipts(scene: Scene) -> None:
+    plan, done = await scene.run(scene.ask("auto"))
+
+    assert {(s.means, s.windows) for s in plan.stretches} == {(Means.KAFKA, 6)}
+    assert len(plan.stretches) == 2 * len(ACCOUNTS)
+    assert done.receipts == len(scene.past.tasks), "the ledger is told of every look"
+    assert done.tasks == 0
+    assert await table_of(scene.dsn) == scene.past.expected
+
+
 async def test_filters_are_kept(scene: Scene) -> None:
     scope = Scope(
         scene.past.from_s, scene.past.to_s, frozenset(ACCOUNTS[:1]), frozenset(), frozenset({"sqs"})

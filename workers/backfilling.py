@@ -58,7 +58,8 @@ SELECT s.target, s.service, unnest(s.covered - coalesce(d.covered, '{}')) FROM s
 _EMPTIED = """SELECT (
     EXISTS (SELECT FROM windows WHERE landed_as_of IS NOT NULL AND points > dead_points AND window_start >= $1 AND window_end <= $2)
     OR EXISTS (SELECT FROM sealed_days WHERE points > 0 AND first_start >= $1 AND last_end <= $2)
-) AND NOT EXISTS (SELECT FROM samples WHERE ts >= $1 AND ts < $2)"""
+) AND NOT EXISTS (SELECT FROM samples WHERE ts >= $1 AND ts < $2)
+OR EXISTS (SELECT FROM landed WHERE sink = 'postgres' AND points > 0) AND NOT EXISTS (SELECT FROM samples)"""
 
 # What is folded was sealed: its looks may have been let go since.
 _UNHEARD = """SELECT DISTINCT task_id FROM unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[]) AS n (task_id, target, service, at)
@@ -153,7 +154,10 @@ async def read_manifests(archive: S3Archive, survey: Survey, reach_s: int) -> li
 
 
 async def is_emptied(connection: asyncpg.Connection, from_s: int, to_s: int) -> bool:
-    """Whether the ledger says that points of that time have landed, and the store has none. Raises Transient."""
+    """Whether the ledger says that points of that time have landed and the store has none, or `landed` knows any and it has none at all.
+
+    Raises Transient.
+    """
     with translated("store"):
         return bool(await connection.fetchval(_EMPTIED, _at(from_s), _at(to_s)))
 
