@@ -215,8 +215,18 @@ async def test_a_rate_is_kept() -> None:
     pace = Pace(1000, Live(0), clock)
     for _ in range(11):
         await pace.before_landing()
-        pace.landed(500)
+        pace.landed(1, 500)
     assert clock.monotonic_s() == pytest.approx(4.0, abs=1.01)
+
+
+def test_a_landing_is_about_a_second_of_the_rate() -> None:
+    pace = Pace(1000, Live(0), ManualClock(NOW_S))
+    assert pace.records_at_once(128) == 8  # nothing is known of records yet
+    pace.landed(8, 4000)
+    assert pace.records_at_once(128) == 2
+    pace.landed(1, 10**6)
+    assert pace.records_at_once(128) == 1
+    assert Pace(0, Live(0), ManualClock(NOW_S)).records_at_once(128) == 128
 
 
 async def test_it_waits_while_live_consumers_are_behind() -> None:

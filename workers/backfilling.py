@@ -223,27 +223,31 @@ async def _replay_once(
         # Small reads land together: a transaction each would cost more than they do.
         *full, last = slices(waiting)
         for some in full:
-            await _land(some, landing, pace, clock, done)
+            await _land(some, landing, pace, done)
         waiting = list(last)
         tell(source.done(), done)
         if ledger is not None and isinstance(source, ArchiveReplay):
             done.receipts += await ledger.announce(source)
     if waiting:
-        await _land(waiting, landing, pace, clock, done)
+        await _land(waiting, landing, pace, done)
     if ledger is not None and isinstance(source, ArchiveReplay):
         done.receipts += await ledger.announce(source)
     tell(1.0, done)
 
 
-async def _land(records: Sequence[Record], landing: Landing, pace: Pace, clock: Clock, done: Done) -> None:
-    await pace.before_landing()
-    progress = await landing.land(records)
-    pace.landed(progress.landed.points)
-    done.points += progress.landed.points
-    done.batches += progress.landed.batches
-    done.skipped_batches += progress.landed.skipped_batches
-    done.dead_points += progress.dead_points
-    done.dead_records += progress.dead_records
+async def _land(records: Sequence[Record], landing: Landing, pace: Pace, done: Done) -> None:
+    at = 0
+    while at < len(records):
+        await pace.before_landing()
+        some = records[at : at + pace.records_at_once(len(records))]
+        progress = await landing.land(some)
+        pace.landed(len(some), progress.landed.points)
+        done.points += progress.landed.points
+        done.batches += progress.landed.batches
+        done.skipped_batches += progress.landed.skipped_batches
+        done.dead_points += progress.dead_points
+        done.dead_records += progress.dead_records
+        at += len(some)
 
 
 class LedgerAnnouncer:

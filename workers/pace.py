@@ -21,6 +21,8 @@ _log = structlog.get_logger()
 LAG_CHECK_S = 2.0
 LIVE_LAG_MAX = 256
 """Records that live consumers may be behind: two of their landings."""
+FIRST_RECORDS = 8
+"""Landed together before it is known what a record holds."""
 YIELD_MAX_S = 20.0
 """So long a landing waits for consumers that do not move at all; then no more, until they move."""
 
@@ -39,6 +41,7 @@ class Pace:
         self._clock = clock
         self._free_s = self._check_s = clock.monotonic_s()
         self._stands_at: int | None = None
+        self._records = self._points = 0
 
     async def before_landing(self) -> None:
         """Wait for our turn."""
@@ -65,8 +68,18 @@ class Pace:
             at = live[1]
             await self._clock.sleep(1.0)
 
-    def landed(self, points: int) -> None:
+    def records_at_once(self, records_max: int) -> int:
+        """How many records to land together: about a second's worth of the rate, as far as records have shown what they hold."""
+        if not self._points_per_s:
+            return records_max
+        if not self._records:
+            return min(records_max, FIRST_RECORDS)
+        return max(1, min(records_max, self._points_per_s * self._records // max(1, self._points)))
+
+    def landed(self, records: int, points: int) -> None:
         """Account for what was landed."""
+        self._records += records
+        self._points += points
         if self._points_per_s:
             now_s = self._clock.monotonic_s()
             self._free_s = max(self._free_s, now_s - 1.0) + points / self._points_per_s
