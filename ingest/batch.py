@@ -234,6 +234,15 @@ def span_of(value: bytes, limits: Limits = _LIMITS) -> tuple[Target, str, int, i
     return target, datum["service"], int(starts_s.min()), int(starts_s.max()) + datum["grid_s"]
 
 
+def decoded_bytes(value: bytes) -> int:
+    """What a value says that it holds once decompressed; 0 where it says nothing, and is refused unread."""
+    try:
+        size = zstandard.get_frame_parameters(value).content_size
+    except zstandard.ZstdError:
+        return 0
+    return 0 if size in _UNNAMED else int(size)
+
+
 def _decompress(value: bytes, limits: Limits) -> bytes:
     """The content of exactly one frame. python-zstandard 0.25 allocates what the frame names, so that is looked at first."""
     try:

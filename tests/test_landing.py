@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import numpy as np
 import orjson
 import pytest
+import zstandard
 
 from ingest import wire
 from ingest.clock import ManualClock
@@ -383,6 +384,13 @@ async def test_records_in_hand_are_dropped_at_a_revocation_and_read_again_from_t
         await eventually(taken)
     # Had the retry gone on with what it held, 0 would have been taken alone, and then once more.
     assert reading.taken == [[0, 1]]
+
+
+def test_a_transaction_is_bounded_by_what_its_batches_hold_decompressed_too() -> None:
+    bomb = zstandard.ZstdCompressor().compress(bytes(15 * 1024 * 1024))
+    assert len(bomb) < 10_000
+    records = [Record(RecordPosition("raw", 0, i), b"", bomb, 0) for i in range(5)]
+    assert [len(some) for some in slices(records)] == [2, 2, 1]
 
 
 def test_a_transaction_takes_consecutive_records_up_to_its_bytes() -> None:
