@@ -6,9 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
-from shard_config.load import load
-
 from ingest.schedule import grids_of
+from shard_config.load import load
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
