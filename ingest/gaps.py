@@ -14,7 +14,7 @@ from decimal import Decimal
 import asyncpg
 
 from ingest.model import Target
-from ingest.overview import GRACE_S
+from ingest.overview import GRACE_S, OPEN_SQL, late_sql
 from ingest.schedule import Grid, blocks
 from ingest.sinks.connection import translated
 from shard_config.model import retention_s
@@ -23,10 +23,7 @@ from shard_config.price import Prices
 WINDOWS_MAX = 200_000
 """Windows read for one answer, the oldest first."""
 
-OPEN_SQL = "sealed_at IS NULL AND declared IS NULL"
-
-LATE_SQL = "settles_at + (window_end - window_start) + $2::interval < $1"
-"""Past its deadline at the time $1, where $2 is the grace."""
+LATE_SQL = late_sql("$1", "$2")
 
 REASON_SQL = """CASE
     WHEN EXISTS (SELECT FROM pauses p WHERE p.account IN ('*', split_part(w.target, '/', 2)) AND p.service IN ('*', w.service))

@@ -1,8 +1,8 @@
 """What the ledger says at a glance: targets, their freshness and gaps, shards' work, dollars' raw material. Reads only.
 
 Windows that are folded into days count as those that are rows; of a day that the time asked about cuts, by their share of its windows' time.
-A *gap* is a window that is not declared and has no landed complete look past its end, one poll interval and `GRACE_S`, or whose rows are
-not what its look says. *Freshness* of a target is the age of the end of its newest landed window.
+A *gap* is a window that is neither sealed nor declared past its deadline: its end, its settling time, one poll interval and `GRACE_S` (as in
+`ingest.gaps`). *Freshness* of a target is the age of the end of its newest landed window.
 """
 
 from __future__ import annotations
@@ -15,6 +15,14 @@ import asyncpg
 from ingest.sinks.connection import translated
 
 GRACE_S = 120
+
+OPEN_SQL = "sealed_at IS NULL AND declared IS NULL"
+
+
+def late_sql(now: str, grace: str) -> str:
+    """True of a window past its deadline, where the parameters are a time and an interval."""
+    return f"settles_at + (window_end - window_start) + {grace}::interval < {now}"
+
 
 FRESHNESS_DAYS = 7
 
@@ -30,8 +38,7 @@ WHERE last_end > $1 AND day >= ($1 AT TIME ZONE 'UTC')::date - 1"""
 _TARGETS = f"""WITH open AS (
     SELECT target, count(*) AS windows, count(*) FILTER (WHERE landed_as_of IS NOT NULL) AS landed,
         count(*) FILTER (WHERE sealed_at IS NOT NULL) AS sealed,
-        count(*) FILTER (WHERE declared IS NULL AND (unbalanced IS NOT NULL
-            OR landed_as_of IS NULL AND window_end + (window_end - window_start) + $3::interval < $2)) AS gaps,
+        count(*) FILTER (WHERE {OPEN_SQL} AND {late_sql("$2", "$3")}) AS gaps,
         max(window_end) FILTER (WHERE landed_as_of IS NOT NULL) AS fresh_until,
         min(window_start) FILTER (WHERE landed_as_of IS NULL AND declared IS NULL) AS oldest_open
     FROM windows WHERE window_end > $1 GROUP BY target

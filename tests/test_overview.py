@@ -35,14 +35,18 @@ async def test_an_empty_ledger_is_empty(store: Store) -> None:
     )
 
 
-async def test_a_window_is_a_gap_only_past_its_end_one_interval_and_the_grace(store: Store) -> None:
+async def test_a_window_is_a_gap_only_past_its_end_its_settling_one_interval_and_the_grace(
+    store: Store,
+) -> None:
     await store.project(task_of(NOON_S - 300, NOON_S))
-    deadline_s = 300 + GRACE_S
+    deadline_s = 600 + 300 + GRACE_S
     assert (await glance(store, deadline_s)).gaps == 0
     assert (await glance(store, deadline_s + 1)).gaps == 1
 
 
-async def test_a_window_that_landed_is_no_gap_and_freshens_its_target(store: Store) -> None:
+async def test_a_window_that_landed_freshens_its_target_and_is_a_gap_all_the_same_until_it_is_sealed(
+    store: Store,
+) -> None:
     await store.project(
         task_of(NOON_S - 900, NOON_S),
         receipt_of(task_of(NOON_S - 600, NOON_S - 300), counts=[(NOON_S - 600, 4, 1)]),
@@ -50,8 +54,10 @@ async def test_a_window_that_landed_is_no_gap_and_freshens_its_target(store: Sto
     await store.fold()
     (target,) = (await glance(store, 86_000)).targets
     assert (target.target, target.slot) == (str(TARGET), None)
-    assert (target.windows, target.landed, target.sealed, target.gaps) == (3, 1, 0, 2)
+    assert (target.windows, target.landed, target.sealed, target.gaps) == (3, 1, 0, 3)
     assert (target.fresh_until, target.oldest_open) == (at(-300), at(-900))
+    await store.sql.execute("UPDATE windows SET sealed_at = now() WHERE landed_as_of IS NOT NULL")
+    assert (await glance(store, 86_000)).gaps == 2
 
 
 async def test_targets_have_their_slots_and_stand_in_order(store: Store) -> None:

@@ -331,5 +331,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.write(to_json(found) + "\n")
     else:
-        Console().print(render(found))
+        # In a file or a pipe nothing is cut off for want of width.
+        Console(width=None if sys.stdout.isatty() else 200).print(render(found))
     return 0 if found.healthy else 1

@@ -267,5 +267,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(to_json(story))
     else:
-        Console().print(render(story))
+        Console(width=None if sys.stdout.isatty() else 200).print(render(story))
     return 0 if story.verdict.fault is Fault.NOBODY and story.stored is not None else 1
