@@ -13,7 +13,6 @@ import heapq
 import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
@@ -32,7 +31,7 @@ from ingest.schedule import grids_of
 from ingest.sinks.postgres import PostgresSink
 from shard_config.model import Config
 from workers import local
-from workers.lifecycle import Lifecycle, run_worker
+from workers.lifecycle import Lifecycle, add_worker_arguments, run_worker
 from workers.names import landing_group, ledger_group
 from workers.upkeep import Upkeep
 
@@ -291,14 +290,10 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="Runs one consumer: it validates raw batches and lands them in PostgreSQL, puts aside what is bad, and folds plans and "
         "receipts into the ledger. Run as many as you like, up to the partitions of the raw topic.",
     )
-    parser.add_argument("--config", type=Path, help="headgate.yaml; default: the running local stack's")
+    add_worker_arguments(parser)
     parser.add_argument(
         "--name", default=os.environ.get("HEADGATE_CONSUMER"), help="its stable name, as consumer-1"
     )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address of /metrics, /healthz, /readyz (%(default)s)"
-    )
-    parser.add_argument("--metrics-port", type=int, default=0, help="their port; 0: none")
     parser.set_defaults(run=run)
 
 

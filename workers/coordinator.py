@@ -14,7 +14,6 @@ import argparse
 import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import structlog
 from prometheus_client import Counter, Gauge
@@ -32,7 +31,7 @@ from shard_config.model import Config
 from shard_config.plan import plan
 from workers import local
 from workers.healing import Healer, keep_pauses, read_pauses
-from workers.lifecycle import Lifecycle, run_worker
+from workers.lifecycle import Lifecycle, add_worker_arguments, run_worker
 
 _log = structlog.get_logger()
 
@@ -274,11 +273,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="Runs the coordinator: it packs targets into slots, writes what is due to the ledger, then to the exporters' queue. "
         "Two at once do no harm.",
     )
-    parser.add_argument("--config", type=Path, help="headgate.yaml; default: the running local stack's")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address of /metrics, /healthz, /readyz (%(default)s)"
-    )
-    parser.add_argument("--metrics-port", type=int, default=0, help="their port; 0: none")
+    add_worker_arguments(parser)
     parser.set_defaults(run=run)
 
 

@@ -16,7 +16,6 @@ import contextlib
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
@@ -36,7 +35,7 @@ from ingest.sources.exposition import ExpositionSource
 from ingest.turns import Turns
 from shard_config.model import Config
 from workers import local
-from workers.lifecycle import Lifecycle, run_worker
+from workers.lifecycle import Lifecycle, add_worker_arguments, run_worker
 from workers.names import exporter_group
 
 _log = structlog.get_logger()
@@ -291,14 +290,10 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="Runs one exporter shard: it takes tasks from its slots, queries CloudWatch and exposition endpoints, writes S3, then Kafka, "
         "then the receipt. Its name is its identity in the consumer group: never run two with one name.",
     )
-    parser.add_argument("--config", type=Path, help="headgate.yaml; default: the running local stack's")
+    add_worker_arguments(parser)
     parser.add_argument(
         "--shard", default=os.environ.get("HEADGATE_SHARD"), help="its stable name, as exporter-1"
     )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address of /metrics, /healthz, /readyz (%(default)s)"
-    )
-    parser.add_argument("--metrics-port", type=int, default=0, help="their port; 0: none")
     parser.set_defaults(run=run)
 
 

@@ -9,12 +9,14 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
 import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -41,6 +43,15 @@ class Lifecycle:
         except TimeoutError:
             return False
         return True
+
+
+def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every worker's command line has."""
+    parser.add_argument("--config", type=Path, help="headgate.yaml; default: the running local stack's")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address of /metrics, /healthz, /readyz (%(default)s)"
+    )
+    parser.add_argument("--metrics-port", type=int, default=0, help="their port; 0: none")
 
 
 def run_worker(
