@@ -1,6 +1,6 @@
 """Reading back what an audit, or a question about one point, needs: the store's rows and the ledger's looks. Changes nothing.
 
-Rows come in chunks of about `CHUNK_BYTES`, however many there are. Kafka's side is `ingest.scan`.
+Rows come in chunks (`ingest.sinks.rows_back`), however many there are. Kafka's side is `ingest.scan`.
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import asyncpg
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from ingest.errors import Transient
 from ingest.model import BatchId, Series, SeriesIds, SeriesKey, Target
 from ingest.sinks.connection import translated
-
-CHUNK_BYTES = 4 * 1024 * 1024
+from ingest.sinks.rows_back import POSTGRES_EPOCH_S, RowsBack
 
 Place = tuple[str, str]
 """Account and region, as they stand in the labels."""
@@ -39,26 +38,7 @@ class StoreRows:
     versions: NDArray[np.int64]
 
 
-_ROW = np.dtype(
-    [
-        ("fields", ">i2"),
-        ("place_bytes", ">i4"),
-        ("place", ">i4"),
-        ("series_bytes", ">i4"),
-        ("series", ">u8", (2,)),
-        ("timestamp_bytes", ">i4"),
-        ("timestamp_us", ">i8"),
-        ("value_bytes", ">i4"),
-        ("value", ">f8"),
-        ("version_bytes", ">i4"),
-        ("version", ">i8"),
-    ]
-)
-_HEADER_BYTES = 19
-_TRAILER = b"\xff\xff"
-_POSTGRES_EPOCH_S = 946_684_800
-
-_ROWS = """SELECT coalesce(p.n, 0)::int, m.series, m.ts, m.value, m.version
+_ROWS = """SELECT coalesce(p.n, 0)::int, m.ts, m.series, m.value, m.version
 FROM samples AS m {join} JOIN series AS s ON s.id = m.series
     {join} JOIN unnest($1::text[], $2::text[]) WITH ORDINALITY AS p (account, region, n)
     ON p.account = s.account AND p.region = s.region
@@ -78,18 +58,7 @@ async def store_rows(
 
     Raises Transient.
     """
-    waiting = bytearray()
-    header = _HEADER_BYTES
-
-    async def chunk(data: bytes) -> None:
-        nonlocal header
-        waiting.extend(data)
-        if header and len(waiting) >= header:
-            del waiting[:header]
-            header = 0
-        if len(waiting) >= CHUNK_BYTES:
-            _take_whole_rows(waiting, take)
-
+    rows = RowsBack(lambda raw: take(_as_store_rows(raw)))
     with translated("store"):
         await connection.copy_from_query(
             _ROWS.format(join="LEFT" if others else "INNER"),
@@ -97,29 +66,20 @@ async def store_rows(
             [region for _, region in places],
             at(start_s),
             at(end_s),
-            output=chunk,
+            output=rows.feed,
             format="binary",
         )
-    _take_whole_rows(waiting, take)
-    if bytes(waiting) != _TRAILER:
-        raise Transient("store", "the stream of rows was cut short")
+    rows.finish()
 
 
-def _take_whole_rows(waiting: bytearray, take: Callable[[StoreRows], None]) -> None:
-    count = len(waiting) // _ROW.itemsize
-    if not count:
-        return
-    raw = np.frombuffer(bytes(waiting[: count * _ROW.itemsize]), dtype=_ROW)
-    del waiting[: count * _ROW.itemsize]
-    take(
-        StoreRows(
-            raw["place"].astype(np.int64) - 1,
-            raw["series"].astype(np.uint64),
-            # Our timestamps are whole seconds; one that is not shows as another row.
-            raw["timestamp_us"].astype(np.int64) // 1_000_000 + _POSTGRES_EPOCH_S,
-            raw["value"].astype(np.float64),
-            raw["version"].astype(np.int64),
-        )
+def _as_store_rows(raw: NDArray[Any]) -> StoreRows:
+    return StoreRows(
+        raw["n"].astype(np.int64) - 1,
+        raw["series"].astype(np.uint64),
+        # Our timestamps are whole seconds; one that is not shows as another row.
+        raw["ts_us"].astype(np.int64) // 1_000_000 + POSTGRES_EPOCH_S,
+        raw["value"].astype(np.float64),
+        raw["version"].astype(np.int64),
     )
 
 

@@ -38,15 +38,6 @@ from shard_config.model import Postgres
 SINK = "ledger"
 """The projection's name in `positions`."""
 
-STATE_SQL = """CASE
-    WHEN sealed_at IS NOT NULL THEN 'sealed'
-    WHEN declared IS NOT NULL THEN declared
-    WHEN unbalanced IS NOT NULL THEN 'unbalanced'
-    WHEN landed_as_of IS NOT NULL THEN 'landed'
-    WHEN collected_as_of IS NOT NULL THEN 'collected'
-    WHEN last_status IS NOT NULL THEN last_status
-    ELSE 'planned' END"""
-
 _TASK = """INSERT INTO tasks (task_id, target, config_revision, tick, kind, attempt, planned_at, expires_at,
     value)
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT DO NOTHING"""

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from ingest.balance import Claim, imbalance, signed
 from ingest.model import SourceName, Target, point_hashes
+from ingest.sinks.rows_back import POSTGRES_EPOCH_S, RowsBack
 from shard_config.model import Config
 
 SINK = "postgres"
@@ -44,7 +45,6 @@ SPAN_S = 900
 LONG_S = 3600
 """In windows longer than this, rows are looked up at the multiples of the period: a day's partition holds every service's minutes."""
 
-ROWS_AT_ONCE = 65_536
 
 _LOCK = 0x68656164676178  # beside those of the migrations and the partitions
 
@@ -81,24 +81,6 @@ _WITHDRAWN = """DELETE FROM landed WHERE sink = $1 AND batch_id = ANY(ARRAY(
     JOIN looks AS l ON l.target = u.target AND l.finished_at >= u.start AND l.service = u.service
         AND l.window_start <= u.start AND l.window_end > u.start
     WHERE l.status = 'complete' AND l.landed_at IS NOT NULL))"""
-
-_POSTGRES_EPOCH_S = 946_684_800
-_HEADER_BYTES = 19
-_ROW = np.dtype(
-    [
-        ("fields", ">i2"),
-        ("n_bytes", ">i4"),
-        ("n", ">i4"),
-        ("ts_bytes", ">i4"),
-        ("ts_us", ">i8"),
-        ("series_bytes", ">i4"),
-        ("series", ">u8", (2,)),
-        ("value_bytes", ">i4"),
-        ("value", ">f8"),
-        ("version_bytes", ">i4"),
-        ("version", ">i8"),
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +139,7 @@ class Tally:
     def add(self, rows: NDArray[Any]) -> None:
         """Take in rows, of the dtype of the stream; those of no claim's window are left out."""
         self.rows += len(rows)
-        times_s = rows["ts_us"].astype(np.int64) // 1_000_000 + _POSTGRES_EPOCH_S
+        times_s = rows["ts_us"].astype(np.int64) // 1_000_000 + POSTGRES_EPOCH_S
         scopes, versions = rows["n"].astype(np.int64), rows["version"].astype(np.int64)
         at = np.searchsorted(self._sorted, self._keys(scopes, times_s), side="right") - 1
         within = (at >= 0) & (self._scopes[at] == scopes) & (times_s < self._ends[at])
@@ -244,18 +226,6 @@ async def _read(
                 "metrics": scope.metrics,
             }
         )
-    rest = bytearray()
-    skip = _HEADER_BYTES
-
-    async def take(data: bytes) -> None:
-        nonlocal skip
-        rest.extend(data)
-        if skip and len(rest) >= skip:
-            del rest[:skip]
-            skip = 0
-        if not skip and len(rest) >= ROWS_AT_ONCE * _ROW.itemsize:
-            _drain(rest, tally)
-
     start_s, end_s = min(c.start_s for c in claims), max(c.end_s for c in claims)
     when = "s.ts >= $2 AND s.ts < $3"
     arguments: list[Any] = [_at(start_s), _at(end_s)]
@@ -264,19 +234,12 @@ async def _read(
         when, arguments = "s.ts = ANY($2)", [[_at(t) for t in sorted(times_s)]]
     # A nested loop would look each series up in the key, which has time first: that is a scan a series.
     await connection.execute("SET LOCAL enable_nestloop = off")
+    rows = RowsBack(tally.add)
     await connection.copy_from_query(
-        _ROWS + when, orjson.dumps(asked).decode(), *arguments, output=take, format="binary"
+        _ROWS + when, orjson.dumps(asked).decode(), *arguments, output=rows.feed, format="binary"
     )
-    _drain(rest, tally)
+    rows.finish()
     return tally
-
-
-def _drain(rest: bytearray, tally: Tally) -> None:
-    """Take the whole rows off; what is left is half a row, or the two bytes behind the last one."""
-    whole = len(rest) // _ROW.itemsize
-    if whole:
-        tally.add(np.frombuffer(bytes(rest[: whole * _ROW.itemsize]), _ROW))
-        del rest[: whole * _ROW.itemsize]
 
 
 def _at(seconds: float) -> datetime:

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ingest.errors import Transient
 from ingest.model import Batch, Target, version_of
 from ingest.sinks.connection import open_connection
 from ingest.sinks.copy import COLUMNS, TIMESTAMP_MAX_S, Rows, copy_stream, rows_of
+from ingest.sinks.rows_back import ROW, RowsBack
 from ingest.sinks.seen import Seen
 from shard_config.model import Postgres
 
@@ -156,3 +158,23 @@ def test_what_is_known_was_learned(learned: list[list[int]]) -> None:
     assert known <= {i for ids in learned for i in ids}
     halves = {i >> 64 for ids in learned for i in ids}
     assert {i >> 64 for i in known} == halves  # of ids that share a half, one is remembered
+
+
+@pytest.mark.parametrize("cut_at", [1, 7, 66, 1000])
+async def test_rows_that_are_read_back_come_whole_however_the_stream_is_cut(cut_at: int) -> None:
+    rows = np.zeros(500, ROW)
+    rows["n"], rows["value"] = np.arange(500), np.arange(500) / 7
+    stream = bytes(19) + rows.tobytes() + b"\xff\xff"
+    found: list[np.ndarray] = []
+    back = RowsBack(found.append)
+    for at in range(0, len(stream), cut_at):
+        await back.feed(stream[at : at + cut_at])
+    back.finish()
+    assert np.array_equal(np.concatenate(found), rows)
+
+
+async def test_a_stream_of_rows_without_its_end_is_transient() -> None:
+    back = RowsBack(lambda _: None)
+    await back.feed(bytes(19) + np.zeros(3, ROW).tobytes())
+    with pytest.raises(Transient, match="cut short"):
+        back.finish()

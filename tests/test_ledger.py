@@ -18,7 +18,7 @@ from ingest.balance import signed
 from ingest.clock import ManualClock
 from ingest.errors import Fatal, Transient
 from ingest.landing import Landing
-from ingest.ledger import SINK, STATE_SQL, Ledger
+from ingest.ledger import SINK, Ledger
 from ingest.log import Outgoing
 from ingest.model import (
     BatchId,
@@ -75,6 +75,16 @@ def receipt_of(
     return Receipt(
         task.task_id, task.target, "exporter-1", task.tick_s, finished_ms - 500, finished_ms, "", (done,)
     )
+
+
+STATE_SQL = """CASE
+    WHEN sealed_at IS NOT NULL THEN 'sealed'
+    WHEN declared IS NOT NULL THEN declared
+    WHEN unbalanced IS NOT NULL THEN 'unbalanced'
+    WHEN landed_as_of IS NOT NULL THEN 'landed'
+    WHEN collected_as_of IS NOT NULL THEN 'collected'
+    WHEN last_status IS NOT NULL THEN last_status
+    ELSE 'planned' END"""
 
 
 class Store:

@@ -30,6 +30,7 @@ from ingest.model import (
 from ingest.ports import Landable
 from ingest.seal import RECHECK_S, Scope, Sealing, Tally, scopes_of, seal
 from ingest.sinks.postgres import PostgresSink
+from ingest.sinks.rows_back import ROW
 from shard_config.model import Account, Config, ExpositionJob, MetricProfile, Postgres, ServiceProfile
 from tests.test_ledger import NOON_S, OTHER, TARGET, Store, ledger_database, receipt_of, store, task_of
 
@@ -401,7 +402,7 @@ def test_a_tally_does_not_depend_on_how_the_rows_come() -> None:
     rng = np.random.default_rng(7)
     claims = [Claim("t", "s", s, s + 300, 50, 0, 0, 0) for s in range(0, 3000, 300)]
     scopes = np.array([i % 2 for i in range(len(claims))], np.int64)
-    rows = np.zeros(4_000, Tally_dtype())
+    rows = np.zeros(4_000, ROW)
     rows["n"] = rng.integers(0, 3, len(rows))
     rows["ts_us"] = (rng.integers(-500, 3_500, len(rows)) - 946_684_800) * 1_000_000
     rows["series"] = rng.integers(0, 2**63, (len(rows), 2))
@@ -420,12 +421,6 @@ def test_a_tally_does_not_depend_on_how_the_rows_come() -> None:
         assert whole.digests[i] == np.uint64(digest_of(ids, times_s[new], values))
     assert np.array_equal(whole.digests, pieces.digests)
     assert np.array_equal(whole.points, pieces.points)
-
-
-def Tally_dtype() -> np.dtype[Any]:
-    from ingest.seal import _ROW
-
-    return _ROW
 
 
 def test_services_that_share_a_namespace_are_told_apart_by_period_and_metrics() -> None:

@@ -294,6 +294,15 @@ def _some(values: Sequence[str]) -> str:
 # --- the command ----------------------------------------------------------------------------------------------
 
 
+def add_series_filters(parser: argparse.ArgumentParser) -> None:
+    """The options that name series by their labels."""
+    for name in ("account", "region", "namespace", "metric", "stat"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument(
+        "--dim", action="append", default=[], type=parse_dimension, metavar="NAME=VALUE", help="repeatable"
+    )
+
+
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "samples",
@@ -302,11 +311,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         " must be there, others may be. CSV is timestamp,value of exactly one series. Exit code 1 where nothing matches, 2 where"
         " CSV would mix several series.",
     )
-    for name in ("account", "region", "namespace", "metric", "stat"):
-        parser.add_argument(f"--{name}")
-    parser.add_argument(
-        "--dim", action="append", default=[], type=parse_dimension, metavar="NAME=VALUE", help="repeatable"
-    )
+    add_series_filters(parser)
     parser.add_argument(
         "--from", dest="from_s", type=parse_time, metavar="TIME", help="as 2026-11-24T05:00:00Z"
     )

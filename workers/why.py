@@ -34,9 +34,9 @@ from workers.lifecycle import configure_logs
 from workers.samples import (
     Filter,
     Labels,
+    add_series_filters,
     differences,
     find_series,
-    parse_dimension,
     parse_time,
     rfc3339,
 )
@@ -234,11 +234,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "where it stops and who it is up to. A series that never landed needs all its labels. Exit code 0 where the store has the point, 1 "
         "where not, 2 where several series match.",
     )
-    for name in ("account", "region", "namespace", "metric", "stat"):
-        parser.add_argument(f"--{name}")
-    parser.add_argument(
-        "--dim", action="append", default=[], type=parse_dimension, metavar="NAME=VALUE", help="repeatable"
-    )
+    add_series_filters(parser)
     parser.add_argument(
         "--at",
         dest="at_s",

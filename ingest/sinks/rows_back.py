@@ -1,0 +1,69 @@
+"""Rows that a query reads back from `samples`, as arrays: the counterpart of `ingest.sinks.copy`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ingest.errors import Transient
+
+ROWS_AT_ONCE = 65_536
+"""About 4 MiB."""
+
+POSTGRES_EPOCH_S = 946_684_800  # 2000-01-01T00:00:00Z
+
+ROW = np.dtype(
+    [
+        ("fields", ">i2"),
+        ("n_bytes", ">i4"),
+        ("n", ">i4"),
+        ("ts_bytes", ">i4"),
+        ("ts_us", ">i8"),
+        ("series_bytes", ">i4"),
+        ("series", ">u8", (2,)),
+        ("value_bytes", ">i4"),
+        ("value", ">f8"),
+        ("version_bytes", ">i4"),
+        ("version", ">i8"),
+    ]
+)
+"""A row of a query whose columns are (int n, timestamptz ts, uuid series, float8 value, bigint version), none NULL. `ts_us`
+counts from `POSTGRES_EPOCH_S`."""
+
+_HEADER_BYTES = 19
+_TRAILER = b"\xff\xff"
+
+
+class RowsBack:
+    """Takes a binary COPY stream of ROWs and hands them on in chunks of about ROWS_AT_ONCE, in bounded memory.
+
+    `feed` is the `output` of asyncpg's copy_from_query; `finish` comes after it.
+    """
+
+    def __init__(self, take: Callable[[NDArray[Any]], None]) -> None:
+        self._take = take
+        self._waiting = bytearray()
+        self._header_bytes = _HEADER_BYTES
+
+    async def feed(self, data: bytes) -> None:
+        self._waiting.extend(data)
+        if self._header_bytes and len(self._waiting) >= self._header_bytes:
+            del self._waiting[: self._header_bytes]
+            self._header_bytes = 0
+        if not self._header_bytes and len(self._waiting) >= ROWS_AT_ONCE * ROW.itemsize:
+            self._drain()
+
+    def finish(self) -> None:
+        """Hand on what is left. Raises Transient where the stream did not end as it should."""
+        self._drain()
+        if bytes(self._waiting) != _TRAILER:
+            raise Transient("store", "the stream of rows was cut short")
+
+    def _drain(self) -> None:
+        """Take the whole rows off; what is left is half a row, or the two bytes behind the last one."""
+        if whole := len(self._waiting) // ROW.itemsize:
+            self._take(np.frombuffer(bytes(self._waiting[: whole * ROW.itemsize]), ROW))
+            del self._waiting[: whole * ROW.itemsize]
