@@ -224,6 +224,8 @@ class Collector:
         if outcome.status is LookStatus.COMPLETE and not outcome.observed_at_ms:
             # Nothing to ask about, so no answer carries a date: our own clock says when we knew that.
             outcome = replace(outcome, observed_at_ms=self._clock.now_ms())
+        if outcome.looked_from_s:
+            item = replace(item, start_s=outcome.looked_from_s)
         batches = tuple(p.batch_id for p in payloads)
         return ReceiptItem(item, outcome, points, merge_counts(counts), batches), payloads
 

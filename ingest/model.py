@@ -175,12 +175,16 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class TaskItem:
-    """One service's part of a task: look at all of [start_s, end_s), which is whole windows of `grid_s`."""
+    """One service's part of a task: look at all of [start_s, end_s), which is whole windows of `grid_s`.
+
+    `period_s` is the resolution asked for where it is not the profile's but a multiple (old data is kept no finer); 0: the profile's.
+    """
 
     service: str
     start_s: int
     end_s: int
     grid_s: int
+    period_s: int = 0
 
     def windows(self) -> list[Window]:
         return [Window(t, t + self.grid_s) for t in range(self.start_s, self.end_s, self.grid_s)]
@@ -193,6 +197,8 @@ class TaskKind(StrEnum):
     """Another attempt at windows that are past their deadline; see `ingest.heal`."""
     PAUSED = "paused"
     """Planned, and asked of nobody: its account or service is paused. On `ledger` only."""
+    BUDGET = "budget"
+    """Planned, and asked of nobody: its account's dollars of the day are spent. On `ledger` only."""
     AGAIN = "again"
     """A task without a receipt, announced once more: the archive is asked before the source. On `collect` only."""
     REPLAY = "replay"
@@ -224,7 +230,10 @@ def task_id_of(
     """32 hexadecimal digits over what a task asks for."""
     text = "\n".join(
         [str(target), config_revision, str(attempt)]
-        + [f"{i.service} {i.start_s} {i.end_s} {i.grid_s}" for i in sorted(items, key=lambda i: i.service)]
+        + [
+            f"{i.service} {i.start_s} {i.end_s} {i.grid_s}" + (f" {i.period_s}" if i.period_s else "")
+            for i in sorted(items, key=lambda i: i.service)
+        ]
         + ([f"revision {revision}"] if revision else [])
     )
     return blake2b(text.encode(), digest_size=16).hexdigest()
@@ -328,7 +337,9 @@ class Outcome:
     """How a look at one item ended; yielded by a source last, and exactly once.
 
     `observed_at_ms` is the source's own clock at the earliest answer of the look (0 where there was none); `series` were asked about.
-    `requests` counts requests by API name; `metrics_billed` is what GetMetricData bills (metrics requested).
+    `requests` counts requests by API name; `metrics_billed` is what GetMetricData bills (metrics requested), of requests that were
+    answered. `metrics_in_doubt` were asked for in requests whose answer was lost: billed or not, only AWS knows. A look may go back
+    further than it was asked to, for series that discovery found late: then to `looked_from_s`, else that is 0.
     """
 
     status: LookStatus
@@ -337,17 +348,26 @@ class Outcome:
     series: int
     requests: dict[str, int]
     metrics_billed: int
+    metrics_in_doubt: int = 0
+    looked_from_s: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ReceiptItem:
-    """What a task did for one item. `batches` are the ids of the record values that were archived and published."""
+    """What a task did for one item. `batches` are the ids of the record values that were archived and published.
+
+    `points` and `windows` count what is in those. Points that were published before with the same value are not published again:
+    of windows that this look may seal they are archived all the same, in the record values `held`, and `whole` counts published and
+    held together.
+    """
 
     item: TaskItem
     outcome: Outcome
     points: int
     windows: tuple[WindowCount, ...]
     batches: tuple[BatchId, ...]
+    whole: tuple[WindowCount, ...] = ()
+    held: tuple[BatchId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,10 +70,14 @@ def encode_task(task: Task) -> bytes:
         "expires_s": task.expires_s,
         "items": [_item_fields(item) for item in task.items],
     }
-    if not task.revision:
-        # A worker of the version before knows no other, and needs none: only a correction has a revision.
-        return _write("task", fields, version=1)
-    return _write("task", fields | {"revision": task.revision})
+    # In the oldest version that can say it: a worker of the version before knows no newer one.
+    if any(item.period_s for item in task.items):
+        return _write("task", fields | {"revision": task.revision})
+    for item in fields["items"]:
+        del item["period_s"]
+    if task.revision:
+        return _write("task", fields | {"revision": task.revision}, version=2)
+    return _write("task", fields, version=1)
 
 
 def decode_task(value: bytes) -> Task:
@@ -187,7 +191,13 @@ def _target(datum: avro.Datum) -> Target:
 
 
 def _item_fields(item: TaskItem) -> avro.Datum:
-    return {"service": item.service, "start_s": item.start_s, "end_s": item.end_s, "grid_s": item.grid_s}
+    return {
+        "service": item.service,
+        "start_s": item.start_s,
+        "end_s": item.end_s,
+        "grid_s": item.grid_s,
+        "period_s": item.period_s,
+    }
 
 
 def _check_task(task: Task | Receipt) -> None:
@@ -201,7 +211,7 @@ def _check_task(task: Task | Receipt) -> None:
 
 def _check_item(item: TaskItem) -> None:
     """Whole windows, at least one, and not more than anybody should loop over."""
-    if item.grid_s >= 1 and abs(item.start_s) <= TIMESTAMP_S_MAX:
+    if item.grid_s >= 1 and item.period_s >= 0 and abs(item.start_s) <= TIMESTAMP_S_MAX:
         windows, rest = divmod(item.end_s - item.start_s, item.grid_s)
         if not rest and 1 <= windows <= WINDOWS_PER_ITEM_MAX:
             return
@@ -209,7 +219,7 @@ def _check_item(item: TaskItem) -> None:
 
 
 def _item(datum: avro.Datum) -> TaskItem:
-    return TaskItem(datum["service"], datum["start_s"], datum["end_s"], datum["grid_s"])
+    return TaskItem(datum["service"], datum["start_s"], datum["end_s"], datum["grid_s"], datum["period_s"])
 
 
 def _task(datum: avro.Datum) -> Task:
@@ -241,19 +251,31 @@ def _receipt_item_fields(done: ReceiptItem) -> avro.Datum:
             "series": outcome.series,
             "requests": dict(sorted(outcome.requests.items())),
             "metrics_billed": outcome.metrics_billed,
+            "metrics_in_doubt": outcome.metrics_in_doubt,
+            "looked_from_s": outcome.looked_from_s,
         },
         "points": done.points,
-        "windows": [
-            {
-                "start_s": window.start_s,
-                "end_s": window.end_s,
-                "points": window.points,
-                "digest": window.digest.to_bytes(8, "little"),
-            }
-            for window in done.windows
-        ],
+        "windows": [_window_fields(window) for window in done.windows],
         "batches": list(done.batches),
+        "whole": [_window_fields(window) for window in done.whole],
+        "held": list(done.held),
     }
+
+
+def _window_fields(window: WindowCount) -> avro.Datum:
+    return {
+        "start_s": window.start_s,
+        "end_s": window.end_s,
+        "points": window.points,
+        "digest": window.digest.to_bytes(8, "little"),
+    }
+
+
+def _windows(data: list[avro.Datum]) -> tuple[WindowCount, ...]:
+    return tuple(
+        WindowCount(w["start_s"], w["end_s"], w["points"], int.from_bytes(w["digest"], "little"))
+        for w in data
+    )
 
 
 def _receipt_item(datum: avro.Datum) -> ReceiptItem:
@@ -267,13 +289,14 @@ def _receipt_item(datum: avro.Datum) -> ReceiptItem:
             series=outcome["series"],
             requests=outcome["requests"],
             metrics_billed=outcome["metrics_billed"],
+            metrics_in_doubt=outcome["metrics_in_doubt"],
+            looked_from_s=outcome["looked_from_s"],
         ),
         points=datum["points"],
-        windows=tuple(
-            WindowCount(w["start_s"], w["end_s"], w["points"], int.from_bytes(w["digest"], "little"))
-            for w in datum["windows"]
-        ),
+        windows=_windows(datum["windows"]),
         batches=tuple(BatchId(one) for one in datum["batches"]),
+        whole=_windows(datum["whole"]),
+        held=tuple(BatchId(one) for one in datum["held"]),
     )
 
 

@@ -89,6 +89,28 @@ class MetricProfile(Strict):
         return self
 
 
+class Selection(Strict):
+    """Which of a namespace's metrics are meant. All that is given must hold; patterns are Python's, and match the whole text."""
+
+    metrics: tuple[str, ...] = ()
+    """Patterns of metric names; empty: any."""
+    dimensions: Mapping[str, str] = {}
+    """By dimension's name, a pattern of its value; the dimension must be there."""
+    dimension_names: tuple[str, ...] | None = None
+    """Exactly these dimensions, in any order; None: whatever there is."""
+    tags: Mapping[str, str] = {}
+    """By tag's key, a pattern of its value; the metric must belong to a resource with these tags."""
+
+
+class Resources(Strict):
+    """How a service's tagged resources (tag:GetResources) are found among its metrics."""
+
+    types: tuple[str, ...] = Field(min_length=1)
+    """As ec2:instance, the ResourceTypeFilters of tag:GetResources."""
+    arns: tuple[str, ...] = Field(min_length=1)
+    """Patterns that are searched in an ARN; their named groups are dimensions, as instance/(?P<InstanceId>[^/]+)."""
+
+
 class ServiceProfile(Strict):
     """What is known about one AWS service's metrics: one file in shard_config/services."""
 
@@ -111,8 +133,14 @@ class ServiceProfile(Strict):
         | Annotated[Literal["all"], Tag("all")],
         Discriminator(lambda value: "all" if isinstance(value, str) else "list"),
     ] = "all"
+    only: tuple[Selection, ...] = ()
+    """What one of these means is asked for; empty: everything."""
+    resources: Resources | None = None
+    """For `only` by tags, and for the tags of what is collected."""
     critical: bool = False
+    """Never stretched, and never stopped, for a budget."""
     priority: int = Field(100, ge=0)
+    """Where a budget is short, the lowest is stretched first."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -152,6 +180,8 @@ class Account(Strict):
     role_arn: Annotated[str, StringConstraints(pattern=r"^(arn:[a-z-]+:iam::\d{12}:role/.+)?$")] = ""
     """Role to assume; empty: the role template of `aws`, or the ambient credentials where that is empty too."""
     external_id: SecretStr | None = None
+    via: AccountId | Literal[""] = ""
+    """A monitoring account (cross-account observability) that is asked for this one's metrics: its role, quotas and bill."""
     budget_usd_per_day: float | None = Field(None, gt=0)
     calls_per_s: float = Field(50, gt=0)
     """This account's GetMetricData quota in one region."""
@@ -267,6 +297,44 @@ class Heal(Strict):
     """The most that attempts may cost in a UTC day, over all accounts; 0: replays only."""
 
 
+class Budget(Strict):
+    """What CloudWatch may cost in a UTC day, over all accounts: see `ingest.budget`. Accounts have budgets of their own besides."""
+
+    usd_per_day: float | None = Field(None, gt=0)
+    hard_cap: bool = False
+    """Stop services that are not critical where stretching their polls is not enough. Off: they are stretched, and an alert says so."""
+    stretch_max: int = Field(12, ge=1, le=288)
+    """The most poll intervals that become one."""
+
+
+class Organization(Strict):
+    """Accounts that AWS Organizations knows: each is collected as if it stood in `accounts`, unless it does."""
+
+    role_arn: Annotated[str, StringConstraints(pattern=r"^(arn:[a-z-]+:iam::\d{12}:role/.+)?$")] = ""
+    """Of the management account or a delegated administrator, to list accounts; empty: the ambient credentials."""
+    external_id: SecretStr | None = None
+    """For that role, and for those of the accounts."""
+    role_template: Annotated[str, StringConstraints(pattern=r"^(arn:[a-z-]+:iam::\{account\}:role/.+)?$")] = (
+        ""
+    )
+    """Of the accounts; empty: `aws.role_template`."""
+    units: tuple[
+        Annotated[str, StringConstraints(pattern=r"^(r-[0-9a-z]{4,32}|ou-[0-9a-z]{4,32}-[0-9a-z]{8,32})$")],
+        ...,
+    ] = ()
+    """Roots and organizational units, with all that is below them; empty: the whole organization."""
+    tags: Mapping[str, str] = {}
+    """By tag's key, a pattern that the account's value matches as a whole."""
+    exclude: tuple[AccountId, ...] = ()
+    regions: tuple[str, ...] = ()
+    """Of these accounts; empty: of `defaults`."""
+    services: tuple[Slug, ...] = ()
+    """Of these accounts; empty: of `defaults`."""
+    budget_usd_per_day: float | None = Field(None, gt=0)
+    """Of each of these accounts."""
+    refresh_s: int = Field(900, ge=60)
+
+
 class Run(Strict):
     """Set by `make run`; a deployment leaves it alone."""
 
@@ -288,6 +356,7 @@ class Config(Strict):
     """Everything. One file, `headgate.yaml`."""
 
     accounts: tuple[Account, ...] = ()
+    organization: Organization | None = None
     exposition: tuple[ExpositionJob, ...] = ()
     services: tuple[ServiceProfile, ...] = ()
     """After loading: the shipped profiles that are in use, with the file's overrides and additions applied."""
@@ -305,6 +374,7 @@ class Config(Strict):
     s3: S3 = S3()
     limits: Limits = Limits()
     heal: Heal = Heal()
+    budget: Budget = Budget()
     run: Run = Run()
 
     @property
@@ -318,9 +388,9 @@ class Config(Strict):
         The order in which they stand in the file, connections (endpoints among them), credentials, quotas, budgets and
         priorities are no part of it: changing those asks for nothing else.
         """
+        aside = {"discovery_interval_s", "resources", "critical", "priority"}
         services = [
-            s.model_dump(mode="json", exclude={"discovery_interval_s", "critical", "priority"})
-            for s in self.services
+            s.model_dump(mode="json", exclude=aside if s.only else aside | {"only"}) for s in self.services
         ]
         what = {
             "accounts": sorted([a.id, sorted(a.regions), sorted(a.services)] for a in self.accounts),

@@ -18,14 +18,19 @@ from shard_config.model import (
     S3,
     Account,
     Aws,
+    Budget,
     Config,
     Defaults,
     ExpositionJob,
+    Heal,
     Kafka,
     Limits,
     MetricProfile,
+    Organization,
     Postgres,
+    Resources,
     Run,
+    Selection,
     ServiceProfile,
 )
 
@@ -355,7 +360,7 @@ def test_the_examples_of_the_documentation_load(number: int) -> None:
 
 def test_the_documentation_names_every_key_and_every_service() -> None:
     text = DOCUMENTATION.read_text()
-    sections = (Aws, Kafka, Postgres, S3, Limits, Run)
+    sections = (Aws, Kafka, Postgres, S3, Limits, Heal, Budget, Organization, Selection, Resources, Run)
     models = (Config, Defaults, Account, ExpositionJob, ServiceProfile, MetricProfile, *sections)
     keys = {key for model in models for key in model.model_fields}
     assert [word for word in sorted(keys | set(shipped_services())) if f"`{word}`" not in text] == []

@@ -383,6 +383,8 @@ TASK = Task(
 
 CORRECTION = replace(TASK, kind=TaskKind.BACKLOG, expires_s=0, revision=3)
 
+COARSE = replace(TASK, kind=TaskKind.HEAL, expires_s=0, items=(replace(TASK.items[0], period_s=300),))
+
 HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "nothing": (lambda: b"", "bad_frame"),
     "text": (lambda: b"hello, world", "bad_frame"),
@@ -669,6 +671,18 @@ RECEIPT = Receipt(
         ReceiptItem(TASK.items[1], Outcome(LookStatus.FORBIDDEN, "AccessDenied", 0, 0, {}, 0), 0, (), ()),
     ),
 )
+RECEIPT_V2 = replace(
+    RECEIPT,
+    items=(
+        replace(
+            RECEIPT.items[0],
+            outcome=replace(RECEIPT.items[0].outcome, metrics_in_doubt=500, looked_from_s=T0_S - 5400),
+            whole=(WindowCount(T0_S - 600, T0_S - 300, 9, 2**63),),
+            held=(BatchId(bytes(range(16, 32))),),
+        ),
+        RECEIPT.items[1],
+    ),
+)
 LETTER = DeadLetter(
     "not_a_number",
     "détail",
@@ -861,7 +875,8 @@ GOLDEN_WRITERS: dict[str, Callable[[], bytes]] = {
     "series_table.v1": lambda: series_table.encode(SAMPLE.series, SAMPLE.ids, LIMITS),
     "task.v1": lambda: wire.encode_task(TASK),
     "task.v2": lambda: wire.encode_task(CORRECTION),
-    "receipt.v1": lambda: wire.encode_receipt(RECEIPT),
+    "task.v3": lambda: wire.encode_task(COARSE),
+    "receipt.v2": lambda: wire.encode_receipt(RECEIPT_V2),
     "dead_letter.v2": lambda: wire.encode_dead_letter(LETTER_V2),
 }
 
@@ -884,7 +899,9 @@ def test_todays_decoder_reads_the_golden_bytes() -> None:
     assert series_table.decode(golden("series_table.v1"), LIMITS).series == SAMPLE.series
     assert wire.decode_task(golden("task.v1")) == TASK
     assert wire.decode_task(golden("task.v2")) == CORRECTION
+    assert wire.decode_task(golden("task.v3")) == COARSE
     assert wire.decode_receipt(golden("receipt.v1")) == RECEIPT
+    assert wire.decode_receipt(golden("receipt.v2")) == RECEIPT_V2
     assert wire.decode_dead_letter(golden("dead_letter.v1")) == LETTER
     assert wire.decode_dead_letter(golden("dead_letter.v2")) == LETTER_V2
 

@@ -50,12 +50,14 @@ class Coordinator:
     """Plans for one configuration."""
 
     def __init__(self, config: Config, sender: Sender, clock: Clock, memory: PlannersMemory) -> None:
-        self._config = config
         self._sender = sender
         self._clock = clock
-        self._grids: Mapping[Target, tuple[Grid, ...]] = grids_of(config)
-        once = config.run.horizon_s is not None
-        self._until_s = {t: {} if once else dict(memory.planned_until_s.get(str(t), {})) for t in self._grids}
+        self._memory = memory
+        self._until_s: dict[Target, dict[str, int]] = {}
+        self.weights: dict[str, float] = {}
+        """By target: series asked about, as the ledger has learned; before that, its number of services."""
+        self.slots: dict[str, int] = dict(memory.slots)
+        self.configure(config)
         self._known = memory.task_ids
         self._behind = False
         self._recalled: list[Task] = []
@@ -68,13 +70,21 @@ class Coordinator:
         self._to_collect = _live_first(
             t for t in memory.unanswered if t.target in self._grids and t.kind != TaskKind.PAUSED
         )
+
+    def configure(self, config: Config) -> None:
+        """Plan for this configuration from now on. What was planned stays planned; what is new begins as on a first start."""
+        self._config = config
+        self._grids: Mapping[Target, tuple[Grid, ...]] = grids_of(config)
+        once = config.run.horizon_s is not None
+        for t in self._grids:
+            before = {} if once else self._memory.planned_until_s.get(str(t), {})
+            self._until_s.setdefault(t, dict(before))
         self.weights = {
-            str(t): max(1.0, memory.weights.get(str(t), float(len(grids))))
+            str(t): max(1.0, self._memory.weights.get(str(t), float(len(grids))))
             for t, grids in self._grids.items()
         }
-        """By target: series asked about, as the ledger has learned; before that, its number of services."""
         self.slots = plan(
-            self.weights, config.slots, {t: s for t, s in memory.slots.items() if t in self.weights}
+            self.weights, config.slots, {t: s for t, s in self.slots.items() if t in self.weights}
         )
         TARGETS.set(len(self._grids))
 
