@@ -28,13 +28,17 @@ Points = tuple[list[int], list[float]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """One GetMetricData call: rows [first, stop) of a table, over [start_s, end_s). Row i of it has the Id `q<i>`."""
+    """One GetMetricData call: rows [first, stop) of a table, over [start_s, end_s). Row i of it has the Id `q<i>`.
+
+    `linked`: it is a monitoring account that is asked, and every query names the account that owns the metric.
+    """
 
     table: SeriesTable
     first: int
     stop: int
     start_s: int
     end_s: int
+    linked: bool = False
 
     @property
     def queries(self) -> int:
@@ -46,16 +50,16 @@ class Call:
     def request(self, rows: Sequence[int]) -> dict[str, Any]:
         """The request for some of its rows, counted from `first`."""
         return {
-            "MetricDataQueries": [_query(self.table, self.first, row) for row in rows],
+            "MetricDataQueries": [_query(self.table, self.first, row, self.linked) for row in rows],
             "StartTime": self.start_s,
             "EndTime": self.end_s,
             "ScanBy": "TimestampAscending",
         }
 
 
-def _query(table: SeriesTable, first: int, row: int) -> dict[str, Any]:
+def _query(table: SeriesTable, first: int, row: int, linked: bool) -> dict[str, Any]:
     key = table.series[first + row].key
-    return {
+    query: dict[str, Any] = {
         "Id": f"q{row}",
         "MetricStat": {
             "Metric": {
@@ -67,9 +71,14 @@ def _query(table: SeriesTable, first: int, row: int) -> dict[str, Any]:
             "Stat": key.stat,
         },
     }
+    if linked:
+        query["AccountId"] = key.account
+    return query
 
 
-def plan(tables: Sequence[SeriesTable], start_s: int, end_s: int, period_s: int) -> list[Call]:
+def plan(
+    tables: Sequence[SeriesTable], start_s: int, end_s: int, period_s: int, linked: bool = False
+) -> list[Call]:
     """The calls that ask for all series over [start_s, end_s), widened to whole periods.
 
     Each has at most 500 queries and 100,800 datapoints (counted as range ÷ period, as AWS does); a range that is too long for
@@ -81,7 +90,7 @@ def plan(tables: Sequence[SeriesTable], start_s: int, end_s: int, period_s: int)
         return []
     width = min(QUERIES_PER_CALL_MAX, POINTS_PER_CALL_MAX // (span_s // period_s))
     return [
-        Call(table, first, min(first + width, len(table)), from_s, min(from_s + span_s, end_s))
+        Call(table, first, min(first + width, len(table)), from_s, min(from_s + span_s, end_s), linked)
         for from_s in range(start_s, end_s, span_s)
         for table in tables
         for first in range(0, len(table), width)
