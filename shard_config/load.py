@@ -9,7 +9,7 @@ Guarantees:
 * **Touches nothing** but the file, the secrets' files that it names, and the environment passed in. Regions are botocore's own list.
 
 In the file `services` is a mapping of service → overrides (or a whole new profile), `accounts` and `exposition` are lists, and `defaults`
-fills accounts that leave `regions` or `services` out; `docs/configuration.md` describes every key.
+fills accounts, the organization's too, that leave `regions` or `services` out; `docs/configuration.md` describes every key.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ from shard_config.model import (
     Defaults,
     ExpositionJob,
     MetricProfile,
+    Organization,
     ServiceProfile,
 )
+from shard_config.wording import FORM, SLUG_FORM, some_of, what_of
 
 __all__ = ["ConfigError", "ConfigErrors", "known_regions", "load", "loads", "shipped_services"]
 
@@ -56,31 +58,10 @@ OVERRIDES: Final[Mapping[Path, str]] = {
 }
 """Environment variables that beat the file, where they are set and not empty."""
 
+_COLLECTED: Final = ("accounts", "organization", "exposition")
+
 SECRETS: Final = frozenset({"external_id", "password", "dsn"})
 SECRET_BYTES_MAX: Final = 64 * 1024
-
-_EXPECTED: Final = {
-    "string_type": "text",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "tuple_type": "a list",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
-    "literal_error": '"all" or a list',
-}
-_FORM: Final = {
-    "id": "an account id is 12 digits",
-    "statistics": "statistics are Average, Sum, Minimum, Maximum, SampleCount, p99, p99.9, IQM, tm90",
-    "endpoints": "an endpoint is an http or https URL",
-    "endpoint_url": "an endpoint is an http or https URL",
-    "role_arn": "a role is arn:aws:iam::<12 digits>:role/<name>",
-    "role_template": "a role template is arn:aws:iam::{account}:role/<name>",
-    "bootstrap": "bootstrap servers are host:port, separated by commas",
-    "dsn": "a DSN is postgresql://user@host:port/database",
-}
-_SLUG_FORM: Final = "a name is at most 63 of a-z, 0-9 and -, and starts with a letter or a digit"
 
 
 def load(path: FilePath, *, environ: Mapping[str, str]) -> Config:
@@ -118,17 +99,21 @@ class _Loading:
                 [ConfigError(self._file, root.line, "", f"expected a mapping, got {root.describe()}")]
             )
         profiles = self._services(root)
-        accounts = self._accounts(root, profiles)
+        defaults = self._defaults(root, profiles)
+        accounts = self._accounts(root, profiles, defaults)
+        organization = self._organization(root, profiles, defaults)
         jobs = self._exposition(root)
         rest = self._rest(root)
-        if not any(node.value for key, node in root.mapping.items() if key in ("accounts", "exposition")):
-            self._error(1, (), "nothing to collect: neither accounts nor exposition", "add one of them")
+        if not any(root.mapping[key].value for key in _COLLECTED if key in root.mapping):
+            self._error(1, (), f"nothing to collect: none of {', '.join(_COLLECTED)}", "add one of them")
         if self._errors or rest is None:
             raise ConfigErrors(self._errors)
         used = {name for account in accounts for name in account.services}
+        used.update(organization.services if organization else ())
         return rest.model_copy(
             update={
                 "accounts": tuple(accounts),
+                "organization": organization,
                 "exposition": tuple(jobs),
                 "services": tuple(profiles[name] for name in sorted(used)),
             }
@@ -155,7 +140,7 @@ class _Loading:
                 what = "the key that this stands under is the service's name"
                 self._error(node.keys["service"], (*path, "service"), what, "leave it out")
             if not re.fullmatch(SLUG_PATTERN, name):
-                self._error(root.mapping["services"].keys[name], path, f'"{name}" is not right', _SLUG_FORM)
+                self._error(root.mapping["services"].keys[name], path, f'"{name}" is not right', SLUG_FORM)
                 continue
             overrides = node.mapping if isinstance(node.value, dict) else {}
             data = {**shipped, **{key: value.plain() for key, value in overrides.items()}, "service": name}
@@ -163,10 +148,17 @@ class _Loading:
             profiles[name] = self._piece(ServiceProfile, node, path, data) or known
         return profiles
 
-    def _accounts(self, root: Node, services: Mapping[str, object]) -> list[Account]:
+    def _defaults(self, root: Node, services: Mapping[str, object]) -> Mapping[str, tuple[str, ...]]:
+        """What an account that leaves it out gets, by key; without what is empty."""
         section = self._section(root, "defaults", dict)
-        defaults = self._piece(Defaults, section, ("defaults",), section.plain()) or Defaults()
+        found = self._piece(Defaults, section, ("defaults",), section.plain()) or Defaults()
         self._check_names(section, ("defaults",), services)
+        filled = {"regions": found.regions, "services": found.services}
+        return {key: value for key, value in filled.items() if value}
+
+    def _accounts(
+        self, root: Node, services: Mapping[str, object], defaults: Mapping[str, object]
+    ) -> list[Account]:
         accounts = []
         lines: dict[str, int] = {}
         for i, node in enumerate(self._section(root, "accounts", list).items):
@@ -176,11 +168,35 @@ class _Loading:
             if isinstance(data, dict):
                 self._check_id(node, path, lines)
                 self._put_secret(node, path, "external_id", data)
-                filled = ("regions", defaults.regions), ("services", defaults.services)
-                data = {key: value for key, value in filled if value} | data
+                data = {**defaults, **data}
             account = self._piece(Account, node, path, data)
             accounts += [account] if account is not None else []
         return accounts
+
+    def _organization(
+        self, root: Node, services: Mapping[str, object], defaults: Mapping[str, object]
+    ) -> Organization | None:
+        path: Path = ("organization",)
+        section = self._section(root, "organization", dict)
+        data = section.plain()
+        if "organization" not in root.mapping or section.value == {} or not isinstance(data, dict):
+            return None
+        self._check_names(section, path, services)
+        excluded = section.get("exclude")
+        for i, account in enumerate(excluded.items if excluded else []):
+            self._is_a_number(account, (*path, "exclude", i))
+        self._put_secret(section, path, "external_id", data)
+        data = {**defaults, **data}
+        line = root.keys["organization"]
+        for key in ("regions", "services"):
+            if not data.get(key):
+                hint = "give it here or under defaults"
+                self._value_error(line, (*path, key), f'missing key "{key}"', hint)
+        if not any(node and node.get("role_template") for node in (section, root.get("aws"))):
+            # The ambient credentials are of one account.
+            what = 'missing key "role_template"'
+            self._value_error(line, (*path, "role_template"), what, "give it here or under aws")
+        return self._piece(Organization, section, path, data)
 
     def _check_id(self, node: Node, path: Path, lines: dict[str, int]) -> None:
         """An id is text, 12 digits, and stands in one place. `lines` has those that were met before."""
@@ -188,21 +204,26 @@ class _Loading:
         if account is None:
             return
         path = (*path, "id")
-        if isinstance(account.value, int) and not isinstance(account.value, bool):
-            # YAML has read a number; whoever writes the file again may print it without its leading zero.
-            zero = ", and has lost a leading zero" if len(account.text) < 12 else ""
-            what = f"{account.text} is a number here{zero}; an account id is text of 12 digits"
-            self._value_error(account.line, path, what, f'quote it: "{account.text.zfill(12)}"')
-        elif account.text in lines:
+        if not self._is_a_number(account, path) and account.text in lines:
             what = f'duplicate account "{account.text}", first at line {lines[account.text]}'
             self._value_error(account.line, path, what, "keep one")
         lines.setdefault(account.text.zfill(12), account.line)
+
+    def _is_a_number(self, account: Node, path: Path) -> bool:
+        """Whether an account's id is a number, which is an error."""
+        if not isinstance(account.value, int) or isinstance(account.value, bool):
+            return False
+        # YAML has read a number; whoever writes the file again may print it without its leading zero.
+        zero = ", and has lost a leading zero" if len(account.text) < 12 else ""
+        what = f"{account.text} is a number here{zero}; an account id is text of 12 digits"
+        self._value_error(account.line, path, what, f'quote it: "{account.text.zfill(12)}"')
+        return True
 
     def _check_names(self, node: Node, path: Path, services: Mapping[str, object]) -> None:
         """Regions and services that nobody knows."""
         kinds = (
             ("region", known_regions(), "a region is as eu-west-1"),
-            ("service", services, f"known are {_some(sorted(services))}"),
+            ("service", services, f"known are {some_of(sorted(services))}"),
         )
         for kind, known, otherwise in kinds:
             listed = node.get(f"{kind}s")
@@ -232,8 +253,8 @@ class _Loading:
         return jobs
 
     def _rest(self, root: Node) -> Config | None:
-        """Everything but accounts, jobs and services."""
-        special = ("accounts", "exposition", "services", "defaults")
+        """Everything but accounts, jobs, services and the organization."""
+        special = ("accounts", "organization", "exposition", "services", "defaults")
         data = {
             key: node.plain()
             for key, node in root.mapping.items()
@@ -308,7 +329,7 @@ class _Loading:
             loc = (*loc, context["key"])
         variable = OVERRIDES.get((*path, *loc[:2]))
         if variable and self._environ.get(variable):
-            what = _FORM.get(str(loc[1]), detail["msg"])
+            what = FORM.get(str(loc[1]), detail["msg"])
             self._errors.append(ConfigError(f"${variable}", 0, render((*path, *loc[:2])), what))
             return
         node, line, found = _locate(root, loc)
@@ -317,7 +338,7 @@ class _Loading:
             key = str(loc[-1])
             where = found[:-1]
             near = did_you_mean(key, _keys(model, loc[:-1]))
-            known = near or f"known are {_some(_keys(model, loc[:-1]))}"
+            known = near or f"known are {some_of(_keys(model, loc[:-1]))}"
             self._error(line, (*path, *where), f'unknown key "{key}"', known)
         elif kind == "missing" and isinstance(loc[-1], str):
             key = loc[-1]
@@ -330,7 +351,7 @@ class _Loading:
                 return  # pydantic counts what is right in it, and has said what is not
             secret = not SECRETS.isdisjoint(found)
             got = node.kind() if secret else node.describe()
-            what, hint = _what(kind, detail["msg"], context, got, found)
+            what, hint = what_of(kind, detail["msg"], context, got, found)
             self._value_error(line, (*path, *found), what, hint)
 
     def _value_error(self, line: int, path: Path, what: str, suggestion: str = "") -> None:
@@ -341,24 +362,6 @@ class _Loading:
 
     def _error(self, line: int, path: Path, what: str, suggestion: str = "") -> None:
         self._errors.append(ConfigError(self._file, line, render(path), what, suggestion))
-
-
-def _what(kind: str, message: str, context: Mapping[str, object], got: str, path: Path) -> tuple[str, str]:
-    """(what, suggestion) for one of pydantic's errors about a value."""
-    if kind in _EXPECTED:
-        quote = "write it in quotes" if kind == "string_type" and got[:3] in ("the", "tru", "fal") else ""
-        return f"expected {_EXPECTED[kind]}, got {got}", quote
-    if kind == "string_pattern_mismatch":
-        key = next((str(part) for part in reversed(path) if isinstance(part, str)), "")
-        return f"{'it' if got == 'text' else got} is not right", _FORM.get(key, _SLUG_FORM)
-    if kind == "headgate":
-        return message, ""
-    if kind == "missing":
-        return "too few values", ""
-    if kind == "too_short":
-        return "must not be empty", ""
-    must = message.replace("Input should be", "must be").replace("greater than or equal to", "at least")
-    return f"{must}, got {got}", ""
 
 
 def _locate(root: Node, loc: Sequence[str | int]) -> tuple[Node, int, Path]:
@@ -393,7 +396,3 @@ def _keys(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
     extra = ["defaults"] if model is Config else []
     left_out = ["service"] if model is ServiceProfile else []
     return [key for key in model.model_fields if key not in left_out] + extra
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

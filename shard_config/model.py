@@ -7,6 +7,7 @@ Durations are whole seconds (`*_s`), money is US dollars (`*_usd`).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Annotated, Final, Literal, Self
@@ -48,12 +49,24 @@ def _is_a_period(period_s: int) -> int:
     return period_s
 
 
+def _is_a_pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise PydanticCustomError(
+            "pattern", "{what}", {"what": f'"{text}" is not a pattern: {error}'}
+        ) from error
+    return text
+
+
 def _repeated(values: tuple[str, ...]) -> str | None:
     """The first value that stands there twice."""
     return next((value for i, value in enumerate(values) if value in values[:i]), None)
 
 
 AccountId = Annotated[str, StringConstraints(pattern=r"^\d{12}$")]
+Pattern = Annotated[str, AfterValidator(_is_a_pattern)]
+"""A regular expression, Python's."""
 SLUG_PATTERN: Final = r"^[a-z0-9][a-z0-9-]{0,62}$"
 Slug = Annotated[str, StringConstraints(pattern=SLUG_PATTERN)]
 HttpUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#]+([/?#]\S*)?$")]
@@ -92,13 +105,13 @@ class MetricProfile(Strict):
 class Selection(Strict):
     """Which of a namespace's metrics are meant. All that is given must hold; patterns are Python's, and match the whole text."""
 
-    metrics: tuple[str, ...] = ()
+    metrics: tuple[Pattern, ...] = ()
     """Patterns of metric names; empty: any."""
-    dimensions: Mapping[str, str] = {}
+    dimensions: Mapping[str, Pattern] = {}
     """By dimension's name, a pattern of its value; the dimension must be there."""
     dimension_names: tuple[str, ...] | None = None
     """Exactly these dimensions, in any order; None: whatever there is."""
-    tags: Mapping[str, str] = {}
+    tags: Mapping[str, Pattern] = {}
     """By tag's key, a pattern of its value; the metric must belong to a resource with these tags."""
 
 
@@ -107,7 +120,7 @@ class Resources(Strict):
 
     types: tuple[str, ...] = Field(min_length=1)
     """As ec2:instance, the ResourceTypeFilters of tag:GetResources."""
-    arns: tuple[str, ...] = Field(min_length=1)
+    arns: tuple[Pattern, ...] = Field(min_length=1)
     """Patterns that are searched in an ARN; their named groups are dimensions, as instance/(?P<InstanceId>[^/]+)."""
 
 
@@ -323,7 +336,7 @@ class Organization(Strict):
         ...,
     ] = ()
     """Roots and organizational units, with all that is below them; empty: the whole organization."""
-    tags: Mapping[str, str] = {}
+    tags: Mapping[str, Pattern] = {}
     """By tag's key, a pattern that the account's value matches as a whole."""
     exclude: tuple[AccountId, ...] = ()
     regions: tuple[str, ...] = ()

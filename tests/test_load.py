@@ -71,7 +71,7 @@ def test_a_bad_file_gives_all_of_its_errors_at_once(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.ok.yml")), ids=lambda p: p.name)
 def test_a_good_file_loads(path: Path) -> None:
     config = load(path, environ=ENVIRON)
-    assert config.accounts or config.exposition
+    assert config.accounts or config.exposition or config.organization
 
 
 def test_all_that_a_file_can_say_arrives() -> None:
