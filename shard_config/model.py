@@ -25,6 +25,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from shard_config.price_list import PriceList
+
 DATAPOINTS_PER_CALL_MAX: Final = 100_800
 """GetMetricData's limit; one series of one look has to fit."""
 
@@ -248,6 +250,11 @@ class Aws(Strict):
     )
     """As arn:aws:iam::{account}:role/Headgate, for accounts without a role_arn of their own."""
     usd_per_1000_metrics: float = Field(0.01, ge=0)
+    """GetMetricData; AWS's list price in all its commercial regions, as of 2026."""
+    usd_per_1000_requests: float = Field(0.01, ge=0)
+    """ListMetrics; the same."""
+    requests_free_per_month: int = Field(1_000_000, ge=0)
+    """Of each account."""
     statistics_count_once: bool = False
     """Read the price list so that up to five statistics of one metric are billed as one: see `price`."""
     pages_count_again: bool = True
@@ -388,6 +395,7 @@ class Config(Strict):
     limits: Limits = Limits()
     heal: Heal = Heal()
     budget: Budget = Budget()
+    prices: PriceList = PriceList()
     run: Run = Run()
 
     @property

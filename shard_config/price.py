@@ -8,7 +8,7 @@ switches here; each defaults to the dearer, so that a bill surprises nobody:
   counts (cloudwatch_exporter PR #482). Default: each counts.
 * `pages_count_again`: whether the continuation page of a call (NextToken) bills its metrics again. Default: it does.
 
-ListMetrics bills requests, $0.01 per 1,000, after a million free ones a month; an S3 PUT is $0.005 per 1,000.
+ListMetrics bills requests, $0.01 per 1,000, after a million free ones a month. What S3, Kafka and the store cost is in `price_list`.
 Money is Decimal: a day's sum over millions of looks is exact, and so equal wherever it is summed.
 """
 
@@ -33,7 +33,6 @@ class Prices:
     usd_per_1000_metrics: Decimal = Decimal("0.01")
     usd_per_1000_requests: Decimal = Decimal("0.01")
     requests_free_per_month: int = 1_000_000
-    usd_per_1000_puts: Decimal = Decimal("0.005")
     statistics_count_once: bool = False
     pages_count_again: bool = True
 
@@ -43,6 +42,8 @@ class Prices:
         return cls(
             # By way of text: Decimal(0.01) is not 0.01.
             usd_per_1000_metrics=Decimal(str(aws.usd_per_1000_metrics)),
+            usd_per_1000_requests=Decimal(str(aws.usd_per_1000_requests)),
+            requests_free_per_month=aws.requests_free_per_month,
             statistics_count_once=aws.statistics_count_once,
             pages_count_again=aws.pages_count_again,
         )
@@ -59,9 +60,6 @@ class Prices:
         """`requests` calls, where `before` of the same account and month came before them."""
         free = max(0, self.requests_free_per_month - before)
         return max(0, requests - free) * self.usd_per_1000_requests / 1000
-
-    def put_usd(self, puts: int) -> Decimal:
-        return puts * self.usd_per_1000_puts / 1000
 
     def look_usd(self, metrics_billed: int, requests: Mapping[str, int]) -> Decimal:
         """The most that a look may cost, of the counts in its outcome: as if the free requests were used up."""

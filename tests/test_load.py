@@ -33,6 +33,7 @@ from shard_config.model import (
     Selection,
     ServiceProfile,
 )
+from shard_config.price_list import PriceList
 
 CONFIGS = Path(__file__).parent / "config"
 DOCUMENTATION = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -360,7 +361,20 @@ def test_the_examples_of_the_documentation_load(number: int) -> None:
 
 def test_the_documentation_names_every_key_and_every_service() -> None:
     text = DOCUMENTATION.read_text()
-    sections = (Aws, Kafka, Postgres, S3, Limits, Heal, Budget, Organization, Selection, Resources, Run)
+    sections = (
+        Aws,
+        Kafka,
+        Postgres,
+        S3,
+        Limits,
+        Heal,
+        Budget,
+        Organization,
+        Selection,
+        Resources,
+        PriceList,
+        Run,
+    )
     models = (Config, Defaults, Account, ExpositionJob, ServiceProfile, MetricProfile, *sections)
     keys = {key for model in models for key in model.model_fields}
     assert [word for word in sorted(keys | set(shipped_services())) if f"`{word}`" not in text] == []

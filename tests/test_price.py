@@ -36,10 +36,6 @@ def test_listing_is_free_up_to_a_million_requests_a_month() -> None:
     assert PRICES.list_metrics_usd(2000, before=999_000) == Decimal("0.01")
 
 
-def test_an_object_each_5_minutes_for_2_000_targets_is_86_dollars_in_30_days() -> None:
-    assert PRICES.put_usd(2000 * 288 * 30) == Decimal("86.4")
-
-
 def test_a_look_is_priced_as_if_the_free_requests_were_used_up() -> None:
     assert PRICES.look_usd(5000, {"GetMetricData": 10, "ListMetrics": 100}) == Decimal("0.051")
 
@@ -49,8 +45,16 @@ def test_many_small_sums_are_exact() -> None:
 
 
 def test_a_configuration_states_its_prices() -> None:
-    aws = Aws(usd_per_1000_metrics=0.007, statistics_count_once=True, pages_count_again=False)
-    expected = Prices(Decimal("0.007"), statistics_count_once=True, pages_count_again=False)
+    aws = Aws(
+        usd_per_1000_metrics=0.007,
+        usd_per_1000_requests=0.02,
+        requests_free_per_month=5,
+        statistics_count_once=True,
+        pages_count_again=False,
+    )
+    expected = Prices(
+        Decimal("0.007"), Decimal("0.02"), 5, statistics_count_once=True, pages_count_again=False
+    )
     assert Prices.of(aws) == expected
     assert Prices.of(Aws()) == Prices()
 
