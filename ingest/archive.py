@@ -6,13 +6,14 @@
   their content's digest, which are put first; the manifest comes last, under the task's key. Parts of a run that lost stay
   behind, without harm.
 * Keys are built from checked pieces only, so no label can climb out of its prefix.
+* What can be had again for money (listings) is cached beside the archive, under keys of its own; that alone is overwritten.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -36,9 +37,8 @@ DEADLINE_S = 60.0
 ATTEMPTS = 4
 """Of one request, by botocore's standard mode; and of a put that lost to something that then was not there."""
 
-_KEY = re.compile(
-    rf"(?:[A-Za-z0-9][A-Za-z0-9._=-]*/)*v1/{SLUG}/{SLUG}/{SLUG}/\d{{4}}/\d\d/\d\d/(?P<tick>\d+)-[0-9a-f]{{32}}"
-)
+_PREFIX = r"(?:[A-Za-z0-9][A-Za-z0-9._=-]*/)*"
+_KEY = re.compile(rf"{_PREFIX}v1/{SLUG}/{SLUG}/{SLUG}/\d{{4}}/\d\d/\d\d/(?P<tick>\d+)-[0-9a-f]{{32}}")
 
 
 # --- keys -----------------------------------------------------------------------------------------------------
@@ -57,6 +57,14 @@ def checked_key(key: str) -> str:
     """The key, where it is one that `archive_key` makes. Raises Rejected(bad_key)."""
     if not _KEY.fullmatch(key) or not key.isascii():
         raise Rejected("archive key", Reason.BAD_KEY, repr(key[:200]))
+    return key
+
+
+def cache_key(name: Sequence[str], prefix: str = "") -> str:
+    """`<prefix>cache/v1/name/…`. Raises Rejected(bad_key) where a piece of the name is not a slug."""
+    key = f"{prefix}cache/v1/{'/'.join(name)}"
+    if not re.fullmatch(rf"{_PREFIX}cache/v1(/{SLUG})+", key) or not key.isascii():
+        raise Rejected("cache key", Reason.BAD_KEY, repr(key[:200]))
     return key
 
 
@@ -156,6 +164,18 @@ class S3Archive:
                 Bucket=self._bucket, Prefix=prefix, Delimiter="/"
             )
             return [found["Prefix"] async for page in pages for found in page.get("CommonPrefixes", ())]
+
+    async def cached(self, name: Sequence[str], bytes_max: int) -> bytes | None:
+        """What is cached under a name, or None. Raises Transient; Rejected where it is larger or the name is bad."""
+        key = cache_key(name, self._prefix)
+        async with self._translated(key):
+            return await self._read(key, bytes_max)
+
+    async def cache(self, name: Sequence[str], body: bytes) -> None:
+        """Cache it, in place of what is there. Raises Transient; Rejected where the name is bad."""
+        key = cache_key(name, self._prefix)
+        async with self._translated(key):
+            await self._client.put_object(Bucket=self._bucket, Key=key, Body=body)
 
     async def _put(self, key: str, body: bytes) -> bool:
         """Whether the object was put; False where there is one, or another put of it is under way."""

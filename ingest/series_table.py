@@ -109,6 +109,19 @@ def decode(encoded: bytes, limits: Limits) -> Table:
     return known
 
 
+def write(series: tuple[Series, ...], limits: Limits) -> bytes:
+    """What `encode` gives, not kept: for listings, which are many times what the caches hold."""
+    return _encode(series, limits)
+
+
+def read(encoded: bytes, limits: Limits) -> tuple[Series, ...]:
+    """The series of what `write` gave, not kept. Raises Rejected where any of them is bad."""
+    series, bad = _decode(encoded, limits)
+    if bad:
+        raise Rejected(_WHERE, bad[0][1], f"series {bad[0][0]}")
+    return series
+
+
 def _caps(limits: Limits) -> tuple[int, ...]:
     """What decides whether a table is let in."""
     return (

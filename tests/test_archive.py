@@ -520,6 +520,22 @@ async def test_the_keys_of_a_targets_ticks_are_listed_over_midnight(s3: S3) -> N
     assert sorted(listed) == sorted(task.receipt.archive_key for task in tasks[1:3])
 
 
+async def test_what_is_cached_is_overwritten_and_is_no_target_of_the_archive(s3: S3) -> None:
+    async with open_archive(s3, ManualClock(TICK_S), SESSION) as archive:
+        name = ("listings", "cloudwatch", "100000000001", "eu-west-1", "ec2")
+        targets = await archive.targets()
+        assert await archive.cached(name, 10) is None
+        for body in (b"first", b"second"):
+            await archive.cache(name, body)
+            assert await archive.cached(name, 10) == body
+        assert await archive.targets() == targets
+        with pytest.raises(Rejected, match="spoilt"):
+            await archive.cached(name, 5)
+        for bad in ((), ("..", "v1"), ("listings", "A b")):
+            with pytest.raises(Rejected, match="bad_key"):
+                await archive.cache(bad, b"")
+
+
 async def test_a_missing_bucket_is_transient_with_a_remedy_and_never_nothing(s3: S3) -> None:
     async with open_archive(
         s3.model_copy(update={"bucket": "t-none"}), ManualClock(TICK_S), SESSION

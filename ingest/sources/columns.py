@@ -39,11 +39,11 @@ class SeriesTable:
 
     __slots__ = ("_chosen", "_mask", "ids", "series")
 
-    def __init__(self, series: tuple[Series, ...]) -> None:
+    def __init__(self, series: tuple[Series, ...], ids: SeriesIds | None = None) -> None:
         if len(series) > SERIES_PER_BATCH:
             raise ValueError(f"{len(series)} series are more than {SERIES_PER_BATCH}")
         self.series = series
-        self.ids = ids_of(series)
+        self.ids = ids_of(series) if ids is None else ids
         self._mask: bytes = b""
         self._chosen: tuple[tuple[Series, ...], SeriesIds] = ((), self.ids[:0])
 
