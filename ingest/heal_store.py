@@ -49,14 +49,14 @@ _OVERDUE = """SELECT target, service, window_start, window_end, settles_at, land
     unbalanced IS NOT NULL AS unbalanced, last_status, last_detail
 FROM windows
 WHERE sealed_at IS NULL AND declared IS NULL AND window_end <= $1
-    AND settles_at + (window_end - window_start) + $2::interval < $3
+    AND settles_at + (window_end - window_start) * stretch + $2::interval < $3
 ORDER BY window_end DESC, target, service LIMIT $4"""
 
 _ATTEMPTS = """SELECT target, service, block_start, window_start, window_end, attempt, allocated_at FROM attempts
 WHERE target = ANY($1) AND block_start > $2"""
 
 _PENDING = """SELECT value, planned_at FROM tasks t
-WHERE target = ANY($1) AND kind <> 'paused' AND planned_at > $2
+WHERE target = ANY($1) AND kind NOT IN ('paused', 'budget') AND planned_at > $2
     AND NOT EXISTS (SELECT FROM looks l WHERE l.task_id = t.task_id)
 UNION
 SELECT value, allocated_at FROM attempts a

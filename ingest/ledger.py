@@ -27,10 +27,10 @@ from datetime import UTC, datetime, timedelta
 import asyncpg
 import orjson
 
-from ingest import wire
+from ingest import charges, wire
 from ingest.errors import Fatal, Rejected
 from ingest.fold import fold_landed
-from ingest.model import LookStatus, Receipt, ReceiptItem, SourceName, Task, TaskItem
+from ingest.model import LookStatus, Receipt, ReceiptItem, SourceName, Task, TaskItem, TaskKind
 from ingest.ports import Advance, Record, StoredPosition
 from ingest.sinks.connection import open_connection, translated
 from shard_config.model import Postgres
@@ -42,17 +42,19 @@ _TASK = """INSERT INTO tasks (task_id, target, config_revision, tick, kind, atte
     value)
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT DO NOTHING"""
 
-_PLANNED = """INSERT INTO windows (target, service, window_start, window_end, settles_at, planned_at)
-SELECT $1, $2, start, start + $5::interval, start + $5::interval + $6::interval, $7
+_PLANNED = """INSERT INTO windows (target, service, window_start, window_end, settles_at, planned_at, stretch)
+SELECT $1, $2, start, start + $5::interval, start + $5::interval + $6::interval, $7,
+    CASE WHEN start < s.since THEN greatest(s.stretch, s.was) ELSE coalesce(s.stretch, 1) END
 FROM generate_series($3::timestamptz, $4::timestamptz - interval '1 second', $5::interval) AS start
+LEFT JOIN stretches AS s ON s.account = split_part($1, '/', 2) AND s.service = $2
 WHERE NOT EXISTS (SELECT FROM sealed_days d WHERE d.target = $1 AND d.service = $2
     AND d.day = (start AT TIME ZONE 'UTC')::date AND d.covered @> start)
 ORDER BY start
 ON CONFLICT DO NOTHING"""
 
 _LOOK = """INSERT INTO looks (task_id, service, finished_at, target, shard, started_at, window_start, window_end, status, detail,
-    observed_at, series, points, metrics_billed, requests, archive_key, batch_ids, windows, grid_s)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)
+    observed_at, series, points, metrics_billed, requests, archive_key, batch_ids, windows, grid_s, metrics_in_doubt)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)
 ON CONFLICT DO NOTHING"""
 
 _COUNTED = """UPDATE windows SET attempts = attempts + 1
@@ -63,13 +65,22 @@ WHERE target = $1 AND service = $2 AND window_start >= $3 AND window_start < $4
     AND (last_finished_at IS NULL OR (last_finished_at, last_status, last_detail) < ($7, $5, $6))"""
 
 _COLLECTED = """UPDATE windows SET collected_as_of = greatest(collected_as_of, $5),
-    declared = nullif(declared, 'expired'), declared_at = CASE WHEN declared = 'expired' THEN NULL ELSE declared_at END
+    declared = CASE WHEN declared NOT IN ('expired', 'budget') THEN declared END,
+    declared_at = CASE WHEN declared NOT IN ('expired', 'budget') THEN declared_at END
 WHERE target = $1 AND service = $2 AND window_start >= $3 AND window_start < $4"""
 
 _EXPIRED = """UPDATE windows SET declared = 'expired', declared_at = $5
 WHERE target = $1 AND service = $2 AND window_start >= $3 AND window_start < $4
     AND collected_as_of IS NULL AND declared IS NULL"""
 """What has no past cannot be looked at later: unless another run of its task was in time, this is its end."""
+
+_NOT_POLLED = """UPDATE windows SET declared = 'budget', declared_at = $5
+WHERE target = $1 AND service = $2 AND window_start >= $3 AND window_start < $4 AND sealed_at IS NULL AND declared IS NULL
+    AND (collected_as_of IS NULL OR collected_as_of < settles_at)"""
+
+_POLLED_AFTER_ALL = """UPDATE windows SET declared = NULL, declared_at = NULL
+WHERE target = $1 AND service = $2 AND window_start >= $3 AND window_start < $4 AND declared = 'budget'"""
+"""A later poll looks back over what was not polled for its account's budget."""
 
 _POSITIONS = """SELECT partition, next, last_value_id FROM positions
 WHERE sink = $1 AND topic = $2 AND partition = ANY($3)"""
@@ -189,6 +200,8 @@ class Ledger:
                 await self._windows(connection, str(fact.target), _item_of(item), _at(now_s))
                 if isinstance(fact, Receipt) and isinstance(item, ReceiptItem):
                     await _receipt(connection, fact, item)
+                elif isinstance(fact, Task) and fact.kind != TaskKind.PAUSED:
+                    await _asked(connection, fact, _item_of(item), _at(now_s))
 
     async def fold_landed(self, sink: str, now_s: int) -> int:
         """Mark up to 500 looks whose batches have all landed in `sink`, and their windows; returns how many. Raises Transient."""
@@ -282,6 +295,15 @@ async def _planned(connection: asyncpg.Connection, task: Task, now: datetime) ->
     )
 
 
+async def _asked(connection: asyncpg.Connection, task: Task, item: TaskItem, now: datetime) -> None:
+    """Windows that nobody is asked for, for want of money, are closed; those that are asked for after all open again."""
+    span = (str(task.target), item.service, _at(item.start_s), _at(item.end_s))
+    if task.kind == TaskKind.BUDGET:
+        await connection.execute(_NOT_POLLED, *span, now)
+    else:
+        await connection.execute(_POLLED_AFTER_ALL, *span)
+
+
 async def _receipt(connection: asyncpg.Connection, receipt: Receipt, done: ReceiptItem) -> None:
     target, item, outcome = str(receipt.target), done.item, done.outcome
     span = (target, item.service, _at(item.start_s), _at(item.end_s))
@@ -311,9 +333,11 @@ async def _receipt(connection: asyncpg.Connection, receipt: Receipt, done: Recei
         list(done.batches),
         orjson.dumps([[w.start_s, w.points, w.digest] for w in done.windows]).decode(),
         item.grid_s,
+        outcome.metrics_in_doubt,
     )
     if written == "INSERT 0 1":
         await connection.execute(_COUNTED, *span)
+        await charges.add(connection, receipt, done)
     await connection.execute(_ATTEMPTED, *span, outcome.status, outcome.detail, finished_at)
     if outcome.status is LookStatus.COMPLETE:
         await connection.execute(_COLLECTED, *span, observed_at)

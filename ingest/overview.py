@@ -1,8 +1,8 @@
 """What the ledger says at a glance: targets, their freshness and gaps, shards' work, dollars' raw material. Reads only.
 
 Windows that are folded into days count as those that are rows; of a day that the time asked about cuts, by their share of its windows' time.
-A *gap* is a window that is neither sealed nor declared past its deadline: its end, its settling time, one poll interval and `GRACE_S` (as in
-`ingest.gaps`). *Freshness* of a target is the age of the end of its newest landed window.
+A *gap* is a window that is neither sealed nor declared past its deadline: its end, its settling time, one poll interval (as stretched for a
+budget) and `GRACE_S` (as in `ingest.gaps`). *Freshness* of a target is the age of the end of its newest landed window.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OPEN_SQL = "sealed_at IS NULL AND declared IS NULL"
 
 def late_sql(now: str, grace: str) -> str:
     """True of a window past its deadline, where the parameters are a time and an interval."""
-    return f"settles_at + (window_end - window_start) + {grace}::interval < {now}"
+    return f"settles_at + (window_end - window_start) * stretch + {grace}::interval < {now}"
 
 
 FRESHNESS_DAYS = 7
