@@ -311,18 +311,22 @@ class Aws:
         """Data must never be labelled with an account that it is not from. Asked once per credentials."""
         if self._verified.get(account.id) == access.credentials.access_key:
             return
-
-        async def ask(access: Access) -> str:
-            async with self._session.create_client("sts", **self._options(access)) as sts:
-                return str((await sts.get_caller_identity())["Account"])
-
         request = _Request(
             (account.id, access.region, "GetCallerIdentity"), 1 / STS_CALLS_PER_S, deadline_s, tally
         )
-        actual = await self._attempts(request, access, ask)
+        actual = await self._attempts(request, access, self._identity)
         if actual != account.id:
             raise Denied(request.where, f"the credentials belong to account {actual}, not to {account.id}")
         self._verified[account.id] = access.credentials.access_key
+
+    async def _identity(self, access: Access) -> str:
+        async with self._session.create_client("sts", **self._options(access)) as sts:
+            return str((await sts.get_caller_identity())["Account"])
+
+    async def own_account(self, region: str, deadline_s: float, tally: Tally) -> str:
+        """The account that this process's own credentials are of. Raises Denied or Transient."""
+        request = _Request(("own", region, "GetCallerIdentity"), 1 / STS_CALLS_PER_S, deadline_s, tally)
+        return await self._attempts(request, Access(region, await self._ambient("")), self._identity)
 
     async def _ambient(self, account: str) -> Credentials:
         """This process's own credentials, from botocore's chain, looked up anew every few minutes."""
