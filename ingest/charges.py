@@ -94,12 +94,14 @@ class Known:
 # --- pure -------------------------------------------------------------------------------------------------------
 
 
-def begun_before(items: Iterable[ReceiptItem]) -> tuple[ReceiptItem, ...]:
-    """Of a task that another run may have begun and not finished: what is asked now may have been paid once before."""
+def begun_before(items: Iterable[ReceiptItem], maybe: bool) -> tuple[ReceiptItem, ...]:
+    """Where another run may have begun the same task and not finished it: what is asked now may have been paid once before."""
     return tuple(
         replace(
             i, outcome=replace(i.outcome, metrics_in_doubt=i.outcome.metrics_in_doubt + _asked(i.outcome))
         )
+        if maybe and "GetMetricData" in i.outcome.requests
+        else i
         for i in items
     )
 

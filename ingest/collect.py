@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from ingest import wire
+from ingest import charges, wire
 from ingest.archive import archive_key
 from ingest.clock import Clock
 from ingest.errors import Fatal, Rejected, Transient
@@ -120,7 +120,7 @@ class Collector:
             receipt = self._receipt(task, "", self._clock.now_ms(), failed)
             return Answer(ArchivedTask(receipt, ()), receipt)
         if done is None:
-            return await self._look_and_archive(task, kept_under)
+            return await self._look_and_archive(task, kept_under, maybe_second_try)
         _log.info("task_published_from_archive", task=task.task_id, target=str(task.target))
         return Answer(done, None)
 
@@ -145,7 +145,7 @@ class Collector:
             _log.warning("archive_not_readable", key=key, error=str(error))
             return None
 
-    async def _look_and_archive(self, task: Task, key: str) -> Answer:
+    async def _look_and_archive(self, task: Task, key: str, begun_before: bool) -> Answer:
         started_at_ms = self._clock.now_ms()
         deadline_s = self._clock.monotonic_s() + self._deadline_s
         items: list[ReceiptItem] = []
@@ -154,7 +154,7 @@ class Collector:
             done, found = await self._look(task, item, deadline_s)
             items.append(done)
             payloads += found
-        receipt = self._receipt(task, key, started_at_ms, tuple(items))
+        receipt = self._receipt(task, key, started_at_ms, charges.begun_before(items, begun_before))
         try:
             archived = await self._archive.put(ArchivedTask(receipt, tuple(payloads)))
         except (Transient, Rejected) as error:
@@ -269,6 +269,7 @@ def _lost(own: Receipt, archived: Receipt) -> Receipt:
                 i.outcome,
                 requests=cost[i.item.service].requests,
                 metrics_billed=cost[i.item.service].metrics_billed,
+                metrics_in_doubt=cost[i.item.service].metrics_in_doubt,
             ),
         )
         for i in archived.items
