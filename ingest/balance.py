@@ -14,7 +14,10 @@ from ingest.model import Batch, WindowCount, window_counts
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What the store must hold of one window: `points` rows of `version` or greater, with this digest. `dead_points` were put aside."""
+    """What the store must hold of one window: `points` rows of `version` or greater, with this digest. `dead_points` were put aside.
+
+    With `in_part` the look left out what had been published before: rows of any version may be those then.
+    """
 
     target: str
     service: str
@@ -24,6 +27,7 @@ class Claim:
     points: int
     digest: int
     dead_points: int
+    in_part: bool = False
 
 
 def put_aside(whole: Batch, left: Batch) -> tuple[WindowCount, ...]:
@@ -62,14 +66,21 @@ def signed(digest: int) -> int:
     return digest - (1 << 64) if digest >= 1 << 63 else digest
 
 
-def imbalance(claim: Claim, points: int, digest: int, older: int) -> str | None:
-    """Why a window is not sealed, with the numbers; None where the store holds what the look says. `digest` is signed."""
+def imbalance(claim: Claim, points: int, digest: int, older: int, of_all: int = 0) -> str | None:
+    """Why a window is not sealed, with the numbers; None where the store holds what the look says.
+
+    `points` rows of the claim's version or newer have this digest, and together with `older` ones all have `of_all`; both are signed.
+    """
     if points == claim.points and digest == claim.digest:
+        return None
+    if claim.in_part and points + older == claim.points and of_all == claim.digest:
         return None
     collected = f"collected {claim.points + claim.dead_points}, dead {claim.dead_points}"
     store = f"the store has {points} of that look or newer and {older} older"
-    if points == claim.points:
+    # What of the older ones the look shows again, nobody knows until it is published whole.
+    found = points + older if claim.in_part else points
+    if found == claim.points:
         return f"{collected}; {store}: as many, but not the same"
     return (
-        f"{collected}; {store}: {abs(claim.points - points)} too {'few' if points < claim.points else 'many'}"
+        f"{collected}; {store}: {abs(claim.points - found)} too {'few' if found < claim.points else 'many'}"
     )

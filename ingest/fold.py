@@ -2,6 +2,7 @@
 
 A look has landed when each of its batches is in `landed`. Its windows then hold what the store must hold of it: the receipt's points
 and digest without what was put aside on the way, from the look's least version on. Whether the store does is asked by `ingest.seal`.
+A look that left out what was published before stands on the looks before it: it has landed when those of the last hour have, too.
 A newer look that lands opens a sealed, declared or folded window again, for what was proved of it was about another look.
 """
 
@@ -22,11 +23,16 @@ WHERE look_id = ANY(ARRAY(
     WHERE landed_at IS NULL AND NOT EXISTS (
         SELECT FROM unnest(l.batch_ids) AS wanted
         WHERE NOT EXISTS (SELECT FROM landed WHERE sink = $1 AND batch_id = wanted))
+    AND (whole IS NULL OR NOT EXISTS (
+        SELECT FROM looks AS b WHERE b.target = l.target AND b.service = l.service AND b.window_end > l.window_start
+            AND b.finished_at < l.finished_at AND b.finished_at > l.finished_at - interval '1 hour'
+            AND b.landed_at IS NULL AND cardinality(b.batch_ids) > 0))
     ORDER BY look_id LIMIT 500 FOR UPDATE SKIP LOCKED))
-RETURNING target, service, window_start, window_end, status, observed_at, windows, grid_s,
-    (SELECT min(version) FROM landed WHERE sink = $1 AND batch_id = ANY(l.batch_ids)) AS version,
+RETURNING target, service, window_start, window_end, status, observed_at, coalesce(whole, windows) AS windows, whole IS NOT NULL AS in_part,
+    grid_s, (SELECT min(version) FROM landed WHERE sink = $1 AND batch_id = ANY(l.batch_ids || l.held_ids)) AS version,
     (SELECT jsonb_agg(w) FROM landed, jsonb_array_elements(dead_windows) AS w
-        WHERE sink = $1 AND batch_id = ANY(l.batch_ids)) AS dead"""
+        WHERE sink = $1 AND batch_id = ANY(l.batch_ids || l.held_ids)) AS dead"""
+"""With a bound on how long a look waits for those before it: what never lands holds up nobody for ever."""
 
 _FOLDED_AGAIN = """INSERT INTO windows (target, service, window_start, window_end, settles_at, planned_at, collected_as_of)
 SELECT $1, $2, start, start + $5::interval, start + $5::interval + $6::interval, $7, $8
@@ -38,12 +44,14 @@ ON CONFLICT DO NOTHING"""
 """Folded windows that a newer look has landed on: they are to be sealed again."""
 
 _LANDED = """UPDATE windows w SET landed_as_of = $5, landed_version = $6, points = coalesce(c.points, 0), digest = coalesce(c.digest, 0),
-    dead_points = coalesce(c.dead, 0), checked_at = NULL, unbalanced = NULL, sealed_at = NULL, declared = NULL, declared_at = NULL
+    dead_points = coalesce(c.dead, 0), in_part = $11, checked_at = NULL, unbalanced = NULL, sealed_at = NULL, declared = NULL, declared_at = NULL
 FROM windows AS v LEFT JOIN unnest($7::timestamptz[], $8::bigint[], $9::bigint[], $10::bigint[]) AS c (start, points, digest, dead)
     ON c.start = v.window_start
 WHERE v.target = $1 AND v.service = $2 AND v.window_start >= $3 AND v.window_start < $4
     AND (v.landed_version IS NULL
-        OR (v.landed_version, v.landed_as_of, v.points, v.digest) < ($6, $5, coalesce(c.points, 0), coalesce(c.digest, 0)))
+        OR (v.landed_version, v.landed_as_of, v.points, v.digest) < ($6, $5, coalesce(c.points, 0), coalesce(c.digest, 0))
+        -- Published whole, a look may have points put aside that were not known to be dead.
+        OR v.unbalanced IS NOT NULL AND (v.landed_version, v.landed_as_of) = ($6, $5))
     AND w.target = v.target AND w.service = v.service AND w.window_start = v.window_start"""
 
 
@@ -69,8 +77,11 @@ async def _landed(
     now: datetime,
 ) -> None:
     span = (look["target"], look["service"], look["window_start"], look["window_end"])
-    # A look without batches found nothing: its version is its own clock's.
-    version = look["version"] or version_of(0, round(look["observed_at"].timestamp() * 1000))
+    # A look without batches found nothing, or nothing new: its version is its own clock's. So is that of one in part, which may be
+    # published whole later: what it left out has a version of its own.
+    version = look["version"]
+    if version is None or look["in_part"]:
+        version = version_of(0, round(look["observed_at"].timestamp() * 1000))
     if look["grid_s"]:
         grid = timedelta(seconds=look["grid_s"])
         await connection.execute(
@@ -92,6 +103,7 @@ async def _landed(
         [points for points, _, _ in counts.values()],
         [signed(digest) for _, digest, _ in counts.values()],
         [dead for _, _, dead in counts.values()],
+        look["in_part"],
     )
 
 

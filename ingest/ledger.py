@@ -6,8 +6,8 @@ Guarantees:
 * *Order does not matter*: folding the same records in any order, any number of times, ends in the same windows; the
   complete look with the greatest version wins, the newest attempt by its `finished_at`; of equals the one with more points, and
   the last by status and detail, so that a tie has no order either.
-* *Landed is the sink's own word*: a look has landed when each of its batches is in `landed`, nothing else counts. Whether the rows are
-  there is `ingest.seal`'s question.
+* *Landed is the sink's own word*: a look has landed when each of its batches is in `landed`, and, where it left out what was published
+  before, those of the looks before it; nothing else counts. Whether the rows are there is `ingest.seal`'s question.
 * *Folded stays folded*: a window that `ingest.compact` has folded into its day is not planned again, and opens again only where
   a look of a greater version lands on it.
 * *A position moves with its rows*, by compare-and-set in one transaction, as in the sink.
@@ -30,7 +30,7 @@ import orjson
 from ingest import charges, wire
 from ingest.errors import Fatal, Rejected
 from ingest.fold import fold_landed
-from ingest.model import LookStatus, Receipt, ReceiptItem, SourceName, Task, TaskItem, TaskKind
+from ingest.model import LookStatus, Receipt, ReceiptItem, SourceName, Task, TaskItem, TaskKind, WindowCount
 from ingest.ports import Advance, Record, StoredPosition
 from ingest.sinks.connection import open_connection, translated
 from shard_config.model import Postgres
@@ -53,8 +53,8 @@ ORDER BY start
 ON CONFLICT DO NOTHING"""
 
 _LOOK = """INSERT INTO looks (task_id, service, finished_at, target, shard, started_at, window_start, window_end, status, detail,
-    observed_at, series, points, metrics_billed, requests, archive_key, batch_ids, windows, grid_s, metrics_in_doubt)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)
+    observed_at, series, points, metrics_billed, requests, archive_key, batch_ids, windows, grid_s, metrics_in_doubt, whole, held_ids)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22)
 ON CONFLICT DO NOTHING"""
 
 _COUNTED = """UPDATE windows SET attempts = attempts + 1
@@ -331,9 +331,11 @@ async def _receipt(connection: asyncpg.Connection, receipt: Receipt, done: Recei
         orjson.dumps(outcome.requests).decode(),
         receipt.archive_key,
         list(done.batches),
-        orjson.dumps([[w.start_s, w.points, w.digest] for w in done.windows]).decode(),
+        _counts(done.windows),
         item.grid_s,
         outcome.metrics_in_doubt,
+        _counts(done.whole) if done.whole else None,
+        list(done.held),
     )
     if written == "INSERT 0 1":
         await connection.execute(_COUNTED, *span)
@@ -343,6 +345,10 @@ async def _receipt(connection: asyncpg.Connection, receipt: Receipt, done: Recei
         await connection.execute(_COLLECTED, *span, observed_at)
     elif outcome.status is LookStatus.EXPIRED and receipt.target.source == SourceName.EXPOSITION:
         await connection.execute(_EXPIRED, *span, finished_at)
+
+
+def _counts(windows: Sequence[WindowCount]) -> str:
+    return orjson.dumps([[w.start_s, w.points, w.digest] for w in windows]).decode()
 
 
 async def _advance(connection: asyncpg.Connection, to: Advance) -> None:

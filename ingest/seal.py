@@ -6,6 +6,10 @@ when, of the rows that the store holds of the target's service in [start, end) *
 * the number is the receipt's points less those put aside on the way, and
 * the digest is the receipt's, less that of those put aside.
 
+A look that left out what was published before (`in_part`) is proved by *all* rows of the window just as well, where they are exactly
+what it saw. Where they are not (a point that vanished; an older answer that landed later), it is published whole, as all that does not
+balance, and judged by the rows of its own version then.
+
 Rows of an older version are points that the look no longer shows: absence never deletes, so they stay and contradict nothing. Rows
 of a greater version that superseded the look's with the very same values prove the look all the same. With other values, or
 further points, a newer look is the one to seal on, and until it has landed whole the window stays open.
@@ -49,7 +53,7 @@ LONG_S = 3600
 _LOCK = 0x68656164676178  # beside those of the migrations and the partitions
 
 _PENDING = """SELECT target, service, extract(epoch FROM window_start)::bigint AS start_s, extract(epoch FROM window_end)::bigint AS end_s,
-    landed_version AS version, points, digest, dead_points FROM windows
+    landed_version AS version, points, digest, dead_points, in_part FROM windows
 WHERE sealed_at IS NULL AND declared IS NULL AND landed_as_of >= settles_at AND (checked_at IS NULL OR checked_at < $1)
     AND (split_part(target, '/', 1), service) IN (SELECT * FROM unnest($2::text[], $3::text[]))
 ORDER BY window_start, target, service LIMIT $4"""
@@ -77,7 +81,7 @@ UPDATE windows AS w SET checked_at = $1, unbalanced = h.unbalanced,
 FROM held AS h WHERE (w.target, w.service, w.window_start) = (h.target, h.service, h.window_start)"""
 
 _WITHDRAWN = """DELETE FROM landed WHERE sink = $1 AND batch_id = ANY(ARRAY(
-    SELECT unnest(l.batch_ids) FROM unnest($2::text[], $3::text[], $4::timestamptz[]) AS u (target, service, start)
+    SELECT unnest(l.batch_ids || l.held_ids) FROM unnest($2::text[], $3::text[], $4::timestamptz[]) AS u (target, service, start)
     JOIN looks AS l ON l.target = u.target AND l.finished_at >= u.start AND l.service = u.service
         AND l.window_start <= u.start AND l.window_end > u.start
     WHERE l.status = 'complete' AND l.landed_at IS NOT NULL))"""
@@ -116,7 +120,7 @@ def scopes_of(config: Config) -> dict[tuple[str, str], Scope]:
 
 
 class Tally:
-    """Rows summed up by window: how many of the claim's version or newer, their digest, and how many older ones."""
+    """Rows summed up by window: how many of the claim's version or newer, how many older ones, and the digests of the former and of all."""
 
     def __init__(self, scopes: NDArray[np.int64], claims: Sequence[Claim]) -> None:
         """`scopes[i]` is the number by which rows name the target and service of `claims[i]`; claims do not overlap within one."""
@@ -131,6 +135,7 @@ class Tally:
         self.points = np.zeros(len(claims), np.int64)
         self.older = np.zeros(len(claims), np.int64)
         self.digests = np.zeros(len(claims), np.uint64)
+        self.of_all = np.zeros(len(claims), np.uint64)
         self.rows = 0
 
     def _keys(self, scopes: NDArray[np.int64], times_s: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -147,8 +152,10 @@ class Tally:
         claims = self._order[at]
         self.points += np.bincount(claims[newer], minlength=len(self.points))
         self.older += np.bincount(claims[within & ~newer], minlength=len(self.older))
-        ids, values = rows["series"][newer].astype(np.uint64), rows["value"][newer].astype(np.float64)
-        np.add.at(self.digests, claims[newer], point_hashes(ids, times_s[newer], values))
+        ids, values = rows["series"][within].astype(np.uint64), rows["value"][within].astype(np.float64)
+        hashes = point_hashes(ids, times_s[within], values)
+        np.add.at(self.of_all, claims[within], hashes)
+        np.add.at(self.digests, claims[newer], hashes[newer[within]])
 
 
 async def seal(
@@ -168,9 +175,10 @@ async def seal(
         if not claims:
             return Sealing(0, 0, 0)
         tally = await _read(connection, scopes, claims)
+    sums = zip(claims, tally.points, tally.digests, tally.older, tally.of_all, strict=True)
     verdicts = [
-        imbalance(claim, int(points), signed(int(digest)), int(older))
-        for claim, points, digest, older in zip(claims, tally.points, tally.digests, tally.older, strict=True)
+        imbalance(claim, int(points), signed(int(digest)), int(older), signed(int(of_all)))
+        for claim, points, digest, older, of_all in sums
     ]
     await connection.execute(
         _CHECKED,
