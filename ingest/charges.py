@@ -106,6 +106,17 @@ def begun_before(items: Iterable[ReceiptItem], maybe: bool) -> tuple[ReceiptItem
     )
 
 
+def settled(intent: Charge, outcome: Outcome) -> Charge:
+    """What an answer adds to its intent, so that both together are the answer's."""
+    return replace(
+        intent,
+        looks=1,
+        metrics_billed=outcome.metrics_billed,
+        metrics_in_doubt=outcome.metrics_in_doubt - intent.metrics_in_doubt,
+        list_metrics=outcome.requests.get("ListMetrics", 0),
+    )
+
+
 def _asked(outcome: Outcome) -> int:
     """The most that one run bills that is answered at once."""
     return max(outcome.metrics_billed, outcome.series)
@@ -141,8 +152,8 @@ async def add(connection: asyncpg.Connection, receipt: Receipt, done: ReceiptIte
         await connection.execute(_ADD, *of, Reason.DISCOVERY, 0, 0, 0, lists, 0, None, None, None)
 
 
-async def intend(connection: asyncpg.Connection, charge: Charge) -> None:
-    """Put down what is about to be asked outside of tasks, or (with negative doubt) what came of it. Raises Transient."""
+async def put_down(connection: asyncpg.Connection, charge: Charge) -> None:
+    """Add what is about to be asked outside of tasks (an intent), or what came of it (`settled`). Raises Transient."""
     with translated("charges"):
         await connection.execute(
             _ADD, charge.day, str(charge.target), charge.service, charge.reason, charge.looks, charge.metrics_billed,

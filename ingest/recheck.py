@@ -3,7 +3,7 @@
 * The sample is a pure function of the sealed windows, the share and the seed: who has the seed asks the same again.
 * Only a complete answer is compared. What the store has and the source no longer shows is counted, and no difference: absence never
   deletes, here as everywhere.
-* It costs what a look costs, and says so.
+* It costs what a look costs, says so, and is charged: as in doubt before the source is asked, as billed when it has answered.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from decimal import Decimal
 import asyncpg
 import numpy as np
 
+from ingest import charges
 from ingest.audit import Difference, Kind, Report
+from ingest.charges import Charge, Reason
 from ingest.clock import Clock
 from ingest.evidence import LedgerSeal, StoreRows, ledger_seals, store_rows
 from ingest.expected import Known, living
@@ -106,9 +108,12 @@ async def recheck(
     windows = windows_of([s for s in seals if service in (None, s.service)], grids)
     done = Recheck(seed, len(windows))
     source = CloudWatchSource(config, clock)
+    known = await charges.known(connection, charges.day_of(clock.now_s()))
+    metrics = {(k.target, k.service): k.look_metrics or 0 for k in known}
     try:
         for window in sample(windows, share, seed):
-            await _again(connection, config, clock, report, source, window, done)
+            of_look = metrics.get((window.target, window.service), 0)
+            await _again(connection, config, clock, report, source, window, of_look, done)
     finally:
         await source.close()
     done.usd = Prices.of(config.aws).look_usd(done.metrics_billed, done.requests)
@@ -122,17 +127,23 @@ async def _again(
     report: Report,
     source: CloudWatchSource,
     window: Sealed,
+    metrics: int,
     done: Recheck,
 ) -> None:
     item = TaskItem(window.service, window.start_s, window.end_s, window.end_s - window.start_s)
     batches: list[Batch] = []
     deadline_s = clock.monotonic_s() + config.task_deadline_s
+    intent = Charge(
+        charges.day_of(clock.now_s()), window.target, window.service, Reason.RECHECK, metrics_in_doubt=metrics
+    )
+    await charges.put_down(connection, intent)
     async with aclosing(source.look(TASK_ID, window.target, item, deadline_s)) as answers:
         async for answer in answers:
             if isinstance(answer, Batch):
                 batches.append(answer)
             else:
                 outcome: Outcome = answer
+    await charges.put_down(connection, charges.settled(intent, outcome))
     done.windows += 1
     done.metrics_billed += outcome.metrics_billed
     done.requests.update(outcome.requests)
