@@ -33,20 +33,26 @@ RETENTION_MS = {
     "dead": 30 * 86_400_000,
 }
 """How long Kafka keeps what. The archive keeps raw data for ever."""
+MESSAGE_BYTES_MAX = 1_048_588
+"""Of one record, in every topic."""
+
+
+def partitions_of(config: Config) -> dict[str, int]:
+    """How many partitions each topic has, by its name without the prefix."""
+    return {
+        "collect": config.slots,
+        "raw": config.kafka.raw_partitions,
+        "ledger": config.kafka.ledger_partitions,
+        "dead": 1,
+    }
 
 
 async def setup(config: Config) -> list[str]:
     """Create what is missing; returns what was done, a line each. Raises Transient, Fatal."""
     clock = SystemClock(config.run.clock_offset_s)
     done = [f"migration {name}" for name in await migrate(config.postgres)]
-    async with _admin(config.kafka) as admin:
-        partitions = {
-            "collect": config.slots,
-            "raw": config.kafka.raw_partitions,
-            "ledger": config.kafka.ledger_partitions,
-            "dead": 1,
-        }
-        for name, count in partitions.items():
+    async with kafka_admin(config.kafka) as admin:
+        for name, count in partitions_of(config).items():
             topic = f"{config.kafka.prefix}.{name}"
             if await _create_topic(admin, topic, count, config.kafka.replication, RETENTION_MS[name]):
                 done.append(f"topic {topic} with {count} partitions")
@@ -68,7 +74,7 @@ async def setup(config: Config) -> list[str]:
 
 
 @contextlib.asynccontextmanager
-async def _admin(kafka: Kafka) -> AsyncIterator[AIOKafkaAdminClient]:
+async def kafka_admin(kafka: Kafka) -> AsyncIterator[AIOKafkaAdminClient]:
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
     try:
         await admin.start()
@@ -87,7 +93,7 @@ async def _create_topic(
         topic,
         partitions,
         replication,
-        topic_configs={"retention.ms": str(retention_ms), "max.message.bytes": "1048588"},
+        topic_configs={"retention.ms": str(retention_ms), "max.message.bytes": str(MESSAGE_BYTES_MAX)},
     )
     try:
         answer = await admin.create_topics([new])

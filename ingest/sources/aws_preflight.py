@@ -1,0 +1,144 @@
+"""Asks AWS, account by account and region by region, what an exporter will be allowed to: before anything is billed.
+
+* The very path of the exporter: the same credentials, clients, limiter and retries (`ingest.sources.aws`), so that what passes here works.
+* Free by default: ListMetrics of a namespace that nobody has (a request of the free million), tag:GetResources (free), and GetMetricData
+  with a StartTime after its EndTime, which AWS refuses. Whether it is refused before or after the permission is looked at, AWS does
+  not say: a denial is a denial, anything else is unproved. `paid` asks for one metric instead ($0.00001) and proves it.
+* An account's failure is a finding of that account; nothing is raised for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ingest.clock import Clock
+from ingest.errors import HeadgateError, Rejected
+from ingest.preflight import Finding, State, remedy_of_action, remedy_of_identity
+from ingest.sources.aws import Access, Aws, Tally
+from ingest.sources.aws_errors import Denied
+from shard_config.model import Account, Config
+
+ACCOUNTS_AT_ONCE: Final = 16
+ACCOUNT_DEADLINE_S: Final = 60.0
+"""Of all that is asked of one account."""
+CALLS_PER_S: Final = 25.0
+"""Of each probe, in one account and region: ListMetrics' quota, the lowest of them."""
+NAMESPACE: Final = "Headgate/Preflight"
+"""Nobody publishes under it."""
+
+Ask = Callable[[Access], Awaitable[object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a preflight of accounts has sent, for the sentence about its price."""
+
+    requests: dict[str, int]
+    metrics_billed: int
+
+
+class AwsPreflight:
+    """One preflight; `asked` counts while `check` runs."""
+
+    def __init__(
+        self, aws: Aws, config: Config, clock: Clock, *, paid: bool, deadline_s: float = ACCOUNT_DEADLINE_S
+    ) -> None:
+        """`deadline_s` is of each account."""
+        self._aws = aws
+        self._config = config
+        self._clock = clock
+        self._paid = paid
+        self._deadline_s = deadline_s
+        self._tally = Tally()
+
+    @property
+    def asked(self) -> Asked:
+        return Asked(dict(self._tally.requests), self._tally.metrics_billed)
+
+    async def check(self, accounts: Sequence[Account], done: Callable[[], None]) -> list[Finding]:
+        """The findings of all accounts, ACCOUNTS_AT_ONCE at a time; `done` is called after each."""
+        waiting = iter(accounts)
+        found: list[Finding] = []
+
+        async def work() -> None:
+            for account in waiting:
+                found.extend(await self.account(account))
+                done()
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(ACCOUNTS_AT_ONCE, len(accounts))):
+                group.create_task(work())
+        return found
+
+    async def account(self, account: Account) -> list[Finding]:
+        """Who we are there, and what we may in each region; without an identity nothing else is asked."""
+        deadline_s = self._clock.monotonic_s() + self._deadline_s
+        role = account.role_arn or self._config.aws.role_template.replace("{account}", account.id)
+        identity = "AssumeRole" if role else "GetCallerIdentity"
+        try:
+            await self._aws.credentials(account, deadline_s, self._tally)
+        except HeadgateError as error:
+            check = next((api for api in ("AssumeRole", "GetCallerIdentity") if api in error.where), identity)
+            remedy = remedy_of_identity(error, account.id, role, account.external_id is not None)
+            return [Finding("aws", account.id, check, State.WRONG, error.what, remedy)]
+        found = [
+            Finding("aws", account.id, identity, State.OK, f"by {role}" if role else "ambient credentials")
+        ]
+        for region in account.regions:
+            for action, ask in self._questions(account):
+                found.append(await self._probe(account, region, action, ask, deadline_s))
+        return found
+
+    def _questions(self, account: Account) -> list[tuple[str, Ask]]:
+        questions: list[tuple[str, Ask]] = [
+            ("cloudwatch:ListMetrics", self._list_metrics),
+            ("cloudwatch:GetMetricData", self._get_metric_data),
+        ]
+        profiles = self._config.service_by_name
+        if any(s.tags for name in account.services for s in profiles[name].only):
+            questions.append(("tag:GetResources", self._get_resources))
+        return questions
+
+    async def _probe(
+        self, account: Account, region: str, action: str, ask: Ask, deadline_s: float
+    ) -> Finding:
+        subject, api = f"{account.id}/{region}", action.partition(":")[2]
+        free = api == "GetMetricData" and not self._paid
+        try:
+            await self._aws.call(
+                account, region, api, ask, cost_s=1 / CALLS_PER_S, deadline_s=deadline_s, tally=self._tally
+            )
+        except HeadgateError as error:
+            if free and isinstance(error, Rejected) and not isinstance(error, Denied):
+                what = "not denied; whether it is allowed only a billed metric proves (--paid)"
+                return Finding("aws", subject, action, State.UNPROVED, what)
+            remedy = remedy_of_action(error, action, account.id, region)
+            return Finding("aws", subject, action, State.WRONG, error.what, remedy)
+        self._tally.metrics_billed += api == "GetMetricData"
+        return Finding("aws", subject, action, State.OK)
+
+    # --- questions --------------------------------------------------------------------------------------------
+
+    async def _list_metrics(self, access: Access) -> object:
+        async with self._aws.client("cloudwatch", access) as client:
+            return await client.list_metrics(Namespace=NAMESPACE)
+
+    async def _get_metric_data(self, access: Access) -> object:
+        now_s = self._clock.now_s() // 60 * 60
+        start_s, end_s = (now_s - 300, now_s) if self._paid else (now_s, now_s - 300)
+        async with self._aws.client("cloudwatch", access) as client:
+            return await client.get_metric_data(
+                MetricDataQueries=[_one_query()], StartTime=start_s, EndTime=end_s
+            )
+
+    async def _get_resources(self, access: Access) -> object:
+        async with self._aws.client("resourcegroupstaggingapi", access) as client:
+            return await client.get_resources(ResourcesPerPage=1)
+
+
+def _one_query() -> dict[str, Any]:
+    metric = {"Namespace": NAMESPACE, "MetricName": "Probe"}
+    return {"Id": "q0", "MetricStat": {"Metric": metric, "Period": 60, "Stat": "Sum"}}
