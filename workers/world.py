@@ -56,6 +56,7 @@ EMPTY: Final[Answer] = ([], [])
 class Truth(Protocol):
     """What a simulated CloudWatch needs to know: made up (`World`) or recorded (`traces.TraceWorld`)."""
 
+    seed: int = 0
     accounts: tuple[str, ...]
     regions: tuple[str, ...]
     ages: bool
@@ -108,15 +109,29 @@ def account_ids(count: int) -> tuple[str, ...]:
 # --- what the services look like ------------------------------------------------------------------------------
 
 _RESOURCES: Final[Mapping[str, tuple[str, str, int]]] = {
-    "AWS/EC2": ("InstanceId", "i-", 17),
-    "AWS/RDS": ("DBInstanceIdentifier", "db-", 12),
-    "AWS/Lambda": ("FunctionName", "function-", 12),
-    "AWS/SQS": ("QueueName", "queue-", 12),
+    "AWS/ApiGateway": ("ApiName", "api-", 12),
     "AWS/ApplicationELB": ("LoadBalancer", "app/alb/", 16),
-    "AWS/EBS": ("VolumeId", "vol-", 17),
+    "AWS/CloudFront": ("DistributionId", "E", 13),
     "AWS/DynamoDB": ("TableName", "table-", 12),
+    "AWS/EBS": ("VolumeId", "vol-", 17),
+    "AWS/EC2": ("InstanceId", "i-", 17),
+    "AWS/ECS": ("ClusterName", "cluster-", 12),
+    "AWS/ELB": ("LoadBalancerName", "elb-", 12),
+    "AWS/ElastiCache": ("CacheClusterId", "cache-", 12),
+    "AWS/Kafka": ("Cluster Name", "kafka-", 12),
+    "AWS/Kinesis": ("StreamName", "stream-", 12),
+    "AWS/Lambda": ("FunctionName", "function-", 12),
+    "AWS/NATGateway": ("NatGatewayId", "nat-", 17),
+    "AWS/NetworkELB": ("LoadBalancer", "net/nlb/", 16),
+    "AWS/RDS": ("DBInstanceIdentifier", "db-", 12),
+    "AWS/S3": ("BucketName", "bucket-", 12),
+    "AWS/SNS": ("TopicName", "topic-", 12),
+    "AWS/SQS": ("QueueName", "queue-", 12),
+    "ContainerInsights": ("ClusterName", "eks-", 12),
 }
 """By namespace: the dimension, and how its values look: a prefix and so many hexadecimal digits."""
+_BESIDE: Final[Mapping[str, Dimensions]] = {"AWS/S3": (("StorageType", "StandardStorage"),)}
+"""Dimensions that all metrics of a namespace have beside their resource's; they sort behind it."""
 _ANY_RESOURCE: Final = ("ResourceId", "r-", 12)
 
 _ALL_METRICS: Final = (
@@ -240,6 +255,12 @@ class World(Truth):
         self._targets: OrderedDict[tuple[str, str], _Target] = OrderedDict()
         self._known = {(a, r) for a in self.accounts for r in self.regions}
 
+    def add_account(self, account: str) -> None:
+        """One more account, in all regions, as if it had been there from the beginning."""
+        if account not in self.accounts:
+            self.accounts = (*self.accounts, account)
+            self._known |= {(account, region) for region in self.regions}
+
     def metrics(self, account: str, region: str) -> Sequence[Metric]:
         target = self._target(account, region)
         return target.metrics if target else ()
@@ -315,9 +336,8 @@ class World(Truth):
             of = f"{self.seed} {account} {region} {profile.namespace} {profile.service}"
             dimension, prefix, digits = _RESOURCES.get(profile.namespace, _ANY_RESOURCE)
             name = prefix + blake2b(f"{of} {instance}".encode(), digest_size=9).hexdigest()[:digits]
-            metrics.append(
-                Metric(profile.namespace, metric.name, ((dimension, name),), metric.unit or "None")
-            )
+            dimensions = ((dimension, name), *_BESIDE.get(profile.namespace, ()))
+            metrics.append(Metric(profile.namespace, metric.name, dimensions, metric.unit or "None"))
             digests.append(blake2b(f"{of} {name} {metric.name}".encode(), digest_size=8).digest())
         return _Target(
             metrics=tuple(metrics),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 from workers.simulated.values import Answer, known_statistic
-from workers.world import Metric, Question, Truth
+from workers.world import EMPTY, Metric, Question, Truth
 
 QUERIES_MAX: Final = 500
 DATAPOINTS_MAX: Final = 100_800
@@ -65,6 +65,8 @@ class Query(NamedTuple):
     label: str
     question: Question
     return_data: bool
+    owner: str = ""
+    """The account whose metric it is, where that is not the caller's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,7 @@ def _query(number: int, raw: Mapping[str, Any]) -> Query:
             stat.get("Unit") or "",
         ),
         return_data=raw.get("ReturnData") is not False,
+        owner=raw.get("AccountId") or "",
     )
 
 
@@ -209,18 +212,22 @@ def _resume(token: str, fingerprint: str) -> tuple[int, int, int]:
 class Page:
     """One page of an answer: MetricDataResults or Metrics, in the shape of the wire.
 
-    `next_token` leads to the next page and `this_token` back to this one; both are empty where no page follows.
+    `next_token` leads to the next page and `this_token` back to this one; both are empty where no page follows. `owners` stand beside
+    Metrics where linked accounts were asked for.
     """
 
     items: list[dict[str, Any]]
     next_token: str = ""
     this_token: str = ""
+    owners: list[str] | None = None
 
 
-def get_metric_data(truth: Truth, account: str, region: str, request: DataRequest, now_s: int) -> Page:
-    """One page of GetMetricData, as a CloudWatch would give it at `now_s`.
+def get_metric_data(
+    truth: Truth, account: str, region: str, request: DataRequest, now_s: int, linked: Collection[str] = ()
+) -> Page:
+    """One page of GetMetricData, as a CloudWatch would give it at `now_s`; `linked` are accounts that `account` monitors.
 
-    Points fill a page query by query; a query that does not fit is PartialData and goes on in the next page, and the queries after it
+    A query for an account that is not linked is Forbidden. Points fill a page query by query; a query that does not fit is PartialData and goes on in the next page, and the queries after it
     are absent from this one. Raises AwsError where the token is none of this request's.
     """
     as_of_s, first, skip = now_s, 0, 0
@@ -230,6 +237,17 @@ def get_metric_data(truth: Truth, account: str, region: str, request: DataReques
     room = request.datapoints_max
     for index, (times_s, values) in _answered(truth, account, region, request, first, as_of_s):
         query = request.queries[index]
+        if query.owner not in ("", account) and query.owner not in linked:
+            items.append(
+                {
+                    "Id": query.id,
+                    "Label": query.label,
+                    "Timestamps": [],
+                    "Values": [],
+                    "StatusCode": "Forbidden",
+                }
+            )
+            continue
         if request.descending:
             times_s, values = times_s[::-1], values[::-1]
         if index == first and skip:
@@ -267,20 +285,17 @@ def _answered(
     step = 1 + request.datapoints_max // max(1, (end_s - start_s) // finest_s)
     for i in range(first, len(request.queries), step):
         indices = [n for n in range(i, min(i + step, len(request.queries))) if request.queries[n].return_data]
-        questions = [request.queries[n].question for n in indices]
-        kept = [_is_kept(q.period_s, age_s) for q in questions]
-        found = iter(
-            truth.answers(
-                account,
-                region,
-                [q for q, k in zip(questions, kept, strict=True) if k],
-                start_s,
-                end_s,
-                as_of_s,
-            )
-        )
-        for n, k in zip(indices, kept, strict=True):
-            yield n, next(found) if k else ([], [])
+        by_owner: dict[str, list[int]] = {}
+        for n in indices:
+            if _is_kept(request.queries[n].question.period_s, age_s):
+                by_owner.setdefault(request.queries[n].owner or account, []).append(n)
+        found: dict[int, Answer] = {}
+        for owner, of_owner in by_owner.items():
+            questions = [request.queries[n].question for n in of_owner]
+            answers = truth.answers(owner, region, questions, start_s, end_s, as_of_s)
+            found.update(zip(of_owner, answers, strict=True))
+        for n in indices:
+            yield n, found.get(n, EMPTY)
 
 
 def _start_unit_s(age_s: int, finest_s: int) -> int:
@@ -299,8 +314,13 @@ def _is_kept(period_s: int, age_s: int) -> bool:
     return period_s >= 60 or age_s <= 3 * 3600
 
 
-def list_metrics(truth: Truth, account: str, region: str, body: Mapping[str, Any], now_s: int) -> Page:
-    """One page of ListMetrics at `now_s`. Raises AwsError for a filter or a token that AWS would refuse."""
+def list_metrics(
+    truth: Truth, account: str, region: str, body: Mapping[str, Any], now_s: int, linked: Sequence[str] = ()
+) -> Page:
+    """One page of ListMetrics at `now_s`; `linked` are accounts that `account` monitors.
+
+    Raises AwsError for a filter or a token that AWS would refuse, and for an owner that is not linked.
+    """
     active = body.get("RecentlyActive")
     if active not in (None, "PT3H"):
         raise invalid("The parameter RecentlyActive must be PT3H.")
@@ -309,14 +329,19 @@ def list_metrics(truth: Truth, account: str, region: str, body: Mapping[str, Any
         wanted = [(d["Name"], d.get("Value")) for d in body.get("Dimensions") or ()]
     except (AttributeError, KeyError, TypeError) as e:
         raise _unreadable(f"Dimensions are not filters: {e!r}") from e
-    fingerprint = _fingerprint((namespace, name, wanted, active))
+    owners = _owners(body, account, linked)
+    fingerprint = _fingerprint((namespace, name, wanted, active, owners))
     as_of_s, first = now_s, 0
     if body.get("NextToken"):
         as_of_s, first, _ = _resume(body["NextToken"], fingerprint)
-    metrics = truth.listed(account, region, as_of_s, active is not None)
-    if namespace or name or wanted:
-        metrics = [m for m in metrics if _matches(m, namespace, name, wanted)]
-    last = first + LIST_PAGE
+    last, before = first + LIST_PAGE, 0
+    found: list[tuple[str, Metric]] = []
+    for owner in owners:
+        metrics = truth.listed(owner, region, as_of_s, active is not None)
+        if namespace or name or wanted:
+            metrics = [m for m in metrics if _matches(m, namespace, name, wanted)]
+        found += [(owner, m) for m in metrics[max(0, first - before) : max(0, last - before)]]
+        before += len(metrics)
     return Page(
         [
             {
@@ -324,10 +349,25 @@ def list_metrics(truth: Truth, account: str, region: str, body: Mapping[str, Any
                 "MetricName": m.name,
                 "Dimensions": [{"Name": k, "Value": v} for k, v in m.dimensions],
             }
-            for m in metrics[first:last]
+            for _, m in found
         ],
-        _token(as_of_s, last, 0, fingerprint) if last < len(metrics) else "",
+        _token(as_of_s, last, 0, fingerprint) if last < before else "",
+        _token(as_of_s, first, 0, fingerprint),
+        [owner for owner, _ in found] if body.get("IncludeLinkedAccounts") else None,
     )
+
+
+def _owners(body: Mapping[str, Any], account: str, linked: Sequence[str]) -> tuple[str, ...]:
+    """Whose metrics a listing is of."""
+    if not body.get("IncludeLinkedAccounts"):
+        return (account,)
+    owner = body.get("OwningAccount")
+    if not owner:
+        return (account, *linked)
+    if owner != account and owner not in linked:
+        message = f"The account {owner} is not linked to the monitoring account {account}."
+        raise AwsError("InvalidParameterValueException", message, query_code="InvalidParameterValue")
+    return (owner,)
 
 
 def _matches(

@@ -48,6 +48,9 @@ class Bill:
     def __init__(self, accounts: Sequence[str]) -> None:
         self._accounts = {account: _Account() for account in accounts}
 
+    def add_account(self, account: str) -> None:
+        self._accounts.setdefault(account, _Account())
+
     def call(self, account: str, region: str, api: str, metrics_requested: int = 0) -> None:
         """A call that was answered. `metrics_requested` is what GetMetricData bills of it."""
         of = self._accounts[account]

@@ -1,4 +1,5 @@
-"""The wire protocols that the simulated AWS speaks: `json` and `smithy-rpc-v2-cbor` for CloudWatch, `query` for STS. Pure."""
+"""The wire protocols that the simulated AWS speaks: `json` and `smithy-rpc-v2-cbor` for CloudWatch,
+`query` for STS, `json` for Organizations and tagging. Pure."""
 
 from __future__ import annotations
 
@@ -61,6 +62,7 @@ def _to_cbor(body: dict[str, Any]) -> bytes:
 
 
 JSON: Final = Protocol(orjson.loads, orjson.dumps, {"Content-Type": "application/x-amz-json-1.0"})
+JSON_1_1: Final = Protocol(orjson.loads, orjson.dumps, {"Content-Type": "application/x-amz-json-1.1"})
 CBOR: Final = Protocol(
     _from_cbor, _to_cbor, {"Content-Type": "application/cbor", "smithy-protocol": "rpc-v2-cbor"}
 )

@@ -8,7 +8,7 @@ AWS never made belongs to the first account, so that any environment's credentia
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -31,14 +31,14 @@ class Caller:
     arn: str
 
 
-def caller_of(headers: Mapping[str, str], accounts: Sequence[str], now_s: int) -> Caller:
-    """Who signed a request, and for which region. Raises AwsError, 403, for nobody, for strangers and for expired keys."""
+def caller_of(headers: Mapping[str, str], accounts: Collection[str], ambient: str, now_s: int) -> Caller:
+    """Who signed a request, and for which region; keys that AWS never made are the account `ambient`'s. Raises AwsError, 403, for nobody, for strangers and for expired keys."""
     found = _CREDENTIAL.search(headers.get("Authorization", ""))
     if not found:
         raise AwsError("MissingAuthenticationTokenException", "Request is missing Authentication Token", 403)
     key, region = found.groups()
     carried = _KEY.fullmatch(key)
-    account = carried[1] if carried else accounts[0]
+    account = carried[1] if carried else ambient
     if account not in accounts:
         raise _unrecognized()
     if not (carried and key.startswith("ASIA")):

@@ -1,0 +1,301 @@
+"""The simulated AWS as an HTTP server: who calls, what they may, what it costs them, and what goes wrong.
+
+`workers.simulator.start` makes one. The answers themselves are the pure modules' beside this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from email.utils import formatdate
+from hashlib import blake2b
+from typing import Any, Final
+
+import orjson
+import structlog
+from aiohttp import web
+
+from ingest.clock import Clock
+from workers.simulated import organizations, sts, tagging
+from workers.simulated.cloudwatch import AwsError, Page, get_metric_data, list_metrics, parse_data_request
+from workers.simulated.faults import Asked, Faults, happens, spoil_results
+from workers.simulated.metering import Bill, Quotas
+from workers.simulated.organizations import Organization
+from workers.simulated.protocols import CBOR, JSON, JSON_1_1, Protocol, answer_headers, xml
+from workers.simulated.resources import resources_of
+from workers.simulated.sts import Caller
+from workers.world import Truth, World
+
+CALLS_PER_S: Final = 50.0
+"""GetMetricData's quota of AWS, unless it was raised."""
+LIST_CALLS_PER_S: Final = 25.0
+DATAPOINTS_PER_S: Final = 180_000.0
+"""Where StartTime is within three hours; else the next."""
+OLD_DATAPOINTS_PER_S: Final = 396_000.0
+
+_BODY_BYTES_MAX: Final = 4 << 20
+_CLOUDWATCH: Final = "GraniteServiceVersion20100801"
+
+log = structlog.get_logger()
+
+
+class Simulator:
+    """A running simulated AWS; `start` makes one. `faults` may be replaced at any time."""
+
+    def __init__(
+        self,
+        truth: Truth,
+        *,
+        clock: Clock,
+        credential_clock: Clock,
+        faults: Faults,
+        external_id: str,
+        calls_per_s: float,
+        bill_pages: bool,
+        links: Mapping[str, tuple[str, ...]],
+    ) -> None:
+        self.truth = truth
+        self.organization = Organization(truth.seed, truth.accounts)
+        self.faults = faults
+        self.url = ""
+        self._clock = clock
+        self._credential_clock = credential_clock
+        self._external_id = external_id
+        self._calls_per_s = calls_per_s
+        self._bill_pages = bill_pages
+        self._links = links
+        self._known = frozenset(truth.accounts)
+        self._asked = Asked()
+        self._bill = Bill(truth.accounts)
+        self._quotas = Quotas()
+        self._runner: web.AppRunner | None = None
+
+    def billing(self) -> dict[str, Any]:
+        """What `GET /billing` gives.
+
+        {"accounts": {account: {"metrics_requested": n, "calls": {region: {API: n}}, "throttled": {region: {API: n}}}}}.
+        Metrics requested are GetMetricData's queries, in calls that were answered (the answer may have been lost on its way); a
+        continuation page counts anew only where `start` was told so. Refused and failed calls are not billed.
+        """
+        return self._bill.as_json()
+
+    def add_account(self, unit: str = "", tags: Mapping[str, str] | None = None) -> str:
+        """A new account of the organization, with metrics and a role to assume like the others'; returns its id.
+
+        `unit` is an organizational unit's id or name. Raises ValueError where there is none, and where the metrics are recorded ones.
+        """
+        if not isinstance(self.truth, World):
+            raise ValueError("recorded metrics are of one account")
+        account = str(max(map(int, self.truth.accounts)) + 1)
+        self.organization.add(account, unit, tags)
+        self.truth.add_account(account)
+        self._known = frozenset(self.truth.accounts)
+        self._bill.add_account(account)
+        return account
+
+    async def close(self) -> None:
+        """Stop listening, and drop what is unanswered after two seconds."""
+        if self._runner is not None:
+            runner, self._runner = self._runner, None
+            await runner.cleanup()
+
+    async def _listen(self, host: str, port: int) -> None:
+        app = web.Application(client_max_size=_BODY_BYTES_MAX)
+        app.on_response_prepare.append(self._stamp)
+        app.router.add_get("/healthz", self._serve_healthz)
+        app.router.add_get("/billing", self._serve_billing)
+        app.router.add_get("/faults", self._serve_faults)
+        app.router.add_post("/faults", self._serve_faults)
+        app.router.add_post("/accounts", self._serve_accounts)
+        app.router.add_post("/", self._serve_root)
+        app.router.add_post(f"/service/{_CLOUDWATCH}/operation/{{operation}}", self._serve_cbor)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, host, port).start()
+        address = self._runner.addresses[0]
+        self.url = f"http://{address[0]}:{address[1]}"
+
+    async def _stamp(self, _: web.Request, response: web.StreamResponse) -> None:
+        """What is not AWS has the simulated time too: aiohttp has put the machine's. AWS's answers have their query time."""
+        if "x-amzn-RequestId" not in response.headers:
+            response.headers["Date"] = formatdate(self._clock.now_s(), usegmt=True)
+
+    # --- what is not AWS ---
+
+    async def _serve_healthz(self, _: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _serve_billing(self, _: web.Request) -> web.Response:
+        return web.Response(body=orjson.dumps(self.billing()), content_type="application/json")
+
+    async def _serve_faults(self, request: web.Request) -> web.Response:
+        if request.method == "POST":
+            try:
+                self.faults = Faults.parse(orjson.loads(await request.read() or b"{}"))
+            except ValueError as e:
+                return web.Response(status=400, text=f"{e}\n")
+            log.info("simulator_faults_set", **self.faults.as_json())
+        return web.Response(body=orjson.dumps(self.faults.as_json()), content_type="application/json")
+
+    async def _serve_accounts(self, request: web.Request) -> web.Response:
+        """{"count": 1, "unit": "Prod", "tags": {"env": "prod"}}, each optional → {"accounts": [id]}."""
+        try:
+            wanted = orjson.loads(await request.read() or b"{}")
+            count, unit, tags = wanted.pop("count", 1), wanted.pop("unit", ""), wanted.pop("tags", None)
+            if wanted or not 1 <= count <= 1000:
+                raise ValueError("count (up to 1000), unit and tags are known")
+            added = [self.add_account(unit, tags) for _ in range(count)]
+        except (AttributeError, TypeError, ValueError) as e:
+            return web.Response(status=400, text=f"{e}\n")
+        log.info("simulator_accounts_added", accounts=added)
+        return web.Response(body=orjson.dumps({"accounts": added}), content_type="application/json")
+
+    # --- AWS ---
+
+    async def _serve_root(self, request: web.Request) -> web.Response:
+        service, _, operation = request.headers.get("X-Amz-Target", "").partition(".")
+        if not service:
+            return await self._serve_sts(request)
+        if service in (organizations.TARGET, tagging.TARGET):
+            return await self._serve_call(request, service, operation, JSON_1_1)
+        return await self._serve_call(request, _CLOUDWATCH, operation, JSON)
+
+    async def _serve_cbor(self, request: web.Request) -> web.Response:
+        return await self._serve_call(request, _CLOUDWATCH, request.match_info["operation"], CBOR)
+
+    async def _serve_call(
+        self, request: web.Request, service: str, operation: str, protocol: Protocol
+    ) -> web.Response:
+        raw = await request.read()
+        await self._lag()
+        faults, now_s = self.faults, self._clock.now_s()
+        headers = answer_headers(now_s)
+        try:
+            caller = self._caller(request)
+            what, attempt = b"", 0
+            if faults.of_calls:
+                of = f"{caller.account} {caller.region} {operation} "
+                what = blake2b(of.encode() + raw).digest()
+                attempt = self._asked.count(what)
+            if service == _CLOUDWATCH:
+                self._refuse(caller, operation, what, attempt)
+                page = self._answer(caller, operation, protocol.loads(raw), now_s)
+                answer = self._body(operation, page, what)
+            else:
+                answer = self._free(caller, service, operation, protocol.loads(raw))
+        except AwsError as e:
+            error, error_headers = protocol.error(e)
+            return web.Response(status=e.status, body=error, headers=headers | error_headers)
+        body = protocol.dumps(answer)
+        if happens(faults.malformed_share, faults.seed, "malformed", what, attempt):
+            body = body[: len(body) // 2]
+        if request.transport and happens(faults.reset_share, faults.seed, "reset", what, attempt):
+            request.transport.abort()
+        return web.Response(body=body, headers=headers | dict(protocol.headers))
+
+    def _body(self, operation: str, page: Page, what: bytes) -> dict[str, Any]:
+        """A page of CloudWatch's in the shape of the wire."""
+        token = page.next_token
+        if operation == "GetMetricData" and happens(
+            self.faults.token_loop_share, self.faults.seed, "loop", what, 0
+        ):
+            token = page.this_token
+        answer: dict[str, Any] = {
+            "Metrics" if operation == "ListMetrics" else "MetricDataResults": page.items
+        }
+        if page.owners is not None:
+            answer["OwningAccounts"] = page.owners
+        if token:
+            answer["NextToken"] = token
+        return answer
+
+    def _refuse(self, caller: Caller, operation: str, what: bytes, attempt: int) -> None:
+        """Raise AwsError for what is refused before the request is looked at."""
+        faults = self.faults
+        if operation not in ("GetMetricData", "ListMetrics"):
+            raise AwsError("UnknownOperationException", f"{operation} is not simulated")
+        if caller.account in faults.forbidden_accounts:
+            message = f"User: {caller.arn} is not authorized to perform: cloudwatch:{operation}"
+            raise AwsError("AccessDeniedException", message, 403, "AccessDenied")
+        per_s = LIST_CALLS_PER_S if operation == "ListMetrics" else self._calls_per_s
+        self._take(caller, operation, operation, 1.0, per_s)
+        if happens(faults.throttle_share, faults.seed, "throttle", what, attempt):
+            raise self._throttled(caller, operation)
+        if happens(faults.error_share, faults.seed, "error", what, attempt):
+            raise AwsError("InternalServiceFault", "an internal error", 500, "InternalServiceError")
+
+    def _answer(self, caller: Caller, operation: str, body: dict[str, Any], now_s: int) -> Page:
+        region, faults = self._region(caller), self.faults
+        linked = self._links.get(caller.account, ())
+        if operation == "ListMetrics":
+            page = list_metrics(self.truth, caller.account, caller.region, body, now_s, linked)
+            self._bill.call(caller.account, region, operation)
+            return page
+        asked = parse_data_request(body)
+        recent = now_s - asked.start_s <= 3 * 3600
+        per_s = DATAPOINTS_PER_S if recent else OLD_DATAPOINTS_PER_S
+        self._take(caller, operation, "datapoints", asked.datapoints(), per_s)
+        page = get_metric_data(self.truth, caller.account, caller.region, asked, now_s, linked)
+        billed = len(asked.queries) if self._bill_pages or not asked.token else 0
+        self._bill.call(caller.account, region, operation, billed)
+        if faults.of_results and not asked.token:
+            scope = f"{caller.account}/{caller.region} {asked.start_s} {asked.end_s}"
+            questions = {q.id: q.question for q in asked.queries}
+            page = replace(page, items=spoil_results(faults, self._asked, scope, page.items, questions))
+        return page
+
+    def _free(self, caller: Caller, service: str, operation: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Organizations and tagging: counted, and billed with nothing."""
+        if service == organizations.TARGET:
+            answer = self.organization.answer(caller.account, operation, body)
+        elif operation == "GetResources":
+            answer = tagging.get_resources(resources_of(self.truth, caller.account, caller.region), body)
+        else:
+            raise AwsError("UnknownOperationException", f"{operation} is not simulated")
+        self._bill.call(caller.account, self._region(caller), operation)
+        return answer
+
+    async def _serve_sts(self, request: web.Request) -> web.Response:
+        form = {k: str(v) for k, v in (await request.post()).items()}
+        await self._lag()
+        headers = {"Content-Type": "text/xml"} | answer_headers(self._clock.now_s())
+        action = form.get("Action", "")
+        # SDKs judge credentials by the machine's time, others by the run's: neither may see fresh ones as expired.
+        issued_at_s = max(self._clock.now_s(), self._credential_clock.now_s())
+        try:
+            caller = self._caller(request)
+            assumable = self._known - set(self.faults.denied_roles)
+            result = sts.answer(caller, form, assumable, self._external_id, issued_at_s)
+        except AwsError as e:
+            error = {"Error": {"Type": "Sender", "Code": e.code, "Message": e.message}}
+            return web.Response(status=e.status, text=xml("ErrorResponse", error), headers=headers)
+        self._bill.call(caller.account, self._region(caller), action)
+        body = xml(f"{action}Response", {f"{action}Result": result})
+        return web.Response(text=body, headers=headers)
+
+    # --- what they share ---
+
+    async def _lag(self) -> None:
+        if self.faults.latency_ms:
+            await self._clock.sleep(self.faults.latency_ms / 1000)
+
+    def _caller(self, request: web.Request) -> Caller:
+        return sts.caller_of(
+            request.headers, self._known, self.truth.accounts[0], self._credential_clock.now_s()
+        )
+
+    def _region(self, caller: Caller) -> str:
+        """The region to count under: those that the truth does not know are one, so that the counts stay few."""
+        return caller.region if caller.region in self.truth.regions else "other"
+
+    def _take(self, caller: Caller, operation: str, what: str, amount: float, per_s: float) -> None:
+        """Take from a quota. Raises AwsError where it is used up."""
+        if not self._calls_per_s:
+            return
+        key = (caller.account, self._region(caller), what)
+        if not self._quotas.take(key, amount, per_s, self._clock.monotonic_s()):
+            raise self._throttled(caller, operation)
+
+    def _throttled(self, caller: Caller, operation: str) -> AwsError:
+        self._bill.throttled(caller.account, self._region(caller), operation)
+        return AwsError("ThrottlingException", "Rate exceeded")
