@@ -231,7 +231,7 @@ async def test_results_in_any_order_with_repeated_points_are_as_served() -> None
         Faults(partial_share=0.5),
         Faults(internal_error_share=0.3, seed=3),
         Faults(missing_id_share=0.3, seed=3),
-        Faults(malformed_share=0.4, seed=2),
+        Faults(malformed_share=0.4, seed=5),
         Faults(reset_share=0.4, seed=2),
         Faults(error_share=0.4, seed=2),
         Faults(throttle_share=0.5, seed=2),
@@ -399,7 +399,7 @@ async def small_pages(sim: Simulator) -> AsyncIterator[CloudWatchSource]:
     """A source whose calls are answered in pages of 50 datapoints."""
 
     async def get(access: Access, request: Mapping[str, Any]) -> Page:
-        return await source._get_by_botocore(access, {**request, "MaxDatapoints": 50})
+        return await source._calls.get_metric_data(access, {**request, "MaxDatapoints": 50})
 
     source = CloudWatchSource(config_of(sim), CLOCK, get)
     try:

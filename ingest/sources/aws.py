@@ -12,6 +12,7 @@ Guarantees:
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -26,7 +27,7 @@ from botocore.utils import parse_timestamp
 
 from ingest.clock import Clock
 from ingest.errors import HeadgateError, Transient
-from ingest.sources.aws_errors import Denied, Expired, Throttled, translate
+from ingest.sources.aws_errors import Denied, Expired, Throttled, may_be_billed, translate
 from ingest.sources.limiter import Limiter
 from shard_config.model import Account, Config
 
@@ -52,10 +53,14 @@ STS_CALLS_PER_S = 50.0
 
 @dataclass(slots=True)
 class Tally:
-    """What a look has sent so far: requests by API name, retries included, and the metrics that AWS bills for."""
+    """What a look has sent so far: requests by API name, retries included, and the metrics that AWS bills for.
+
+    `metrics_in_doubt` were asked for in requests whose answer was lost: billed or not, only AWS knows.
+    """
 
     requests: Counter[str] = field(default_factory=Counter)
     metrics_billed: int = 0
+    metrics_in_doubt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,8 @@ class _Request:
     cost_s: float
     deadline_s: float
     tally: Tally
+    points_cost_s: float = 0.0
+    metrics: int = 0
 
     @property
     def api(self) -> str:
@@ -138,6 +145,12 @@ class Aws:
         self._refreshing: dict[str, asyncio.Lock] = {}
         self._failures: dict[str, tuple[float, HeadgateError]] = {}
 
+    @property
+    def verify(self) -> bool | str:
+        """How botocore would check certificates: a file of authorities, or those that come with it."""
+        bundle = self._session.get_config_variable("ca_bundle")
+        return str(bundle or os.environ.get("REQUESTS_CA_BUNDLE", "")) or True
+
     async def close(self) -> None:
         """Close all clients, those in use too."""
         leases = list(self._clients.values())
@@ -158,12 +171,17 @@ class Aws:
         cost_s: float,
         deadline_s: float,
         tally: Tally,
+        points_cost_s: float = 0.0,
+        metrics: int = 0,
     ) -> T:
         """One request with its retries: `send` makes it, what it raises is translated.
 
-        `cost_s` is the part of the quota it takes, in seconds. Raises Transient, Denied or Rejected.
+        `account` is the one that is asked: its role, its quota, its bill. `cost_s` and `points_cost_s` are what the request takes of
+        the quotas of calls and of datapoints, in seconds. `metrics` are billed for it: each attempt that may have been is counted as in
+        doubt (what was answered, `send` counts). Raises Transient, Denied or Rejected.
         """
-        request = _Request((account.id, region, api), cost_s, deadline_s, tally)
+        key = account.id, region, api
+        request = _Request(key, cost_s, deadline_s, tally, points_cost_s, metrics)
         access = Access(region, await self.credentials(account, deadline_s, tally))
         try:
             return await self._attempts(request, access, send)
@@ -180,12 +198,16 @@ class Aws:
     async def _attempts(self, request: _Request, access: Access, send: Callable[[Access], Awaitable[T]]) -> T:
         """Until it works, fails for good, or attempts or time run out. Expired credentials are for the caller."""
         for pause_s in (*BACKOFF_S, None):
-            await self.limiter.acquire(request.key, request.cost_s, request.deadline_s)
+            await self.limiter.acquire(request.key, request.cost_s, request.deadline_s, request.points_cost_s)
             request.tally.requests[request.api] += 1
             try:
                 async with asyncio.timeout(max(0.0, request.deadline_s - self._clock.monotonic_s())):
                     return await send(access)
-            except Exception as error:
+            except BaseException as error:
+                if may_be_billed(error):
+                    request.tally.metrics_in_doubt += request.metrics
+                if not isinstance(error, Exception):
+                    raise
                 failure = translate(error, request.where)
                 if isinstance(failure, Throttled):
                     self.limiter.throttled(request.key)
@@ -271,6 +293,11 @@ class Aws:
         """What is kept for an account, while it need not be renewed."""
         known = self._credentials.get(account)
         return known if known is not None and known.renew_s > self._clock.monotonic_s() else None
+
+    def forget(self, account: str) -> None:
+        """Another role is configured for an account: the next request obtains its credentials, and verifies them."""
+        for kept in (self._credentials, self._verified, self._failures):
+            kept.pop(account, None)
 
     def _forget(self, used: Credentials) -> None:
         """AWS says that these have expired; if others are in place already, they stay."""

