@@ -5,6 +5,8 @@ Guarantees:
 * *Announced exists*: S3, then Kafka `raw`, then the receipt; whoever commits the task's offset does so after `publish` returned.
 * *Not paid twice*: a task that may be a second try asks the archive first, and what is archived is published from there. Publishing
   that fails is tried again with the answer in hand. (An archive that cannot be read costs a second look, not data.)
+* *Only what is new or changed is published*, where the collector is given a memory of what it published last (`ingest.changed`); what that
+  leaves out of windows that the look may seal is archived all the same. A replay publishes that, too.
 * Where two runs of one task race, put-if-absent picks one, and both publish that one. What the other paid for is in a receipt too.
 * *Every task ends with a receipt*, failures included; a look that failed is in it as failed, never as empty. That holds for a
   source that raises or hangs as well.
@@ -14,16 +16,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import structlog
 
 from ingest import charges, wire
 from ingest.archive import archive_key
+from ingest.changed import Changed, Look, Split
 from ingest.clock import Clock
 from ingest.errors import Fatal, Rejected, Transient
 from ingest.log import Outgoing, Sender
 from ingest.model import (
+    Batch,
+    BatchId,
     LookStatus,
     Outcome,
     Receipt,
@@ -60,6 +65,17 @@ class Answer:
 
     archived: ArchivedTask
     own: Receipt | None
+    held_too: bool = False
+    """Whether what was held back is published with the rest."""
+    looks: tuple[Look, ...] = field(default=(), compare=False)
+    """What is to be remembered once it is published."""
+
+    @property
+    def published(self) -> list[Payload]:
+        held: set[BatchId] = set()
+        if not self.held_too:
+            held = {batch_id for done in self.archived.receipt.items for batch_id in done.held}
+        return [p for p in self.archived.payloads if p.batch_id not in held]
 
 
 def raw_key(target: Target) -> bytes:
@@ -85,7 +101,9 @@ class Collector:
         *,
         archive_prefix: str = "",
         deadline_s: float = 120.0,
+        changed: Changed | None = None,
     ) -> None:
+        """Without `changed` everything is published."""
         self._shard = shard
         self._sources = sources
         self._archive = archive
@@ -93,7 +111,12 @@ class Collector:
         self._topics = topics
         self._clock = clock
         self._prefix = archive_prefix
-        self._deadline_s = deadline_s
+        self._changed = changed or Changed({})
+        self.deadline_s = deadline_s
+
+    def forget(self) -> None:
+        """Forget what was published last: at each assignment of slots, for others may have published since."""
+        self._changed.forget()
 
     async def collect(self, task: Task, *, maybe_second_try: bool) -> Receipt:
         """Execute one task and return its receipt, which is on the ledger topic by then. Raises Transient where it is not."""
@@ -122,14 +145,14 @@ class Collector:
         if done is None:
             return await self._look_and_archive(task, kept_under, maybe_second_try)
         _log.info("task_published_from_archive", task=task.task_id, target=str(task.target))
-        return Answer(done, None)
+        return Answer(done, None, held_too=task.kind == TaskKind.REPLAY)
 
     async def publish(self, answer: Answer) -> None:
         """Batches, then receipts. Raises Transient: publish the same again."""
         done = answer.archived
         target = done.receipt.target
         key = raw_key(target)
-        await self._sender.send(self._topics.raw, [Outgoing(key, p.value) for p in done.payloads])
+        await self._sender.send(self._topics.raw, [Outgoing(key, p.value) for p in answer.published])
         receipts = [done.receipt]
         if answer.own not in (None, done.receipt):
             receipts.append(answer.own)
@@ -147,13 +170,16 @@ class Collector:
 
     async def _look_and_archive(self, task: Task, key: str, begun_before: bool) -> Answer:
         started_at_ms = self._clock.now_ms()
-        deadline_s = self._clock.monotonic_s() + self._deadline_s
+        deadline_s = self._clock.monotonic_s() + self.deadline_s
         items: list[ReceiptItem] = []
         payloads: list[Payload] = []
+        looks: list[Look] = []
         for item in task.items:
-            done, found = await self._look(task, item, deadline_s)
-            items.append(done)
-            payloads += found
+            found = _Found(self._changed.look(task, item))
+            items.append(await self._look(task, item, deadline_s, found))
+            payloads += found.payloads
+            if found.look is not None and found.over:
+                looks.append(found.look)
         receipt = self._receipt(task, key, started_at_ms, charges.begun_before(items, begun_before))
         try:
             archived = await self._archive.put(ArchivedTask(receipt, tuple(payloads)))
@@ -162,7 +188,7 @@ class Collector:
             receipt = _not_archived(receipt, str(error))
             return Answer(ArchivedTask(receipt, ()), receipt)
         if archived.receipt == receipt:
-            return Answer(archived, receipt)
+            return Answer(archived, receipt, looks=tuple(looks))
         return Answer(archived, _lost(receipt, archived.receipt))
 
     def _receipt(self, task: Task, key: str, started_at_ms: int, items: tuple[ReceiptItem, ...]) -> Receipt:
@@ -177,29 +203,28 @@ class Collector:
             items=items,
         )
 
-    async def _look(self, task: Task, item: TaskItem, deadline_s: float) -> tuple[ReceiptItem, list[Payload]]:
+    async def _look(self, task: Task, item: TaskItem, deadline_s: float, found: _Found) -> ReceiptItem:
         if task.expires_s and self._clock.now_s() >= task.expires_s:
-            return _failed(
-                item, LookStatus.EXPIRED, "taken up after its window; such a source has no past"
-            ), []
+            return _failed(item, LookStatus.EXPIRED, "taken up after its window; such a source has no past")
         source = self._sources.get(task.target.source)
         if source is None:
-            return _failed(item, LookStatus.FAILED, f"no source {task.target.source!r} in this shard"), []
+            return _failed(item, LookStatus.FAILED, f"no source {task.target.source!r} in this shard")
         try:
-            return await self._ask(source, task, item, deadline_s)
+            outcome = await self._ask(source, task, item, deadline_s, found)
         except Fatal:
             raise
         except Exception as error:
             # Sources promise not to raise. One that does, or hangs, must not stop the other targets of its shard.
             _log.exception("source_raised", target=str(task.target), service=item.service)
-            return _failed(item, LookStatus.FAILED, f"the source raised {type(error).__name__}: {error}"), []
+            outcome = None
+            why = f"the source raised {type(error).__name__}: {error}"
+        else:
+            why = "the source ended without an outcome"
+        return found.nothing(item, why) if outcome is None else found.done(item, outcome)
 
     async def _ask(
-        self, source: Source, task: Task, item: TaskItem, deadline_s: float
-    ) -> tuple[ReceiptItem, list[Payload]]:
-        payloads: list[Payload] = []
-        counts: list[WindowCount] = []
-        points = 0
+        self, source: Source, task: Task, item: TaskItem, deadline_s: float, found: _Found
+    ) -> Outcome | None:
         outcome: Outcome | None = None
         answers = source.look(task.task_id, task.target, item, deadline_s)
         try:
@@ -207,27 +232,74 @@ class Collector:
                 async for answer in answers:
                     if isinstance(answer, Outcome):
                         outcome = answer
-                        continue
-                    if task.revision:
+                    else:
                         # Sources know nothing of corrections: whose look it is decides which one wins.
-                        answer = replace(answer, revision=task.revision)
-                    payloads += wire.encode_batch(answer)
-                    counts += window_counts(
-                        answer.point_ids(), answer.timestamps_s, answer.values, answer.grid_s
-                    )
-                    points += answer.points
+                        found.add(replace(answer, revision=task.revision) if task.revision else answer)
         finally:
             if isinstance(answers, AsyncGenerator):
                 await answers.aclose()
-        if outcome is None:
-            return _failed(item, LookStatus.FAILED, "the source ended without an outcome"), []
-        if outcome.status is LookStatus.COMPLETE and not outcome.observed_at_ms:
+        if outcome is not None and outcome.status is LookStatus.COMPLETE and not outcome.observed_at_ms:
             # Nothing to ask about, so no answer carries a date: our own clock says when we knew that.
             outcome = replace(outcome, observed_at_ms=self._clock.now_ms())
-        if outcome.looked_from_s:
-            item = replace(item, start_s=outcome.looked_from_s)
-        batches = tuple(p.batch_id for p in payloads)
-        return ReceiptItem(item, outcome, points, merge_counts(counts), batches), payloads
+        return outcome
+
+
+class _Found:
+    """What a look has brought so far. Without `look` everything is published."""
+
+    def __init__(self, look: Look | None) -> None:
+        self.look = look
+        self.over = False
+        """Whether it ended as looks do, so that it may be remembered."""
+        self._published: list[Payload] = []
+        self._held: list[Payload] = []
+        self._windows: list[WindowCount] = []
+        self._whole: list[WindowCount] = []
+        self._points = 0
+        self._left_out = 0
+
+    @property
+    def payloads(self) -> list[Payload]:
+        """In the order of the receipt."""
+        return [*self._published, *self._held]
+
+    def add(self, batch: Batch) -> None:
+        if self.look is None:
+            counts = window_counts(batch.point_ids(), batch.timestamps_s, batch.values, batch.grid_s)
+            split = Split(batch, None, counts, counts, 0)
+        else:
+            split = self.look.split(batch)
+        if split.published is not None:
+            self._published += wire.encode_batch(split.published)
+            self._points += split.published.points
+        if split.held is not None:
+            self._held += wire.encode_batch(split.held)
+        self._windows += split.windows
+        self._whole += split.whole
+        self._left_out += split.left_out
+
+    def done(self, item: TaskItem, outcome: Outcome) -> ReceiptItem:
+        """The look is over. Only one that is complete may seal: of others nothing is held."""
+        if outcome.status is not LookStatus.COMPLETE:
+            self._held = []
+        if self.look is not None:
+            self.look.finish(outcome, item.grid_s)
+        self.over = True
+        in_part = self._left_out and outcome.status is LookStatus.COMPLETE
+        return ReceiptItem(
+            replace(item, start_s=outcome.looked_from_s) if outcome.looked_from_s else item,
+            outcome,
+            self._points,
+            merge_counts(self._windows),
+            tuple(p.batch_id for p in self._published),
+            merge_counts(self._whole) if in_part else (),
+            tuple(p.batch_id for p in self._held),
+        )
+
+    def nothing(self, item: TaskItem, why: str) -> ReceiptItem:
+        """There was no end to it: what came is not published."""
+        self._published, self._held = [], []
+        return _failed(item, LookStatus.FAILED, why)
 
 
 def merge_counts(counts: list[WindowCount]) -> tuple[WindowCount, ...]:

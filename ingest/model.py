@@ -356,9 +356,9 @@ class Outcome:
 class ReceiptItem:
     """What a task did for one item. `batches` are the ids of the record values that were archived and published.
 
-    `points` and `windows` count what is in those. Points that were published before with the same value are not published again:
-    of windows that this look may seal they are archived all the same, in the record values `held`, and `whole` counts published and
-    held together.
+    `points` and `windows` count what is in those. Points that were published before with the same value are not published again: of
+    windows that this look may seal they are archived all the same, in the record values `held`. `whole` counts all that the look saw of
+    every window, published or not; empty where nothing was left out, so that `windows` does.
     """
 
     item: TaskItem
@@ -368,6 +368,11 @@ class ReceiptItem:
     batches: tuple[BatchId, ...]
     whole: tuple[WindowCount, ...] = ()
     held: tuple[BatchId, ...] = ()
+
+    @property
+    def seen(self) -> tuple[WindowCount, ...]:
+        """All that the look saw, by window."""
+        return self.whole or self.windows
 
 
 @dataclass(frozen=True, slots=True)

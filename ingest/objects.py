@@ -9,7 +9,7 @@ Layout of an object (integers big-endian):
     frames           each: u32 length, payload
     -- a part ends here; a task goes on:
     parts            each: 16 bytes blake2b-128 of the part object, u32 its length
-    receipt          Avro, as on the ledger topic; its batches are the payloads' digests, in order
+    receipt          Avro, as on the ledger topic; its batches, and what it held, are the payloads' digests, item by item
     footer           u32 inline frames, u32 parts, u32 receipt's length, u64 length of everything before the footer,
                      16 bytes blake2b-128 of parts, receipt and the four numbers, magic again
 """
@@ -161,7 +161,7 @@ def part_key(key: str, digest: bytes) -> str:
 
 def _check_listed(receipt: Receipt, values: Sequence[bytes]) -> list[BatchId]:
     ids = [wire.batch_id_of(value) for value in values]
-    if ids != list(chain.from_iterable(item.batches for item in receipt.items)):
+    if ids != list(chain.from_iterable(item.batches + item.held for item in receipt.items)):
         raise Rejected(_where(receipt), Reason.SPOILT, "the payloads are not those of the receipt")
     return ids
 

@@ -45,7 +45,7 @@ class Payload:
 
 @dataclass(frozen=True, slots=True)
 class ArchivedTask:
-    """What the archive holds of one task: its receipt, and the payloads in the receipt's order."""
+    """What the archive holds of one task: its receipt, and the payloads in the receipt's order, of each item the published ones first."""
 
     receipt: Receipt
     payloads: tuple[Payload, ...]
