@@ -20,7 +20,7 @@ from enum import StrEnum
 
 import asyncpg
 
-from ingest.model import LookStatus, Outcome, Receipt, ReceiptItem, Target, TaskKind
+from ingest.model import LookStatus, Outcome, Receipt, ReceiptItem, Target, Task, TaskItem, TaskKind
 from ingest.sinks.connection import translated
 
 BACKFILL_ATTEMPT = 1 << 30
@@ -83,7 +83,9 @@ class Charge:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is known of a target's service: the metrics that its newest complete look billed (None: none was), and until where it was asked."""
+    """What is known of a target's service: the metrics that its newest complete look billed (None: none was), and until where it was asked,
+    or nobody was.
+    """
 
     target: Target
     service: str
@@ -150,6 +152,14 @@ async def add(connection: asyncpg.Connection, receipt: Receipt, done: ReceiptIte
     await connection.execute(_ADD, *of, reason, *counts, *known, _at(done.item.end_s))
     if lists := outcome.requests.get("ListMetrics", 0):
         await connection.execute(_ADD, *of, Reason.DISCOVERY, 0, 0, 0, lists, 0, None, None, None)
+
+
+async def none(connection: asyncpg.Connection, task: Task, item: TaskItem, now: datetime) -> None:
+    """Nobody is asked for this: so no money is reserved for it."""
+    nothing = (0, 0, 0, 0, 0, None, None)
+    await connection.execute(
+        _ADD, now.date(), str(task.target), item.service, Reason.LIVE, *nothing, _at(item.end_s)
+    )
 
 
 async def put_down(connection: asyncpg.Connection, charge: Charge) -> None:

@@ -153,7 +153,7 @@ class Ledger:
     def __init__(self, postgres: Postgres, application_name: str, settling_s: Mapping[str, int]) -> None:
         self._postgres = postgres
         self._application_name = application_name
-        self._settling_s = settling_s
+        self.settling_s = settling_s
         self._connection: asyncpg.Connection | None = None
 
     @contextlib.asynccontextmanager
@@ -200,7 +200,7 @@ class Ledger:
                 await self._windows(connection, str(fact.target), _item_of(item), _at(now_s))
                 if isinstance(fact, Receipt) and isinstance(item, ReceiptItem):
                     await _receipt(connection, fact, item)
-                elif isinstance(fact, Task) and fact.kind != TaskKind.PAUSED:
+                elif isinstance(fact, Task):
                     await _asked(connection, fact, _item_of(item), _at(now_s))
 
     async def fold_landed(self, sink: str, now_s: int) -> int:
@@ -257,7 +257,7 @@ class Ledger:
         """From a window's end to the time from which on a look at it is final. What has no past is looked at while its window lasts."""
         if target.startswith(f"{SourceName.EXPOSITION}/"):
             return timedelta(seconds=-grid_s)
-        return timedelta(seconds=self._settling_s.get(service, UNKNOWN_SETTLING_S))
+        return timedelta(seconds=self.settling_s.get(service, UNKNOWN_SETTLING_S))
 
 
 def _decode(record: Record) -> Task | Receipt:
@@ -298,9 +298,11 @@ async def _planned(connection: asyncpg.Connection, task: Task, now: datetime) ->
 async def _asked(connection: asyncpg.Connection, task: Task, item: TaskItem, now: datetime) -> None:
     """Windows that nobody is asked for, for want of money, are closed; those that are asked for after all open again."""
     span = (str(task.target), item.service, _at(item.start_s), _at(item.end_s))
+    if task.kind in (TaskKind.BUDGET, TaskKind.PAUSED):
+        await charges.none(connection, task, item, now)
     if task.kind == TaskKind.BUDGET:
         await connection.execute(_NOT_POLLED, *span, now)
-    else:
+    elif task.kind != TaskKind.PAUSED:
         await connection.execute(_POLLED_AFTER_ALL, *span)
 
 

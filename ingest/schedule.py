@@ -7,7 +7,8 @@ Guarantees, each with a test of its name:
   ids. An overdue stretch is cut at fixed, epoch-aligned blocks for that reason.
 * *Settled before left*: a live task looks back far enough that each window is looked at once more after it has settled.
 * *An outage is not paid for tick by tick*: overdue windows coalesce into blocks of at most `BLOCK_POINTS_MAX` points a
-  series, one call's worth, newest first; live tasks come before them.
+  series, one call's worth, newest first; live tasks come before them. A short one is a part of the live look, for points are not billed.
+* *A stretched poll covers whole windows of the same grid*: each k-th tick looks at all windows since the last one, so that the same points come, later.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from shard_config.model import Config
 
 BLOCK_POINTS_MAX = 201
 """500 series of 201 points are within GetMetricData's 100,800 datapoints a call."""
+
+
+NO_STRETCH: Mapping[str, int] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +82,20 @@ def due(
     now_s: int,
     config_revision: str,
     startup_lookback_s: int,
+    stretch: Mapping[str, int] = NO_STRETCH,
 ) -> list[Task]:
     """The tasks that a target owes at `now_s`: the live one first, then overdue blocks, newest first.
 
     `planned_until_s` has, by service, the end of the newest window that is planned already; a service that is missing is planned for
-    the first time, `startup_lookback_s` back.
+    the first time, `startup_lookback_s` back. `stretch` has, by service, how many poll intervals are one, where that is not 1.
     """
     live: list[TaskItem] = []
     others: dict[tuple[TaskKind, int, int], list[TaskItem]] = defaultdict(list)
     for grid in grids:
         until_s = planned_until_s.get(grid.service)
         if grid.has_past:
-            here, overdue = _due_with_past(grid, until_s, now_s, startup_lookback_s)
+            poll_s = grid.poll_interval_s * stretch.get(grid.service, 1)
+            here, overdue = _due_with_past(grid, until_s, now_s, startup_lookback_s, poll_s)
             live += here
             for item in overdue:
                 others[(TaskKind.BACKLOG, item.end_s, 0)].append(item)
@@ -125,21 +131,22 @@ def blocks(grid: Grid, from_s: int, to_s: int) -> list[TaskItem]:
 
 
 def _due_with_past(
-    grid: Grid, planned_until_s: int | None, now_s: int, startup_lookback_s: int
+    grid: Grid, planned_until_s: int | None, now_s: int, startup_lookback_s: int, poll_s: int
 ) -> tuple[list[TaskItem], list[TaskItem]]:
-    """The live item, and overdue blocks before it."""
-    tick = grid.floor(now_s)
+    """The live item, and overdue blocks before it. `poll_s` is a multiple of the grid's."""
+    tick = now_s // poll_s * poll_s
     if planned_until_s is not None and planned_until_s >= tick:
         return [], []
-    live_from = tick - grid.poll_interval_s - grid.lookback_s
-    live = TaskItem(grid.service, live_from, tick, grid.poll_interval_s)
+    live_from = tick - poll_s - grid.lookback_s
     if planned_until_s is None:
         resume_s = grid.floor(now_s - startup_lookback_s)
-    elif planned_until_s < tick - grid.poll_interval_s:
-        # What was planned last before the outage has not been looked at since it settled.
-        resume_s = grid.floor(planned_until_s) - grid.lookback_s
     else:
-        resume_s = live_from
+        # What was planned last has not been looked at since it settled.
+        resume_s = grid.floor(planned_until_s) - grid.lookback_s
+        if resume_s >= min(live_from, tick - grid.block_s):
+            # All since the last poll, however that was stretched, is a call's worth, and one look.
+            live_from = resume_s
+    live = TaskItem(grid.service, live_from, tick, grid.poll_interval_s)
     return [live], blocks(grid, min(resume_s, live_from), live_from)
 
 

@@ -249,8 +249,8 @@ async def test_one_that_started_without_the_ledger_plans_what_was_missed_when_it
     assert expected <= windows
     assert len(ids(world.collect)) == len(set(ids(world.collect)))
     assert ids(world.collect) == ids(world.planned)
-    # A target's two days are 14.4 blocks of 200 minutes, cut at both ends; and this life's two for the half hour.
-    assert len(world.collect) - before == (16 + 2) * len(ACCOUNTS)
+    # A target's two days are 14.4 blocks of 200 minutes, cut at both ends; and this life's live look has the half hour.
+    assert len(world.collect) - before == (16 + 1) * len(ACCOUNTS)
 
 
 async def test_targets_keep_the_slots_that_are_remembered() -> None:

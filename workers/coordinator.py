@@ -144,8 +144,8 @@ class Coordinator:
             # Services that nobody planned before need no more than a first start.
             before = {g.service: until for g in grids if (until := _until(memory, target, g)) is not None}
             known = [g for g in grids if g.service in before]
-            found = due(target, known, before, first.now_s, self._config.revision, 0)
-            self._recalled += (t for t in found if t.kind != TaskKind.LIVE)
+            # What was missed for a short time is in the live look, which then is another than this life's.
+            self._recalled += due(target, known, before, first.now_s, self._config.revision, 0)
         self._recalled = [t for t in self._recalled if t.task_id not in first.task_ids]
         return True
 

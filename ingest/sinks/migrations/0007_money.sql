@@ -13,7 +13,7 @@ CREATE TABLE charges (
     puts             bigint NOT NULL,                          -- objects put into the archive, one a task
     look_metrics     bigint,                                   -- billed by the newest complete look
     look_at          timestamptz,                              -- and when that was finished
-    asked_until      timestamptz,                              -- the end of the newest window that was asked for
+    asked_until      timestamptz,                              -- the end of the newest window that was asked for, or for which nobody is
     PRIMARY KEY (day, target, service, reason)
 ) WITH (fillfactor = 50);                                      -- today's rows change all day long: in place
 
