@@ -30,13 +30,13 @@ from workers.quote import metrics_of, verdict
 MONTH = Basis(days=Decimal(30))
 
 
-def config_of(*, profile: str = "", more: str = "", services: str = "shop") -> Config:
+def config_of(*, profile: str = "", more: str = "", services: str = "shop", listed_s: int = 86_400) -> Config:
     """One account and region; `shop` has one statistic of every metric, polled each 300 s."""
     text = f"""
 accounts:
   - {{id: "123456789012", regions: [eu-west-1], services: [{services}]}}
 services:
-  shop: {{namespace: Shop, discovery_interval_s: 86400{profile}}}
+  shop: {{namespace: Shop, discovery_interval_s: {listed_s}{profile}}}
 {more}"""
     return loads(text, "headgate.yaml", {})
 
@@ -74,7 +74,7 @@ def test_both_readings_of_statistics_are_shown_and_the_dearer_is_the_default(
 
 def test_a_listing_is_paid_by_the_page_after_a_million_requests_of_an_account() -> None:
     """200 pages each minute for 30.4 days are 8,755,200 requests."""
-    config = config_of(profile=", discovery_interval_s: 60")
+    config = config_of(listed_s=60)
     assert quoted(config, 100_000, Basis()).usd(Way.HEADGATE, item="ListMetrics") == Decimal("77.552")
     assert quoted(config_of(), 100_000, Basis()).usd(Way.HEADGATE, item="ListMetrics") == 0
 
