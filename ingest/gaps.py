@@ -51,7 +51,8 @@ _SERIES = """SELECT target, service, (SELECT series FROM looks AS l
 FROM unnest($1::text[], $2::text[]) AS asked (target, service)"""
 
 _OPEN = f"""SELECT CASE WHEN {LATE_SQL} THEN {REASON_SQL} ELSE 'in_time' END AS reason, count(*) AS windows,
-    min(window_end) AS oldest FROM windows AS w WHERE {OPEN_SQL} AND window_end < $1 GROUP BY 1"""  # noqa: S608  # only constants
+    min(window_end) AS oldest FROM windows AS w WHERE {OPEN_SQL} AND window_end < $1
+    AND ($3::text[] IS NULL OR target = ANY($3)) GROUP BY 1"""  # noqa: S608  # only constants
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +188,15 @@ async def gaps(
     ]
 
 
-async def open_windows(connection: asyncpg.Connection, now: datetime) -> OpenWindows:
-    """Windows that have ended and are open, for the metrics; those within their deadline are `in_time`. Raises Transient."""
+async def open_windows(
+    connection: asyncpg.Connection, now: datetime, targets: Sequence[str] | None = None
+) -> OpenWindows:
+    """Windows that have ended and are open, for the metrics; those within their deadline are `in_time`. Raises Transient.
+
+    Of these targets; None: of all.
+    """
     with translated("ledger"):
-        rows = await connection.fetch(_OPEN, now, timedelta(seconds=GRACE_S))
+        rows = await connection.fetch(_OPEN, now, timedelta(seconds=GRACE_S), targets)
     ends = [row["oldest"] for row in rows]
     return OpenWindows({row["reason"]: row["windows"] for row in rows}, min(ends, default=None))
 

@@ -7,8 +7,9 @@ A window is looked at here when it is past its deadline and neither sealed nor d
 * *Nothing is asked on stale knowledge*: the source is asked, and a window declared, only where a receipt of its target has come in
   since the deadline. Receipts of a target keep their order, so all earlier ones are known then.
 * *Bounded*: in attempts a window, in dollars a day, in tasks at once; between attempts at a block the time doubles, up to an hour.
-* *It ends*: sealed, or declared: unrecoverable where the source keeps it no longer, forbidden or abandoned where the attempts are used up.
-* *What is paused is left alone*, and so is what the configuration no longer knows.
+* *It ends*: sealed, or declared: unrecoverable where the source keeps it no longer, forbidden or abandoned where the attempts are used up,
+  removed where the configuration has not known it for a day past its deadline.
+* *What is paused is left alone*.
 
 An attempt asks for what lies in one epoch-aligned block of at most 201 points a series, which is one call's worth: so an outage is paid for by the
 block, not by the poll.
@@ -21,12 +22,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from enum import StrEnum
-from typing import Generic, TypeVar
 
 from ingest.model import LookStatus, Target, Task, TaskItem, TaskKind, Window, task_id_of
 from ingest.pauses import Pauses
 from ingest.schedule import Grid
 from shard_config.model import Heal, retention_s
+from ingest.spans import Spans
 from shard_config.price import Prices
 
 REPLAYS_MAX = 3
@@ -38,6 +39,8 @@ ANNOUNCED_MAX = 200
 ASKED_MAX = 50
 """Attempts without a receipt at any time."""
 PATIENCE_S = 86_400
+REMOVED_S = 86_400
+"""What is no longer configured is left alone so long past its deadline: it may have been a mistake."""
 """So long past what the source keeps a task without a receipt is still waited for."""
 DOUBLINGS_MAX = 7
 """Back-offs grow to 128 times the first."""
@@ -55,6 +58,8 @@ class Reason(StrEnum):
     ABANDONED = "abandoned"
     UNRECOVERABLE = "unrecoverable"
 
+    REMOVED = "removed"
+    """Its account, region or service is no longer configured."""
 
 class Wait(StrEnum):
     """Why nothing is done about a window now."""
@@ -193,6 +198,8 @@ class Rules:
     def block_s_max(self) -> int:
         """The longest block of all."""
         return max((g.block_s for grids in self.grids.values() for g in grids), default=0)
+    whole: bool = True
+    """All accounts are known. Else what is not in `grids` may be an organization's that is not listed yet."""
 
 
 def decide(situation: Situation, rules: Rules) -> Decision:
@@ -218,9 +225,9 @@ class _Judge:
         self._rules = rules
         self._grids = {(t, g.service): g for t, grids in rules.grids.items() for g in grids}
         block_s = {pair: grid.block_s for pair, grid in self._grids.items()}
-        self._attempts: _Spans[Attempt] = _Spans(block_s)
-        self._pending: _Spans[Pending] = _Spans(block_s)
-        self._unlanded: _Spans[Unlanded] = _Spans(block_s)
+        self._attempts: Spans[Attempt] = Spans(block_s)
+        self._pending: Spans[Pending] = Spans(block_s)
+        self._unlanded: Spans[Unlanded] = Spans(block_s)
         self._of_block: dict[tuple[Target, str, int], list[Attempt]] = defaultdict(list)
         """By target, service and start of a block."""
         for a in situation.attempts:
@@ -241,7 +248,7 @@ class _Judge:
         """True where the source is to be asked; else what is done instead is noted."""
         grid = self._grids.get((w.target, w.service))
         if grid is None:
-            return self._wait(Wait.UNKNOWN)
+            return self._not_configured(w)
         if self._s.pauses.cover(w.target.account, w.service):
             return self._wait(Wait.PAUSED)
         if w.landed_s >= w.settles_s and not w.unbalanced:
@@ -265,6 +272,12 @@ class _Judge:
                 continue
             before = self._s.announced.get(look.task.task_id, Announced(0, 0))
             over = self._now_s >= before.last_s + RELANDING_S if look.look_id else look.passed
+    def _not_configured(self, w: OpenWindow) -> bool:
+        deadline_s = w.settles_s + w.window.end_s - w.window.start_s
+        if self._rules.whole and self._now_s > deadline_s + REMOVED_S:
+            return self._declare(w, Reason.REMOVED)
+        return self._wait(Wait.UNKNOWN)
+
             if before.times < (1 if look.look_id else REPLAYS_MAX) or not over:
                 return look
         return None
@@ -372,28 +385,3 @@ class _Judge:
         )
         series = self._s.series.get((target, service), UNKNOWN_SERIES)
         return Ask(task, block_start_s, self._rules.prices.get_metric_data_usd(series))
-
-
-T = TypeVar("T")
-
-
-class _Spans(Generic[T]):
-    """Things that cover a span of a target's service, found by a window of it; `block_s` is a pair's usual length of them."""
-
-    def __init__(self, block_s: Mapping[tuple[Target, str], int]) -> None:
-        self._block_s = block_s
-        self._by_block: dict[tuple[Target, str, int], list[tuple[int, int, T]]] = defaultdict(list)
-
-    def add(self, target: Target, service: str, start_s: int, end_s: int, one: T) -> None:
-        if (block_s := self._block_s.get((target, service))) is None:
-            return
-        for n in range(start_s // block_s, (end_s - 1) // block_s + 1):
-            self._by_block[target, service, n].append((start_s, end_s, one))
-
-    def covering(self, w: OpenWindow) -> list[T]:
-        """In the order in which they were added."""
-        n = w.window.start_s // self._block_s[w.target, w.service]
-        found = self._by_block.get((w.target, w.service, n), ())
-        return [
-            one for start_s, end_s, one in found if start_s <= w.window.start_s and w.window.end_s <= end_s
-        ]

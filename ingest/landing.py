@@ -70,10 +70,14 @@ class DeadShare:
     """
 
     def __init__(self, share_max: float, targets: Collection[str]) -> None:
-        self._share_max = share_max
-        self._targets = frozenset(target.encode() for target in targets)
+        self.configure(share_max, targets)
         self._last: deque[str] = deque(maxlen=SHARE_RECORDS)
         """Reasons; empty of a good record."""
+
+    def configure(self, share_max: float, targets: Collection[str]) -> None:
+        """What was learned of the targets before stays learned."""
+        self._share_max = share_max
+        self._targets = frozenset(target.encode() for target in targets)
 
     def clear(self) -> None:
         self._last.clear()
@@ -125,6 +129,11 @@ class Landing:
         self._reread: dict[int, tuple[int, int]] = {}
         """By partition, the offsets before the position that are read again for the share alone."""
         self._cluster = ""
+
+    def configure(self, limits: Limits, targets: Collection[str]) -> None:
+        """Go by these from the next record on."""
+        self._limits = limits
+        self._share.configure(limits.dead_share_max, targets)
 
     async def open(
         self, partitions: Sequence[int], bounds: Mapping[int, tuple[int, int]], *, cluster: str = ""

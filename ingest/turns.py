@@ -15,6 +15,7 @@ class Turns:
     """
 
     def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._free = limit
         self._arrivals = 0
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
@@ -28,8 +29,15 @@ class Turns:
         finally:
             self._give()
 
+    def resize(self, limit: int) -> None:
+        """Another limit: more begin at once, fewer as those that hold a turn end."""
+        more, self._limit = limit - self._limit, limit
+        for _ in range(more):
+            self._give()
+        self._free += min(0, more)
+
     async def _take(self, rank: int) -> None:
-        if self._free:
+        if self._free > 0:
             self._free -= 1
             return
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -43,7 +51,7 @@ class Turns:
             raise
 
     def _give(self) -> None:
-        while self._waiting:
+        while self._waiting and self._free >= 0:
             _, _, next_one = heapq.heappop(self._waiting)
             if not next_one.done():
                 next_one.set_result(None)

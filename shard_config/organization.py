@@ -31,7 +31,12 @@ class Listing(Strict):
 
 def question_of(organization: Organization) -> str:
     """16 hexadecimal digits over what AWS is asked: another role, other units or tags make another list."""
-    what = [organization.role_arn, sorted(organization.units), sorted(organization.tags.items())]
+    what = [
+        organization.role_arn,
+        sorted(organization.units),
+        sorted(organization.tags.items()),
+        sorted(organization.exclude),
+    ]
     return blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
 
 

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from ingest.heal import (
     ASKED_MAX,
+    REMOVED_S,
     REPLAYS_MAX,
     Announced,
     Ask,
     Attempt,
     Decision,
+    Declaration,
     OpenWindow,
     Pending,
     Reason,
@@ -387,11 +389,30 @@ def test_what_is_paused_is_neither_asked_nor_replayed_nor_declared(account: str,
     assert decision == Decision((), (), (), (), {Wait.PAUSED: 1})
 
 
-def test_what_the_configuration_no_longer_has_stays_open() -> None:
-    gone = window(target=Target("cloudwatch", "999999999999", "eu-west-1"))
-    assert decide(situation(gone, window(service="sqs")), RULES) == Decision(
-        (), (), (), (), {Wait.UNKNOWN: 2}
-    )
+def removed() -> list[OpenWindow]:
+    return [window(target=Target("cloudwatch", "999999999999", "eu-west-1")), window(service="sqs")]
+
+
+def test_what_the_configuration_no_longer_has_stays_open_for_a_day() -> None:
+    gone = removed()
+    day_later_s = min(w.settles_s for w in gone) + 300 + REMOVED_S
+    decision = decide(replace(situation(*gone), now_s=day_later_s), RULES)
+    assert decision == Decision((), (), (), (), {Wait.UNKNOWN: 2})
+
+
+def test_what_the_configuration_no_longer_has_is_declared_removed_after_a_day_and_once() -> None:
+    gone = removed()
+    later_s = max(w.settles_s for w in gone) + 300 + REMOVED_S + 1
+    decision = decide(replace(situation(*gone), now_s=later_s), RULES)
+    assert decision.declared == tuple(Declaration(w, Reason.REMOVED) for w in gone)
+    assert decision.waiting == {}
+
+
+def test_nothing_is_declared_removed_while_an_organization_is_not_listed() -> None:
+    gone = removed()
+    later_s = max(w.settles_s for w in gone) + 10 * REMOVED_S
+    decision = decide(replace(situation(*gone), now_s=later_s), replace(RULES, whole=False))
+    assert (decision.declared, decision.waiting) == ((), {Wait.UNKNOWN: 2})
 
 
 def test_a_task_is_split_into_what_is_asked_and_what_is_paused() -> None:

@@ -13,6 +13,7 @@ import heapq
 import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
@@ -29,10 +30,13 @@ from ingest.ports import Record
 from ingest.positions import Positions
 from ingest.schedule import grids_of
 from ingest.sinks.postgres import PostgresSink
+from shard_config.load import load
 from shard_config.model import Config
 from workers import local
 from workers.lifecycle import Lifecycle, add_worker_arguments, run_worker
+from workers.members import Members
 from workers.names import landing_group, ledger_group
+from workers.reload import Settings
 from workers.upkeep import Upkeep
 
 _log = structlog.get_logger()
@@ -241,10 +245,18 @@ async def cut_short(works: Sequence[asyncio.Task[None]], lifecycle: Lifecycle) -
         work.cancel()
 
 
-async def serve(config: Config, name: str, lifecycle: Lifecycle) -> None:
-    """Wire one consumer and run it until told to stop."""
+def settling_of(config: Config) -> dict[str, int]:
+    """Settling times by service: of all services, whether or not an account of the organization is known to have them."""
+    jobs = {job.name: 0 for job in config.exposition}
+    return {**jobs, **{profile.service: profile.settling_s for profile in config.services}}
+
+
+async def serve(config: Config, name: str, lifecycle: Lifecycle, path: Path | None = None) -> None:
+    """Wire one consumer and run it until told to stop. `config` is what stands in the file `path`, which is watched."""
     clock = SystemClock(config.run.clock_offset_s)
-    settling_s = {g.service: g.settling_s for grids in grids_of(config).values() for g in grids}
+    settings = Settings(config, Members(config.s3, clock), clock, path)
+    config = await settings.start()
+    settling_s = settling_of(config)
     producer = Producer(config.kafka.bootstrap, name)
     sink = await _connect(config, clock, lifecycle)
     projected = Ledger(config.postgres, f"headgate {name} ledger", settling_s)
@@ -259,12 +271,21 @@ async def serve(config: Config, name: str, lifecycle: Lifecycle) -> None:
             clock,
             targets={str(target) for target in grids_of(config)},
         )
+        upkeep = Upkeep(kept, config, clock)
+
+        async def apply(changed: Config) -> None:
+            landing.configure(changed.limits, {str(target) for target in grids_of(changed)})
+            projected.settling_s = kept.settling_s = settling_of(changed)
+            upkeep.configure(changed, whole=settings.whole)
+
+        await apply(config)
         async with asyncio.TaskGroup() as group:
             works = [
                 group.create_task(landing_reader(config, name, landing, sink, clock).run(lifecycle)),
                 group.create_task(ledger_reader(config, name, projected, clock).run(lifecycle)),
-                group.create_task(Upkeep(kept, config, clock).run(lifecycle)),
+                group.create_task(upkeep.run(lifecycle)),
             ]
+            group.create_task(settings.run(lifecycle, apply))
             group.create_task(cut_short(works, lifecycle))
     finally:
         await producer.close()
@@ -300,10 +321,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(args: argparse.Namespace) -> int:
     if not args.name:
         raise Fatal("consumer", "has no name", "give --name NAME or set HEADGATE_CONSUMER")
-    config = local.find_config(args.config)
+    path = local.config_path(args.config)
+    config = load(path, environ=os.environ)
     return run_worker(
         args.name,
-        lambda lifecycle: serve(config, args.name, lifecycle),
+        lambda lifecycle: serve(config, args.name, lifecycle, path),
         host=args.host,
         metrics_port=args.metrics_port,
     )

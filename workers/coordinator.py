@@ -4,6 +4,7 @@
 * While it is down nothing is lost: on its return it plans what it missed, from the ledger. Two at once do no harm: a task's id is
   made from what it asks for.
 * What is paused is planned and asked of nobody. Gaps are healed (`workers.healing`).
+* Its configuration may change under way (`workers.reload`), the organization's accounts with it: it is who lists them.
 * While PostgreSQL is down it goes on from memory. At its start it waits for the ledger, for `MEMORY_WAIT_S`; then it plans as on a first
   start, and what an earlier life left unplanned when the ledger is there again.
 """
@@ -12,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 from prometheus_client import Counter, Gauge
@@ -27,11 +30,14 @@ from ingest.log import Outgoing, Producer, Sender
 from ingest.model import Target, Task, TaskKind
 from ingest.pauses import Pauses, split
 from ingest.schedule import Grid, due, grids_of, horizon
+from shard_config.load import load
 from shard_config.model import Config
 from shard_config.plan import plan
 from workers import local
 from workers.healing import Healer, keep_pauses, read_pauses
 from workers.lifecycle import Lifecycle, add_worker_arguments, run_worker
+from workers.members import Lister
+from workers.reload import Settings
 
 _log = structlog.get_logger()
 
@@ -39,6 +45,8 @@ TICK_S = 1.0
 MEMORY_WAIT_S = 60.0
 RECALL_INTERVAL_S = 10.0
 ANNOUNCED_AT_ONCE = 500
+PLAN_KEPT_S = 3600.0
+"""The plan is written down so often, and at each change of the configuration."""
 
 NO_MEMORY = PlannersMemory({}, {}, {}, frozenset(), ())
 
@@ -52,27 +60,34 @@ class Coordinator:
     def __init__(self, config: Config, sender: Sender, clock: Clock, memory: PlannersMemory) -> None:
         self._sender = sender
         self._clock = clock
+        self._stepping = asyncio.Lock()
+        """Held by a step and by a change of the configuration, so that neither meets the other half done."""
         self._memory = memory
         self._until_s: dict[Target, dict[str, int]] = {}
         self.weights: dict[str, float] = {}
         """By target: series asked about, as the ledger has learned; before that, its number of services."""
         self.slots: dict[str, int] = dict(memory.slots)
-        self.configure(config)
         self._known = memory.task_ids
         self._behind = False
         self._recalled: list[Task] = []
         self._taken_over: list[Task] = []
+        self._to_ledger: list[Task] = []
+        self._to_collect: list[Task] = []
+        self.configure(config)
         self.pauses = Pauses()
         """What is paused, as far as is known; whoever watches PostgreSQL sets it."""
         self._first_plan: _FirstPlan | None = None
-        self._to_ledger: list[Task] = []
         # What has no receipt waits on `collect`, or never got there. Twice there is harmless, and paid for once.
         self._to_collect = _live_first(
             t for t in memory.unanswered if t.target in self._grids and t.kind != TaskKind.PAUSED
         )
 
     def configure(self, config: Config) -> None:
-        """Plan for this configuration from now on. What was planned stays planned; what is new begins as on a first start."""
+        """Plan for this configuration from now on; not in the middle of a step: see `reconfigure`.
+
+        What was announced stays planned; what is new begins as on a first start. What waits to be announced for a target that is gone is
+        dropped: nobody has heard of it. A target that comes back goes on where its plan ended, windows missed meanwhile included.
+        """
         self._config = config
         self._grids: Mapping[Target, tuple[Grid, ...]] = grids_of(config)
         once = config.run.horizon_s is not None
@@ -86,7 +101,14 @@ class Coordinator:
         self.slots = plan(
             self.weights, config.slots, {t: s for t, s in self.slots.items() if t in self.weights}
         )
+        for waiting in (self._to_ledger, self._to_collect, self._recalled, self._taken_over):
+            waiting[:] = [task for task in waiting if task.target in self._grids]
         TARGETS.set(len(self._grids))
+
+    async def reconfigure(self, config: Config) -> None:
+        """`configure` between two steps."""
+        async with self._stepping:
+            self.configure(config)
 
     def plan_due(self) -> int:
         """Plan what is due now; returns how many tasks that are. They are announced by `announce`."""
@@ -186,11 +208,12 @@ class Coordinator:
 
         While Kafka does not take what was planned, nothing more is planned: an outage coalesces, and does not pile up here.
         """
-        if not self._behind and (tasks := self.plan_due()):
-            _log.info("tasks_planned", tasks=tasks)
-        self._behind = True
-        await self.announce()
-        self._behind = False
+        async with self._stepping:
+            if not self._behind and (tasks := self.plan_due()):
+                _log.info("tasks_planned", tasks=tasks)
+            self._behind = True
+            await self.announce()
+            self._behind = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,9 +233,12 @@ def _live_first(tasks: Iterable[Task]) -> list[Task]:
     return sorted(tasks, key=lambda t: t.kind != TaskKind.LIVE)
 
 
-async def serve(config: Config, lifecycle: Lifecycle) -> None:
-    """Wire the coordinator and run it until told to stop."""
+async def serve(config: Config, lifecycle: Lifecycle, path: Path | None = None) -> None:
+    """Wire the coordinator and run it until told to stop. `config` is what stands in the file `path`, which is watched."""
     clock = SystemClock(config.run.clock_offset_s)
+    lister = Lister(config.s3, clock)
+    settings = Settings(config, lister, clock, path)
+    config = await settings.start()
     producer = Producer(config.kafka.bootstrap, "coordinator")
     ledger = Ledger(config.postgres, "headgate coordinator", {})
     watching = Ledger(config.postgres, "headgate coordinator's pauses", {})
@@ -226,15 +252,29 @@ async def serve(config: Config, lifecycle: Lifecycle) -> None:
         pauses = HealStore(watching)
         await read_pauses(coordinator, pauses)
         healer = Healer(config, coordinator, HealStore(healing), clock)
+
+        replanned = asyncio.Event()
+
+        async def apply(changed: Config) -> None:
+            await coordinator.reconfigure(changed)
+            healer.configure(changed, whole=settings.whole)
+            replanned.set()
+
+        healer.configure(config, whole=settings.whole)
         async with asyncio.TaskGroup() as group:
             group.create_task(coordinator.run(lifecycle))
             group.create_task(keep_pauses(coordinator, pauses, lifecycle))
+            group.create_task(settings.run(lifecycle, apply))
+            group.create_task(lister.run(lifecycle, lambda: settings.file, settings.look_now))
             if config.run.horizon_s is None:
                 # A horizon is looked at once, and nothing else is done.
                 group.create_task(healer.run(lifecycle))
             if memory is None:
                 await _recall(coordinator, ledger, lifecycle)
-            await _keep_plan(coordinator, ledger, clock)
+            while not lifecycle.stop.is_set():
+                replanned.clear()
+                await _keep_plan(coordinator, ledger, clock)
+                await lifecycle.pause(PLAN_KEPT_S, replanned)
     finally:
         await watching.close()
         await healing.close()
@@ -288,10 +328,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def run(args: argparse.Namespace) -> int:
-    config = local.find_config(args.config)
+    path = local.config_path(args.config)
+    config = load(path, environ=os.environ)
     return run_worker(
         "coordinator",
-        lambda lifecycle: serve(config, lifecycle),
+        lambda lifecycle: serve(config, lifecycle, path),
         host=args.host,
         metrics_port=args.metrics_port,
     )

@@ -6,6 +6,7 @@
   where they are there already.
 * A receipt that cannot be written (Kafka is away) is written again until it can be, or until the slot goes away; nobody is asked
   again for that.
+* Its configuration may change under way (`workers.reload`). A task that names what it does not know waits for it, for UNKNOWN_WAIT_S.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import contextlib
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
@@ -33,15 +36,22 @@ from ingest.ports import Record
 from ingest.sources.cloudwatch import CloudWatchSource
 from ingest.sources.exposition import ExpositionSource
 from ingest.turns import Turns
+from shard_config.load import load
 from shard_config.model import Config
 from workers import local
 from workers.lifecycle import Lifecycle, add_worker_arguments, run_worker
+from workers.members import Members
 from workers.names import exporter_group
+from workers.reload import Settings
 
 _log = structlog.get_logger()
 
 DRAIN_S = 10
 RECENT_TASKS_MAX = 10_000
+UNKNOWN_WAIT_S = 20.0
+"""For the configuration to name what a task names. Kubernetes brings a ConfigMap to its Pods within a minute or so of each other;
+what comes later is looked at by the next poll.
+"""
 WAITING_MAX = 256
 """Tasks taken up that wait for their turn: how far ahead of the slow ones a live task is found. What waits has cost nothing."""
 
@@ -70,9 +80,13 @@ class Exporter:
 
     consumer: Consumer
 
-    def __init__(self, collector: Collector, clock: Clock, tasks_in_flight: int) -> None:
+    def __init__(
+        self, collector: Collector, clock: Clock, tasks_in_flight: int, settings: Settings | None = None
+    ) -> None:
+        """`settings` are asked for accounts and services that a task names and that are not known yet."""
         self._collector = collector
         self._clock = clock
+        self._settings = settings
         self._taken_max = tasks_in_flight + WAITING_MAX
         self._turns = Turns(tasks_in_flight)
         self._begun: set[asyncio.Task[None]] = set()
@@ -82,6 +96,12 @@ class Exporter:
         self._running: dict[asyncio.Task[None], int] = {}
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._executing: dict[str, asyncio.Task[None]] = {}
+
+    def configure(self, config: Config) -> None:
+        """Go by this configuration from now on; tasks that have begun end as they began."""
+        self._taken_max = config.tasks_in_flight + WAITING_MAX
+        self._turns.resize(config.tasks_in_flight)
+        self._collector.deadline_s = config.task_deadline_s
 
     async def assigned(self, partitions: Sequence[int]) -> dict[int, int]:
         """Open partitions where the group's committed offsets say."""
@@ -167,6 +187,7 @@ class Exporter:
             tracker.done(at.offset)
             return
         started_s = self._clock.monotonic_s()
+        await self._get_to_know(task)
         while (same := self._executing.get(task.task_id)) is not None:
             # Announced twice. When that one has ended, its answer is in the archive.
             await asyncio.wait({same})
@@ -184,6 +205,13 @@ class Exporter:
         tracker.done(at.offset)
         TASK_SECONDS.observe(self._clock.monotonic_s() - started_s)
         self._count(answer)
+
+    async def _get_to_know(self, task: Task) -> None:
+        """The coordinator may have read a newer file, or list. Without a turn: others do not wait for this."""
+        if self._settings is None or task.kind == TaskKind.REPLAY:
+            return
+        if not await self._settings.until(partial(knows, task), UNKNOWN_WAIT_S):
+            _log.warning("task_of_unknown_target", task=task.task_id, target=str(task.target))
 
     async def _answer(self, task: Task, at: RecordPosition) -> Answer:
         second = at.offset < self._second_try_below.get(at.partition, 0) or task.task_id in self._recent
@@ -235,14 +263,25 @@ class Exporter:
             tracker.committed = offset
 
 
+def knows(task: Task, config: Config) -> bool:
+    """Whether a configuration has all that a task asks for."""
+    target, wanted = task.target, {item.service for item in task.items}
+    if target.source == SourceName.EXPOSITION:
+        place = target.account, target.region
+        return wanted <= {job.name for job in config.exposition if (job.account, job.region) == place}
+    return wanted <= config.service_by_name.keys() and any(a.id == target.account for a in config.accounts)
+
+
 def rank_of(task: Task) -> int:
     """Live tasks go first."""
     return 0 if task.kind == TaskKind.LIVE else 1
 
 
-async def serve(config: Config, shard: str, lifecycle: Lifecycle) -> None:
-    """Wire one shard and run it until told to stop."""
+async def serve(config: Config, shard: str, lifecycle: Lifecycle, path: Path | None = None) -> None:
+    """Wire one shard and run it until told to stop. `config` is what stands in the file `path`, which is watched."""
     clock = SystemClock(config.run.clock_offset_s)
+    settings = Settings(config, Members(config.s3, clock), clock, path)
+    config = await settings.start()
     kafka = config.kafka
     producer = Producer(kafka.bootstrap, shard)
     cloudwatch = CloudWatchSource(config, clock)
@@ -259,7 +298,14 @@ async def serve(config: Config, shard: str, lifecycle: Lifecycle) -> None:
                 archive_prefix=config.s3.prefix,
                 deadline_s=config.task_deadline_s,
             )
-            exporter = Exporter(collector, clock, config.tasks_in_flight)
+            exporter = Exporter(collector, clock, config.tasks_in_flight, settings)
+
+            async def apply(changed: Config) -> None:
+                if configure := getattr(cloudwatch, "configure", None):
+                    configure(changed)
+                exposition.configure(changed)
+                exporter.configure(changed)
+
             exporter.consumer = Consumer(
                 kafka.bootstrap,
                 kafka.topic("collect"),
@@ -274,7 +320,9 @@ async def serve(config: Config, shard: str, lifecycle: Lifecycle) -> None:
             )
             await exporter.consumer.start()
             try:
-                await exporter.run(lifecycle)
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(exporter.run(lifecycle))
+                    group.create_task(settings.run(lifecycle, apply))
             finally:
                 await exporter.consumer.stop()
     finally:
@@ -300,10 +348,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(args: argparse.Namespace) -> int:
     if not args.shard:
         raise Fatal("exporter", "has no name", "give --shard NAME or set HEADGATE_SHARD")
-    config = local.find_config(args.config)
+    path = local.config_path(args.config)
+    config = load(path, environ=os.environ)
     return run_worker(
         args.shard,
-        lambda lifecycle: serve(config, args.shard, lifecycle),
+        lambda lifecycle: serve(config, args.shard, lifecycle, path),
         host=args.host,
         metrics_port=args.metrics_port,
     )

@@ -79,13 +79,17 @@ class Healer:
     """Heals for one coordinator."""
 
     def __init__(self, config: Config, coordinator: Planner, store: HealStore, clock: Clock) -> None:
-        self._rules = rules_of(config)
+        self.configure(config)
         self._coordinator = coordinator
         self._store = store
         self._clock = clock
         self._announced: dict[str, Announced] = {}
         for reason in Reason:
             DECLARED.labels(reason=reason)  # an alert on its increase needs it to be there before
+
+    def configure(self, config: Config, *, whole: bool = True) -> None:
+        """Heal by this configuration from the next pass on. `whole`: all accounts are known, an organization's too."""
+        self._rules = rules_of(config, whole=whole)
 
     async def step(self) -> bool:
         """One pass; False where it was not this coordinator's. Raises Transient."""
@@ -103,8 +107,7 @@ class Healer:
 
     async def run(self, lifecycle: Lifecycle) -> None:
         """Until told to stop."""
-        interval_s = min(HEAL_INTERVAL_S, self._rules.heal.backoff_s)
-        while not await lifecycle.pause(interval_s):
+        while not await lifecycle.pause(min(HEAL_INTERVAL_S, self._rules.heal.backoff_s)):
             try:
                 await self.step()
             except Transient as error:
@@ -199,7 +202,7 @@ def stretches(declared: Iterable[Declaration]) -> list[Stretch]:
     return found
 
 
-def rules_of(config: Config) -> Rules:
+def rules_of(config: Config, *, whole: bool = True) -> Rules:
     """What a configuration says about healing."""
     return Rules(
         heal=config.heal,
@@ -208,6 +211,7 @@ def rules_of(config: Config) -> Rules:
         grids=grids_of(config),
         task_deadline_s=config.task_deadline_s,
         source_keeps_all=config.run.source_keeps_all,
+        whole=whole,
     )
 
 

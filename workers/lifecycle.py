@@ -1,7 +1,8 @@
 """What every worker process has: logs, signals, /metrics /healthz /readyz.
 
 * Logs are one JSON object a line on stderr (console form on a terminal).
-* SIGTERM and SIGINT set `stop`; a worker then drains and returns. A second signal ends it at once.
+* SIGTERM and SIGINT set `stop`; a worker then drains and returns. A second signal ends it at once. SIGHUP sets `hangup`: read
+  the configuration again (`workers.reload`).
 * `/healthz` answers while the event loop turns, `/readyz` when the worker has what it needs. Nothing else is served, and nothing
   changes state.
 * An unexpected error ends the process with its traceback in the log and exit code 1; the process manager starts it again.
@@ -34,15 +35,18 @@ class Lifecycle:
 
     def __init__(self) -> None:
         self.stop = asyncio.Event()
+        self.hangup = asyncio.Event()
         self.ready = False
 
-    async def pause(self, seconds: float) -> bool:
-        """Wait, or be woken by `stop`; True where it is time to stop."""
+    async def pause(self, seconds: float, *events: asyncio.Event) -> bool:
+        """Wait, or be woken by `stop` or one of the events; True where it is time to stop."""
+        waiting = [asyncio.create_task(event.wait()) for event in (self.stop, *events)]
         try:
-            await asyncio.wait_for(self.stop.wait(), seconds)
-        except TimeoutError:
-            return False
-        return True
+            await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in waiting:
+                one.cancel()
+        return self.stop.is_set()
 
 
 def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +103,7 @@ async def _serve(main: Callable[[Lifecycle], Awaitable[None]], host: str, metric
 
     for sig in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sig, on_signal)
+    loop.add_signal_handler(signal.SIGHUP, lifecycle.hangup.set)
     runner = web.AppRunner(_application(lifecycle), access_log=None)
     await runner.setup()
     try:

@@ -319,10 +319,8 @@ async def down(home: Path | None = None) -> list[int]:
     return await asyncio.to_thread(LocalStack(home)._stop)
 
 
-def find_config(path: Path | None) -> Config:
-    """The configuration in `path`, or where that is None the one of the stack that runs here. Raises HeadgateError, ConfigErrors."""
-    from shard_config.load import load
-
+def config_path(path: Path | None) -> Path:
+    """`path`, or where that is None the configuration of the stack that runs here. Raises HeadgateError."""
     if path is None:
         stack = find_running()
         if stack is None:
@@ -332,7 +330,19 @@ def find_config(path: Path | None) -> Config:
                 "start one with `make run`, or give --config FILE",
             )
         path = stack.config_path
-    return load(path, environ=os.environ)
+    return path
+
+
+def find_config(path: Path | None) -> Config:
+    """The configuration in `config_path`, with the organization's accounts as they are known. Raises HeadgateError, ConfigErrors."""
+    from shard_config.load import load
+
+    config = load(config_path(path), environ=os.environ)
+    if config.organization is None:
+        return config
+    from workers.members import with_known
+
+    return asyncio.run(with_known(config))
 
 
 def _prepare(servers: Sequence[Server]) -> None:

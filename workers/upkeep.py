@@ -19,6 +19,7 @@ from ingest.errors import Transient
 from ingest.gaps import open_windows
 from ingest.ledger import Ledger
 from ingest.overview import freshness
+from ingest.schedule import grids_of
 from ingest.seal import scopes_of, seal
 from shard_config.model import Config
 from workers.lifecycle import Lifecycle
@@ -64,10 +65,16 @@ class Upkeep:
 
     def __init__(self, ledger: Ledger, config: Config, clock: Clock) -> None:
         self._ledger = ledger
+        self._clock = clock
+        self.configure(config)
+        self._turns = [_Turn(self.seal), _Turn(self.compact), _Turn(self.observe)]
+
+    def configure(self, config: Config, *, whole: bool = True) -> None:
+        """Go by this configuration from the next step on. `whole`: all accounts are known, an organization's too."""
         self._scopes = scopes_of(config)
         self._retention = timedelta(days=config.ledger_retention_days)
-        self._clock = clock
-        self._turns = [_Turn(self.seal), _Turn(self.compact), _Turn(self.observe)]
+        # What was removed is no reason for an alert.
+        self._targets = [str(target) for target in grids_of(config)] if whole else None
 
     async def run(self, lifecycle: Lifecycle) -> None:
         """Until told to stop."""
@@ -114,7 +121,7 @@ class Upkeep:
         """Set the metrics."""
         now = self._now()
         async with self._ledger.connected() as connection:
-            seen = await open_windows(connection, now)
+            seen = await open_windows(connection, now, self._targets)
             fresh_until = await freshness(connection, now)
         OPEN.clear()
         for reason, windows in seen.by_reason.items():
@@ -122,6 +129,8 @@ class Upkeep:
         OLDEST.set((now - seen.oldest_end).total_seconds() if seen.oldest_end else 0)
         FRESHNESS.clear()
         for target, until in fresh_until.items():
+            if self._targets is not None and target not in self._targets:
+                continue
             FRESHNESS.labels(target=target).set((now - until).total_seconds())
         return OBSERVE_INTERVAL_S
 

@@ -239,10 +239,14 @@ class ExpositionSource:
 
     def __init__(self, config: Config, clock: Clock) -> None:
         self._clock = clock
-        self._limits = config.limits
-        self._jobs = {(job.account, job.region, job.name): job for job in config.exposition}
+        self.configure(config)
         self._http: aiohttp.ClientSession | None = None
         self._exposed: dict[tuple[str, str, str, Endpoint], Exposed] = {}
+
+    def configure(self, config: Config) -> None:
+        """Go by this configuration from now on; a look that has begun ends by the one before."""
+        self._limits = config.limits
+        self._jobs = {(job.account, job.region, job.name): job for job in config.exposition}
 
     async def close(self) -> None:
         if self._http is not None:
