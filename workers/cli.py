@@ -26,6 +26,7 @@ COMMANDS = {
     "backfill": "backfill",
     "samples": "samples",
     "check": "check",
+    "preflight": "preflight",
     "quote": "quote",
     "pause": "pause",
     "resume": "pause",
