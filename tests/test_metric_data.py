@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,18 +11,21 @@ import pytest
 from ingest.errors import Transient
 from ingest.model import Series, SeriesKey, Target
 from ingest.sources.columns import tables_of
-from ingest.sources.discovery import metrics_of, series_of
+from ingest.sources.discovery import metrics_of
 from ingest.sources.look import date_ms
 from ingest.sources.metric_data import (
     POINTS_PER_CALL_MAX,
     Answer,
+    Call,
     Malformed,
     Page,
     Result,
     check,
     page_of,
     plan,
+    request_body,
 )
+from ingest.sources.selection import series_of
 from shard_config.model import MetricProfile, ServiceProfile
 
 REGION = "eu-west-1"
@@ -77,9 +82,40 @@ def test_start_and_end_are_widened_to_whole_periods() -> None:
 
 def test_ids_are_unique_in_a_call_and_say_which_row_they_are() -> None:
     second = plan(tables_of(some_series(700)), 0, 300, 60)[1]
-    queries = second.request([0, 199])["MetricDataQueries"]
+    queries = list(second.request([0, 199])["MetricDataQueries"])
     assert [q["Id"] for q in queries] == ["q0", "q199"]
     assert queries[1]["MetricStat"]["Metric"]["Dimensions"] == [{"Name": "d", "Value": "699"}]
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], range(3), [1], [2, 0], []], ids=str)
+@pytest.mark.parametrize("more", [{}, {"NextToken": 'a"b', "MaxDatapoints": 50}], ids=["first", "next"])
+def test_a_body_made_beforehand_is_the_request_as_json(rows: Sequence[int], more: dict[str, Any]) -> None:
+    series = [Series(SeriesKey("1", REGION, "N", "Größe", (("d", 'a"\\'),), "p99.9", 60))] * 5
+    for linked in (False, True, False):
+        request = Call(tables_of(series)[0], 2, 5, 0, 300, linked).request(rows) | more
+        queries = [
+            {
+                "Id": f"q{row}",
+                "MetricStat": {
+                    "Metric": {
+                        "Namespace": "N",
+                        "MetricName": "Größe",
+                        "Dimensions": [{"Name": "d", "Value": 'a"\\'}],
+                    },
+                    "Period": 60,
+                    "Stat": "p99.9",
+                },
+            }
+            | ({"AccountId": "1"} if linked else {})
+            for row in rows
+        ]
+        expected = {
+            "MetricDataQueries": queries,
+            "StartTime": 0,
+            "EndTime": 300,
+            "ScanBy": "TimestampAscending",
+        }
+        assert json.loads(request_body(request)) == expected | more
 
 
 def test_a_profile_says_which_metrics_are_asked_for_with_which_statistics() -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, overload
 import orjson
 
 from ingest.errors import HeadgateError, Transient
-from ingest.sources.aws import Access
+from ingest.sources.aws import Access, epoch_s
 from ingest.sources.columns import SeriesTable
 from ingest.sources.look import date_ms
 
@@ -197,8 +197,8 @@ def page_of(answer: Any, date: str | None = None) -> Page:
     try:
         results = [
             Result(
-                str(one.get("Id", "")),
-                str(one.get("StatusCode", "")),
+                str(one.get("Id") or ""),
+                str(one.get("StatusCode") or ""),
                 one.get("Timestamps") or (),
                 one.get("Values") or (),
             )
@@ -212,9 +212,10 @@ def page_of(answer: Any, date: str | None = None) -> Page:
 
 
 def _require_numbers(results: list[Result]) -> None:
-    """Make numbers of what JSON has no numbers for (`"NaN"`, `"Infinity"`). Raises TypeError or ValueError for what is none."""
+    """Make numbers of `"NaN"`, `"Infinity"` and dates, as botocore does. Raises TypeError or ValueError for what is none."""
     if {*map(type, chain.from_iterable(one.timestamps_s for one in results))} - _NUMBERS:
-        raise TypeError("a timestamp that is no number")
+        for at, one in enumerate(results):
+            results[at] = one._replace(timestamps_s=[*map(epoch_s, one.timestamps_s)])
     if {*map(type, chain.from_iterable(one.values for one in results))} - _NUMBERS:
         for at, one in enumerate(results):
             results[at] = one._replace(values=[float(value) for value in one.values])
