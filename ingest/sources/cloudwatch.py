@@ -6,15 +6,17 @@ Guarantees:
   missing, cut off (`PartialData`) or failed (`InternalError`) is asked for again, and past the attempts the look is PARTIAL;
 * a failure never looks like an empty answer, and never throws away what was answered before it;
 * points are as served; a batch's `observed_at_ms` is the `Date` of the first page of the call that its points are from;
-* requests, pages, rounds and time are bounded; calls in flight per look are `CALLS_IN_FLIGHT`;
-* no exception for what AWS or the network did: it is in the Outcome.
+* series that discovery found late are read back to when they may have begun, by the next look and at no more cost;
+* requests, pages, rounds and time are bounded; calls in flight per look are `CALLS_IN_FLIGHT`, and a listing is unpacked as they go;
+* no exception for what AWS or the network did: it is in the Outcome;
+* another configuration is taken while looks are under way: those end with the one that they began with.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,13 +25,16 @@ import structlog
 from ingest.clock import Clock
 from ingest.errors import HeadgateError, Transient
 from ingest.model import Batch, LookStatus, Outcome, Target, TaskItem
-from ingest.sources.aws import Access, Aws, Tally
+from ingest.sources.asking import Asking
+from ingest.sources.aws import Access, Tally
 from ingest.sources.aws_errors import Denied
 from ingest.sources.columns import Look, batch_of, columns_of
-from ingest.sources.discovery import Discovery, Listing
+from ingest.sources.discovery import Asked, Discovery
 from ingest.sources.limiter import points_per_s
+from ingest.sources.listing import Cache, Listing
 from ingest.sources.look import Emit, relay
 from ingest.sources.metric_data import (
+    POINTS_PER_CALL_MAX,
     Answer,
     Call,
     GetMetricData,
@@ -39,8 +44,8 @@ from ingest.sources.metric_data import (
     check,
     plan,
 )
-from ingest.sources.transport import Calls
-from shard_config.model import Account, Config, ServiceProfile, retention_s
+from ingest.sources.packed import Unpacked
+from shard_config.model import Config, ServiceProfile, retention_s
 
 log = structlog.get_logger()
 
@@ -49,8 +54,6 @@ ROUND_PAUSE_S = (0.2, 1.0, 3.0)
 """Before an Id without a whole answer is asked for again, so four times in all. AWS bills every round."""
 GIVE_UP_AFTER = 3
 """Calls in a row that used up their attempts: then the look stops asking, for there is an outage."""
-CONTINUATION_PAGES_BILLED = False
-"""Whether a page by NextToken is billed like a call of its own: disputed among users. Retries and rounds always are."""
 EMITTING_S = 1.0
 """Asking ends this long before the look's deadline, so that what was answered still gets out."""
 NOTES_MAX = 6
@@ -58,10 +61,12 @@ NOTES_MAX = 6
 
 @dataclass(slots=True)
 class _Run:
-    """A look on its way: what is settled so far."""
+    """A look on its way: what is settled so far. `wanted` is the item as it was asked; `look.item` may begin before it."""
 
     look: Look
-    account: Account
+    wanted: TaskItem
+    asking: Asking
+    asked: Asked
     profile: ServiceProfile
     emit: Emit
     ask_deadline_s: float
@@ -75,6 +80,10 @@ class _Run:
     denied: bool = False
     failures_in_a_row: int = 0
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def period_s(self) -> int:
+        return self.wanted.period_s or self.profile.period_s
 
     def note(self, text: str) -> None:
         if text and text not in self.notes and len(self.notes) < NOTES_MAX:
@@ -100,22 +109,43 @@ class _Run:
         return LookStatus.PARTIAL if self.forbidden else LookStatus.FAILED
 
 
+def back_to_s(listing: Listing, item: TaskItem, period_s: int) -> int:
+    """Where a look begins, for the sake of series that were found late: a window's start, not after the item's.
+
+    Not before what CloudWatch keeps at this period, and not so early that a series would not fit into one call.
+    """
+    late = listing.late
+    if late is None or item.end_s < late.until_s:
+        return item.start_s
+    reach_s = min(retention_s(period_s), POINTS_PER_CALL_MAX * period_s)
+    earliest_s = -(-(item.end_s - reach_s) // item.grid_s) * item.grid_s
+    return min(item.start_s, max(late.from_s // item.grid_s * item.grid_s, earliest_s))
+
+
 class CloudWatchSource:
     """`ingest.ports.Source` over GetMetricData. One per process: it owns the clients, the quotas and the listings."""
 
-    def __init__(self, config: Config, clock: Clock, get_metric_data: GetMetricData | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        get_metric_data: GetMetricData | None = None,
+        cache: Cache | None = None,
+    ) -> None:
+        """`cache` shares the listings between shards: without it each lists for itself."""
         self._clock = clock
-        self._accounts = {account.id: account for account in config.accounts}
-        self._profiles = config.service_by_name
-        self._keeps_all = config.run.source_keeps_all
-        self._aws = Aws(config, clock)
-        self._calls = Calls(self._aws)
-        self._discovery = Discovery(self._aws, clock, config.limits)
-        self._get = get_metric_data or self._calls.get_metric_data
+        self._get = get_metric_data
+        self._asking = Asking(config, clock)
+        self._discovery = Discovery(clock, config.limits, cache)
+        self._unpacked = Unpacked()
+
+    def configure(self, config: Config) -> None:
+        """Take another configuration: looks in flight go on with theirs, listings that depend on nothing else are kept."""
+        self._asking = self._asking.succeeded_by(config)
+        self._discovery.configure(config.limits)
 
     async def close(self) -> None:
-        await self._calls.close()
-        await self._aws.close()
+        await self._asking.close()
 
     def look(
         self, task_id: str, target: Target, item: TaskItem, deadline_s: float
@@ -124,37 +154,53 @@ class CloudWatchSource:
         return relay(partial(self._look, Look(task_id, target, item), deadline_s))
 
     async def _look(self, look: Look, deadline_s: float, emit: Emit) -> Outcome:
-        account = self._accounts.get(look.target.account)
-        profile = self._profiles.get(look.item.service)
-        if account is None or profile is None:
-            missing = f"account {look.target.account}" if account is None else f"service {look.item.service}"
-            return Outcome(LookStatus.FAILED, f"{missing} is not in the configuration", 0, 0, {}, 0)
-        left_s = max(0.0, deadline_s - self._clock.monotonic_s())
-        run = _Run(look, account, profile, emit, deadline_s - min(EMITTING_S, left_s / 10))
-        try:
-            async with asyncio.timeout(left_s):
-                await self._collect(run)
-        except TimeoutError:
-            run.note("the deadline passed")
-        except HeadgateError as failure:
-            run.fail(failure)
-        except Exception as error:
-            log.exception("look_broke", target=str(look.target), service=look.item.service)
-            run.note(f"broke: {type(error).__name__}: {error}")
-        return self._outcome(run)
+        async with self._asking.using() as asking:
+            asked, profile = asking.asked(look.target.account), asking.profiles.get(look.item.service)
+            if asked is None or profile is None:
+                missing = (
+                    f"account {look.target.account}" if asked is None else f"service {look.item.service}"
+                )
+                return Outcome(LookStatus.FAILED, f"{missing} is not in the configuration", 0, 0, {}, 0)
+            left_s = max(0.0, deadline_s - self._clock.monotonic_s())
+            ask_deadline_s = deadline_s - min(EMITTING_S, left_s / 10)
+            run = _Run(look, look.item, asking, asked, profile, emit, ask_deadline_s)
+            try:
+                async with asyncio.timeout(left_s):
+                    await self._collect(run)
+            except TimeoutError:
+                run.note("the deadline passed")
+            except HeadgateError as failure:
+                run.fail(failure)
+            except Exception as error:
+                log.exception("look_broke", target=str(look.target), service=look.item.service)
+                run.note(f"broke: {type(error).__name__}: {error}")
+            return self._outcome(run)
 
     async def _collect(self, run: _Run) -> None:
-        target, item = run.look.target, run.look.item
+        target = run.look.target
         run.listing = listing = await self._discovery.listing(
-            run.account, target, run.profile, run.ask_deadline_s, run.tally
+            run.asked, target, run.profile, run.ask_deadline_s, run.tally
         )
         run.note(listing.note)
-        calls = plan(listing.tables, item.start_s, item.end_s, run.profile.period_s)
-        run.queries = sum(call.queries for call in calls)
-        rest = iter(calls)
+        start_s = back_to_s(listing, run.wanted, run.period_s)
+        run.look = replace(run.look, item=replace(run.wanted, start_s=start_s))
+        # A series is asked for once a range; nearly always there is one.
+        first = replace(listing, tables=listing.tables[:1])
+        run.queries = listing.series * len({call.start_s for call in self._calls(run, first)})
+        rest = self._calls(run, listing)
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(CALLS_IN_FLIGHT, len(calls))):
+            for _ in range(min(CALLS_IN_FLIGHT, run.queries)):
                 group.create_task(self._work(run, rest))
+        late = listing.late
+        if late is not None and run.wanted.end_s >= late.until_s and run.status() is LookStatus.COMPLETE:
+            self._discovery.looked_back(target, run.profile.service, listing)
+
+    def _calls(self, run: _Run, listing: Listing) -> Iterator[Call]:
+        """All calls of a look, table by table."""
+        for packed in listing.tables:
+            table = self._unpacked.table(packed, run.period_s)
+            item = run.look.item
+            yield from plan((table,), item.start_s, item.end_s, run.period_s, run.asked.linked)
 
     async def _work(self, run: _Run, rest: Iterator[Call]) -> None:
         for call in rest:
@@ -195,31 +241,32 @@ class CloudWatchSource:
         answer = Answer(frozenset(rows))
         request = call.request(rows)
         tokens: set[str] = set()
+        get = self._get or run.asking.calls.get_metric_data
 
         async def send(access: Access) -> Page:
             try:
-                page = check(await self._get(access, request), answer.asked)
+                page = check(await get(access, request), answer.asked)
             except Malformed:
-                self._bill(run, request)
+                run.tally.metrics_billed += self._price(run, request)
                 raise
-            self._bill(run, request)
+            run.tally.metrics_billed += self._price(run, request)
             return page
 
-        points = call.points(run.profile.period_s)
+        account, points = run.asked.account, call.points(run.period_s)
         age_s = self._clock.now_s() - call.start_s
         # On average a page must bring a hundred points: AWS fills pages, and a source that does not must not hold us for ever.
         for number in range(10 + points // 100):
             try:
-                page = await self._aws.call(
-                    run.account,
+                page = await run.asked.aws.call(
+                    account,
                     run.look.target.region,
                     "GetMetricData",
                     send,
-                    cost_s=1 / run.account.calls_per_s,
-                    points_cost_s=points / points_per_s(run.account, age_s),
+                    cost_s=1 / account.calls_per_s,
+                    points_cost_s=points / points_per_s(account, age_s),
                     deadline_s=run.ask_deadline_s,
                     tally=run.tally,
-                    metrics=self._price(request),
+                    metrics=self._price(run, request),
                 )
             except HeadgateError as failure:
                 answer.failure = failure
@@ -241,13 +288,10 @@ class CloudWatchSource:
         return answer
 
     @staticmethod
-    def _price(request: Mapping[str, Any]) -> int:
-        """The metrics that are billed for a request that is answered, fit for use or not."""
-        again = "NextToken" in request and not CONTINUATION_PAGES_BILLED
-        return 0 if again else len(request["MetricDataQueries"])
-
-    def _bill(self, run: _Run, request: Mapping[str, Any]) -> None:
-        run.tally.metrics_billed += self._price(request)
+    def _price(run: _Run, request: Mapping[str, Any]) -> int:
+        """The metrics that AWS bills for an answer, fit for use or not: for a continuation page by the reading that is configured."""
+        again = run.asking.pages_count_again or "NextToken" not in request
+        return len(request["MetricDataQueries"]) if again else 0
 
     def _observed(self, run: _Run, page: Page) -> int:
         observed_at_ms = page.date_ms
@@ -266,24 +310,24 @@ class CloudWatchSource:
             run.points += batch.points
 
     def _outcome(self, run: _Run) -> Outcome:
-        status, item = run.status(), run.look.item
-        listing = run.listing
+        status, item, listing = run.status(), run.wanted, run.listing
         if status is LookStatus.COMPLETE and listing is not None and not listing.series:
             # Nothing was asked, since there is nothing. The source's clock is the listing's, carried on.
-            age_s = self._clock.monotonic_s() - listing.listed_at_s
+            age_s = self._discovery.age_s(run.look.target, run.profile.service)
             run.observed_at_ms = listing.observed_at_ms + int(age_s) * 1000
             run.note(f"the listing of {int(age_s)} s ago names no metrics")
-        kept_s = retention_s(run.profile.period_s)
+        kept_s = retention_s(run.period_s)
         nothing = status is LookStatus.COMPLETE and run.queries and not run.points
         old = item.start_s < run.observed_at_ms // 1000 - kept_s
-        if nothing and old and not self._keeps_all:
+        if nothing and old and not run.asking.keeps_all:
             status = LookStatus.EXPIRED
-            run.note(f"periods of {run.profile.period_s} s are kept for {kept_s // 3600} h")
+            run.note(f"periods of {run.period_s} s are kept for {kept_s // 3600} h")
         missing = run.queries - run.complete - run.forbidden
         if run.forbidden:
             run.notes.append(f"{run.forbidden} of {run.queries} queries are forbidden")
         if missing:
             run.notes.append(f"{missing} of {run.queries} queries have no whole answer")
+        went_back = status in (LookStatus.COMPLETE, LookStatus.PARTIAL) and run.look.item != item
         return Outcome(
             status,
             "; ".join(run.notes),
@@ -291,4 +335,6 @@ class CloudWatchSource:
             listing.series if listing is not None else 0,
             dict(run.tally.requests),
             run.tally.metrics_billed,
+            run.tally.metrics_in_doubt,
+            run.look.item.start_s if went_back else 0,
         )

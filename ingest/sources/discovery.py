@@ -1,27 +1,41 @@
-"""Which metrics there are: ListMetrics, kept for the discovery interval.
+"""Which metrics there are: ListMetrics, kept for the discovery interval and shared between the shards.
 
 Guarantees:
 
-* a listing is whole or it is not used: every page was read, no page was cut off, no token came twice;
+* a listing is whole or it is not used: every page was read, no page was cut off, no token came twice, and where selections ask for
+  tags, all tagged resources are known;
 * what was listed is kept when a later listing fails, and whoever uses it is told how old it is;
-* one listing in flight per (target, service).
+* a shard that takes a target over uses the listing of the one before, as long as that is not older than the interval;
+* series that a listing has and the one before had not are looked for back to when they may have begun (`Listing.late`), once;
+* one listing in flight per (target, service); of a million metrics the names alone are in memory, 100 bytes each, until they are packed.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import structlog
 
 from ingest.clock import Clock
-from ingest.errors import HeadgateError, Transient
-from ingest.model import Series, SeriesKey, Target
+from ingest.errors import HeadgateError, Rejected, Transient
+from ingest.model import Series, Target
 from ingest.sources.aws import Access, Aws, Tally
-from ingest.sources.columns import SeriesTable, tables_of
-from ingest.sources.look import date_ms
+from ingest.sources.listing import Cache, Late, Listing, Shared, depends_on
+from ingest.sources.packed import PackedTable, added, pack
+from ingest.sources.selection import (
+    Metric,
+    Selector,
+    TagIndex,
+    asks_tags,
+    dimensions_of_all,
+    keys_of,
+    tag_keys,
+)
+from ingest.sources.tags import tagged_resources
+from ingest.sources.transport import ListPage
 from ingest.validate import series_problem
 from shard_config.model import Account, Limits, ServiceProfile
 
@@ -32,48 +46,42 @@ CALLS_PER_S = 25.0
 PAGES_MAX = 2_000
 """A million metrics of one namespace in one account and region. More is an error, not a shorter answer."""
 LISTINGS_MAX = 4_096
-"""Targets × services whose listings are kept; a process with more lists the longest unlisted again."""
+"""Targets × services whose listings are kept; a process with more asks for the longest unlisted again."""
+APPEARS_S = 900
+"""So long a metric that reports may be missing in ListMetrics."""
 
-Metric = tuple[str, tuple[tuple[str, str], ...]]
-"""Name, and dimensions sorted by name."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Listing:
-    """All series of one target and service, in tables of up to 500."""
-
-    tables: tuple[SeriesTable, ...]
-    listed_at_s: float
-    """Monotonic."""
-    observed_at_ms: int
-    """The source's clock, at the first page."""
-    note: str = ""
-    """Says so where this listing is older than it should be."""
-
-    @property
-    def series(self) -> int:
-        return sum(len(table) for table in self.tables)
+Key = tuple[Target, str]
 
 
-def series_of(metrics: Iterable[Metric], target: Target, profile: ServiceProfile) -> list[Series]:
-    """The (metric × statistic) that a profile asks for, in one order whatever the order of the listing."""
-    wanted = None if profile.metrics == "all" else {metric.name: metric for metric in profile.metrics}
-    found: list[Series] = []
-    for name, dimensions in sorted(set(metrics)):
-        metric = wanted.get(name) if wanted is not None else None
-        if wanted is not None and metric is None:
-            continue
-        for stat in profile.statistics if metric is None else metric.statistics:
-            key = SeriesKey(
-                target.account, target.region, profile.namespace, name, dimensions, stat, profile.period_s
-            )
-            found.append(Series(key, metric.unit if metric is not None else ""))
-    return found
+class ListMetrics(Protocol):
+    """Sends one request and reads one page."""
+
+    async def __call__(self, access: Access, params: Mapping[str, Any]) -> ListPage: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Who is asked for a target's metrics, and how: its own account, or a monitoring account (then `linked`)."""
+
+    account: Account
+    linked: bool
+    aws: Aws
+    list_metrics: ListMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """`owners` has one account a metric where a monitoring account was asked for them, else none."""
+
+    metrics: list[Metric]
+    owners: list[str]
+    next_token: str
+    date_ms: int | None
 
 
 def metrics_of(page: Any, namespace: str) -> list[Metric]:
     """The metrics on one page of ListMetrics. Raises Transient where the page is cut off."""
-    # botocore 1.43 takes a body that does not parse for an empty answer.
+    # A body that does not parse is `{"message": …}`, and no empty answer.
     if not isinstance(page, dict) or not isinstance(page.get("Metrics"), list):
         raise Transient(f"aws ListMetrics {namespace}", "a page without a list of metrics")
     return [
@@ -82,112 +90,226 @@ def metrics_of(page: Any, namespace: str) -> list[Metric]:
     ]
 
 
+def request_of(profile: ServiceProfile, owner: str = "") -> dict[str, Any]:
+    """The first request for a profile's metrics. AWS leaves out what no selection could take, which saves pages."""
+    params: dict[str, Any] = {"Namespace": profile.namespace}
+    if profile.recently_active:
+        params["RecentlyActive"] = "PT3H"
+    if profile.metrics != "all" and len(profile.metrics) == 1:
+        params["MetricName"] = profile.metrics[0].name
+    if names := dimensions_of_all(profile.only):
+        params["Dimensions"] = [{"Name": name} for name in names]
+    if owner:
+        params |= {"IncludeLinkedAccounts": True, "OwningAccount": owner}
+    return params
+
+
 class Discovery:
     """Listings of all targets of this process."""
 
-    def __init__(self, aws: Aws, clock: Clock, limits: Limits) -> None:
-        self._aws = aws
+    def __init__(self, clock: Clock, limits: Limits, cache: Cache | None = None) -> None:
         self._clock = clock
         self._limits = limits
-        self._listings: dict[tuple[Target, str], Listing] = {}
-        self._locks: dict[tuple[Target, str], asyncio.Lock] = {}
+        self._shared = Shared(cache, clock) if cache is not None else None
+        self._listings: dict[Key, tuple[Listing, float]] = {}
+        """Each with the monotonic time of its listing, however old it was when it was found."""
+        self._locks: dict[Key, asyncio.Lock] = {}
+
+    def configure(self, limits: Limits) -> None:
+        """Other limits from the next listing on. Listings are kept: each knows what of its profile it depends on."""
+        self._limits = limits
 
     async def listing(
-        self, account: Account, target: Target, profile: ServiceProfile, deadline_s: float, tally: Tally
+        self, asked: Asked, target: Target, profile: ServiceProfile, deadline_s: float, tally: Tally
     ) -> Listing:
         """A listing not older than the profile's discovery interval, or the last one with a note.
 
         Raises Transient, Denied or Rejected where there is none and none is to be had.
         """
-        key = (target, profile.service)
-        if known := self._recent(key, profile):
+        key, depends = (target, profile.service), depends_on(profile, self._limits)
+        if known := self._recent(key, profile, depends):
             return known
         async with self._locks.setdefault(key, asyncio.Lock()):
-            if known := self._recent(key, profile):
+            if known := self._recent(key, profile, depends):
                 return known
-            old = self._listings.get(key)
-            try:
-                fresh = await self._list(account, target, profile, deadline_s, tally)
-            except HeadgateError as failure:
-                if old is None:
-                    raise
-                age_s = int(self._clock.monotonic_s() - old.listed_at_s)
-                log.warning(
-                    "discovery_failed",
-                    target=str(target),
-                    service=profile.service,
-                    age_s=age_s,
-                    error=str(failure),
-                )
-                return Listing(
-                    old.tables, old.listed_at_s, old.observed_at_ms, f"discovery is {age_s} s old: {failure}"
-                )
-            self._keep(key, fresh)
-            return fresh
+            if self._shared is not None and self._known(key, depends) is None:
+                found = await self._shared.get(target, profile, depends, deadline_s, self._limits)
+                if found is not None:
+                    self._keep(key, found, max(0.0, self._clock.now_s() - found.listed_at_s))
+                    if known := self._recent(key, profile, depends):
+                        return known
+            return await self._refresh(asked, key, profile, depends, deadline_s, tally)
 
-    def _recent(self, key: tuple[Target, str], profile: ServiceProfile) -> Listing | None:
-        known = self._listings.get(key)
-        if known is None or self._clock.monotonic_s() - known.listed_at_s >= profile.discovery_interval_s:
+    def age_s(self, target: Target, service: str) -> float:
+        """Of the listing that is in use."""
+        return self._clock.monotonic_s() - self._listings[target, service][1]
+
+    def looked_back(self, target: Target, service: str, listing: Listing) -> None:
+        """A whole look has gone back for the series that came late in this listing."""
+        known, at_s = self._listings.get((target, service), (None, 0.0))
+        if known is not None and known.late is listing.late:
+            self._listings[target, service] = replace(known, late=None), at_s
+
+    async def _refresh(
+        self,
+        asked: Asked,
+        key: Key,
+        profile: ServiceProfile,
+        depends: str,
+        deadline_s: float,
+        tally: Tally,
+    ) -> Listing:
+        target, service = key
+        old = self._known(key, depends)
+        try:
+            fresh = await self._list(asked, target, profile, depends, deadline_s, tally)
+        except HeadgateError as failure:
+            if old is None:
+                raise
+            age_s = int(self._clock.monotonic_s() - self._listings[key][1])
+            log.warning(
+                "discovery_failed", target=str(target), service=service, age_s=age_s, error=str(failure)
+            )
+            return replace(old, note=f"discovery is {age_s} s old: {failure}")
+        if old is not None and (new := await asyncio.to_thread(added, old.tables, fresh.tables)):
+            log.info("series_found_late", target=str(target), service=service, series=new)
+            fresh = replace(fresh, late=_late(old, fresh, profile))
+        self._keep(key, fresh)
+        if self._shared is not None:
+            await self._shared.put(target, service, fresh, deadline_s)
+        return fresh
+
+    def _known(self, key: Key, depends: str) -> Listing | None:
+        known, _ = self._listings.get(key, (None, 0.0))
+        return known if known is not None and known.depends == depends else None
+
+    def _recent(self, key: Key, profile: ServiceProfile, depends: str) -> Listing | None:
+        known = self._known(key, depends)
+        if known is None:
             return None
-        return known
+        age_s = self._clock.monotonic_s() - self._listings[key][1]
+        return known if age_s < profile.discovery_interval_s else None
 
-    def _keep(self, key: tuple[Target, str], listing: Listing) -> None:
+    def _keep(self, key: Key, listing: Listing, age_s: float = 0.0) -> None:
         self._listings.pop(key, None)
-        self._listings[key] = listing
+        self._listings[key] = listing, self._clock.monotonic_s() - age_s
         while len(self._listings) > LISTINGS_MAX:
             oldest = next(iter(self._listings))
             del self._listings[oldest]
             self._locks.pop(oldest, None)
 
+    # --- asking -----------------------------------------------------------------------------------------------
+
     async def _list(
-        self, account: Account, target: Target, profile: ServiceProfile, deadline_s: float, tally: Tally
+        self,
+        asked: Asked,
+        target: Target,
+        profile: ServiceProfile,
+        depends: str,
+        deadline_s: float,
+        tally: Tally,
     ) -> Listing:
-        key = (target, profile.service)
-        where = f"aws ListMetrics {target} {profile.namespace}"
-        params: dict[str, Any] = {"Namespace": profile.namespace}
-        if profile.recently_active:
-            params["RecentlyActive"] = "PT3H"
-
-        async def page_of(access: Access) -> tuple[list[Metric], str, int | None]:
-            async with self._aws.client("cloudwatch", access) as client:
-                answer = await client.list_metrics(**params)
-            date = date_ms(answer["ResponseMetadata"]["HTTPHeaders"].get("date"))
-            return metrics_of(answer, profile.namespace), answer.get("NextToken") or "", date
-
-        metrics: list[Metric] = []
+        index: TagIndex | None = None
+        if asks_tags(profile):
+            index = await self._tags(asked, target, profile, deadline_s, tally)
+        selector = Selector(profile, index)
+        observed_at_ms = 0
+        taken: set[bytes] = set()
+        listed = 0
+        request = request_of(profile, target.account if asked.linked else "")
         tokens: set[str] = set()
-        observed_at_ms: int | None = None
         for _ in range(PAGES_MAX):
-            found, token, date = await self._aws.call(
-                account,
-                target.region,
-                "ListMetrics",
-                page_of,
-                cost_s=1 / CALLS_PER_S,
-                deadline_s=deadline_s,
-                tally=tally,
-            )
-            observed_at_ms = observed_at_ms or date or self._clock.now_ms()
-            metrics += found
-            if not token:
+            page = await self._page(asked, target, request, deadline_s, tally)
+            observed_at_ms = observed_at_ms or page.date_ms or self._clock.now_ms()
+            if asked.linked and page.owners != [target.account] * len(page.metrics):
+                # Data must never be labelled with an account that it is not from.
+                what = f"account {asked.account.id} lists metrics that are not said to be of {target.account}"
+                raise Rejected(_where(target, profile), "refused", what)
+            listed += len(page.metrics)
+            taken.update(keys_of(metric for metric in page.metrics if selector.takes(*metric)))
+            if not page.next_token:
                 break
-            if token in tokens:
-                raise Transient(where, "the same NextToken came twice")
-            tokens.add(token)
-            params["NextToken"] = token
+            if page.next_token in tokens:
+                raise Transient(_where(target, profile), "the same NextToken came twice")
+            tokens.add(page.next_token)
+            request = {**request, "NextToken": page.next_token}
         else:
-            raise Transient(where, f"more than {PAGES_MAX} pages", "split the service's profile")
-        old = self._listings.get(key)
-        known = old.tables if old is not None else ()
-
-        def tabulate() -> tuple[tuple[SeriesTable, ...], int]:
-            series = series_of(metrics, target, profile)
-            travelling = [one for one in series if series_problem(one, self._limits) is None]
-            return tables_of(travelling, known), len(series) - len(travelling)
-
+            raise Transient(
+                _where(target, profile), f"more than {PAGES_MAX} pages", "split the service's profile"
+            )
         # In a thread, for 100,000 series take a second.
-        tables, refused = await asyncio.to_thread(tabulate)
-        log.info(
-            "discovered", target=str(target), service=profile.service, metrics=len(metrics), refused=refused
+        tables, refused = await asyncio.to_thread(self._pack, selector, taken, target)
+        log.info("discovered", target=str(target), service=profile.service, metrics=listed, refused=refused)
+        return Listing(tables, observed_at_ms, depends)
+
+    def _pack(
+        self, selector: Selector, taken: set[bytes], target: Target
+    ) -> tuple[tuple[PackedTable, ...], int]:
+        """The tables, and how many series are left out since they could not travel."""
+        limits, refused = self._limits, 0
+
+        def travelling() -> Iterable[Series]:
+            nonlocal refused
+            for one in selector.series(sorted(taken), target):
+                if series_problem(one, limits) is None:
+                    yield one
+                else:
+                    refused += 1
+
+        return tuple(pack(travelling(), limits)), refused
+
+    async def _page(
+        self, asked: Asked, target: Target, request: dict[str, Any], deadline_s: float, tally: Tally
+    ) -> _Page:
+        async def send(access: Access) -> _Page:
+            found = await asked.list_metrics(access, request)
+            return _Page(
+                metrics_of(found.answer, request["Namespace"]),
+                list(found.answer.get("OwningAccounts") or ()),
+                str(found.answer.get("NextToken") or ""),
+                found.date_ms,
+            )
+
+        return await asked.aws.call(
+            asked.account,
+            target.region,
+            "ListMetrics",
+            send,
+            cost_s=1 / CALLS_PER_S,
+            deadline_s=deadline_s,
+            tally=tally,
         )
-        return Listing(tables, self._clock.monotonic_s(), observed_at_ms or 0)
+
+    async def _tags(
+        self, asked: Asked, target: Target, profile: ServiceProfile, deadline_s: float, tally: Tally
+    ) -> TagIndex:
+        where = f"configuration services.{profile.service}"
+        if profile.resources is None:
+            raise Rejected(
+                where, "no_resources", "`only` asks for tags; say in `resources` how they belong to metrics"
+            )
+        if asked.linked:
+            raise Rejected(
+                where,
+                "no_tags",
+                f"`only` asks for tags, and a monitoring account does not know those of {target.account}: "
+                "leave `via` out, or select by dimensions",
+            )
+        tagged = await tagged_resources(
+            asked.aws, asked.account, target, profile.resources, tag_keys(profile), deadline_s, tally
+        )
+        return TagIndex(profile.resources, tagged)
+
+
+def _where(target: Target, profile: ServiceProfile) -> str:
+    return f"aws ListMetrics {target} {profile.namespace}"
+
+
+def _late(old: Listing, fresh: Listing, profile: ServiceProfile) -> Late:
+    """What is new may have begun right after the last listing, and that one may have missed its first 15 minutes.
+
+    Only a look at the present goes back: what ends so much before the listing is backlog, or heals.
+    """
+    listed_s = int(fresh.listed_at_s)
+    from_s = min(int(old.listed_at_s), listed_s - profile.discovery_interval_s) - APPEARS_S
+    return Late(from_s, listed_s - APPEARS_S - 2 * profile.poll_interval_s)

@@ -26,6 +26,7 @@ from ingest.clock import Clock
 from ingest.errors import HeadgateError, Rejected
 from ingest.model import Target
 from ingest.sources.packed import PackedTable, load
+from ingest.sources.selection import asks_tags
 from ingest.validate import Reason
 from shard_config.model import Limits, ServiceProfile
 
@@ -72,10 +73,11 @@ class Listing:
         return self.observed_at_ms / 1000
 
 
-def depends_on(profile: ServiceProfile) -> str:
-    """32 hexadecimal digits over what of a profile decides which series a listing has."""
-    keys = {"namespace", "period_s", "recently_active", "statistics", "metrics", "only", "resources"}
-    what = profile.model_dump(mode="json", include=keys)
+def depends_on(profile: ServiceProfile, limits: Limits) -> str:
+    """32 hexadecimal digits over what decides which series a listing has, beside what AWS lists."""
+    keys = {"namespace", "period_s", "recently_active", "statistics", "metrics", "only"}
+    what = profile.model_dump(mode="json", include=keys | ({"resources"} if asks_tags(profile) else set()))
+    what["limits"] = [limits.dimensions_max, limits.label_bytes_max]
     return blake2b(orjson.dumps(what, option=orjson.OPT_SORT_KEYS), digest_size=16).hexdigest()
 
 

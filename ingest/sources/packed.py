@@ -46,6 +46,15 @@ class PackedTable:
         return len(self.ids)
 
 
+_ANY = Limits(
+    series_per_batch_max=SERIES_PER_BATCH,
+    dimensions_max=1_000,
+    label_bytes_max=ENCODED_BYTES_MAX,
+    decoded_bytes_max=ENCODED_BYTES_MAX,
+)
+"""What is packed has been checked, by limits that may have been changed since."""
+
+
 def _caps(limits: Limits) -> Limits:
     """Our own tables are never above the cap of series, whatever the configuration lets in from elsewhere."""
     return limits.model_copy(update={"series_per_batch_max": SERIES_PER_BATCH})
@@ -93,8 +102,7 @@ def _decompress(blob: bytes) -> bytes:
 class Unpacked:
     """The tables of a process that are in use, the least recently used first out."""
 
-    def __init__(self, limits: Limits, tables_max: int = UNPACKED_MAX) -> None:
-        self._limits = limits
+    def __init__(self, tables_max: int = UNPACKED_MAX) -> None:
         self._max = tables_max
         self._tables: OrderedDict[tuple[bytes, int], SeriesTable] = OrderedDict()
 
@@ -113,7 +121,7 @@ class Unpacked:
         return table
 
     def _unpack(self, packed: PackedTable, period_s: int) -> SeriesTable:
-        series = series_table.read(_decompress(packed.blob), _caps(self._limits))
+        series = series_table.read(_decompress(packed.blob), _ANY)
         if all(one.key.period_s == period_s for one in series):
             return SeriesTable(series, packed.ids)
         coarser = tuple(replace(one, key=replace(one.key, period_s=period_s)) for one in series)
