@@ -26,8 +26,8 @@ from enum import StrEnum
 from ingest.model import LookStatus, Target, Task, TaskItem, TaskKind, Window, task_id_of
 from ingest.pauses import Pauses
 from ingest.schedule import Grid
-from shard_config.model import Heal, retention_s
 from ingest.spans import Spans
+from shard_config.model import Heal, retention_s
 from shard_config.price import Prices
 
 REPLAYS_MAX = 3
@@ -38,9 +38,9 @@ ANNOUNCED_MAX = 200
 """Replays, and tasks announced again, in one decision."""
 ASKED_MAX = 50
 """Attempts without a receipt at any time."""
-PATIENCE_S = 86_400
 REMOVED_S = 86_400
 """What is no longer configured is left alone so long past its deadline: it may have been a mistake."""
+PATIENCE_S = 86_400
 """So long past what the source keeps a task without a receipt is still waited for."""
 DOUBLINGS_MAX = 7
 """Back-offs grow to 128 times the first."""
@@ -57,9 +57,9 @@ class Reason(StrEnum):
     EXPIRED = "expired"
     ABANDONED = "abandoned"
     UNRECOVERABLE = "unrecoverable"
-
     REMOVED = "removed"
     """Its account, region or service is no longer configured."""
+
 
 class Wait(StrEnum):
     """Why nothing is done about a window now."""
@@ -193,13 +193,13 @@ class Rules:
     grids: Mapping[Target, Sequence[Grid]]
     task_deadline_s: int
     source_keeps_all: bool = False
+    whole: bool = True
+    """All accounts are known. Else what is not in `grids` may be an organization's that is not listed yet."""
 
     @property
     def block_s_max(self) -> int:
         """The longest block of all."""
         return max((g.block_s for grids in self.grids.values() for g in grids), default=0)
-    whole: bool = True
-    """All accounts are known. Else what is not in `grids` may be an organization's that is not listed yet."""
 
 
 def decide(situation: Situation, rules: Rules) -> Decision:
@@ -265,6 +265,12 @@ class _Judge:
             return self._declare(w, Reason.UNRECOVERABLE)
         return self._may_ask(w)
 
+    def _not_configured(self, w: OpenWindow) -> bool:
+        deadline_s = w.settles_s + w.window.end_s - w.window.start_s
+        if self._rules.whole and self._now_s > deadline_s + REMOVED_S:
+            return self._declare(w, Reason.REMOVED)
+        return self._wait(Wait.UNKNOWN)
+
     def _landable(self, w: OpenWindow) -> Unlanded | None:
         """The first look at the window that may yet land: it is on its way, or can be replayed."""
         for look in self._unlanded.covering(w):
@@ -272,12 +278,6 @@ class _Judge:
                 continue
             before = self._s.announced.get(look.task.task_id, Announced(0, 0))
             over = self._now_s >= before.last_s + RELANDING_S if look.look_id else look.passed
-    def _not_configured(self, w: OpenWindow) -> bool:
-        deadline_s = w.settles_s + w.window.end_s - w.window.start_s
-        if self._rules.whole and self._now_s > deadline_s + REMOVED_S:
-            return self._declare(w, Reason.REMOVED)
-        return self._wait(Wait.UNKNOWN)
-
             if before.times < (1 if look.look_id else REPLAYS_MAX) or not over:
                 return look
         return None
