@@ -12,6 +12,7 @@ from tests.simulated_scene import (
     FIRST,
     GET_METRIC_DATA,
     NOW_S,
+    REGION,
     SECOND,
     STEADY,
     asked,
@@ -173,5 +174,166 @@ async def test_faults_are_set_over_http_and_nonsense_is_refused() -> None:
     assert given["throttle_share"] == 0.5
     assert unchanged == Faults(throttle_share=0.5, forbidden_accounts=(SECOND,))
     assert [status for status, _ in bad] == [400] * 4
-    assert bad[0][1].startswith("unknown faults throtle_share; there are seed, throttle_share")
+    assert bad[0][1].startswith("unknown faults throtle_share; there are seed, only_accounts, throttle_share")
     assert sim.faults == Faults()
+
+
+# --- what happens to single accounts, credentials, actions and regions -----------------------------------------
+
+
+async def test_faults_of_some_accounts_spare_the_others() -> None:
+    async with running(faults=Faults(only_accounts=(SECOND,), error_share=1.0)) as sim:
+        async with client(sim, **await assume(sim)) as second:
+            with pytest.raises(ClientError) as failed:
+                await second.list_metrics()
+        async with client(sim) as first:
+            assert (await first.list_metrics())["Metrics"]
+
+    assert code_of(failed) == (500, "InternalServiceError")
+
+
+async def test_denied_actions_are_denied_by_pattern_in_every_service() -> None:
+    async with running(faults=Faults(denied_actions=("cloudwatch:List*", "tag:*", "organizations:*"))) as sim:
+        codes = []
+        for service, operation in (
+            ("cloudwatch", "list_metrics"),
+            ("resourcegroupstaggingapi", "get_resources"),
+            ("organizations", "list_roots"),
+        ):
+            async with client(sim, service) as aws:
+                with pytest.raises(ClientError) as denied:
+                    await getattr(aws, operation)()
+            codes.append(code_of(denied)[1])
+        [results] = await answers(sim, asked(), 1)
+        sim.faults = Faults(denied_actions=("sts:AssumeRole",))
+        with pytest.raises(ClientError) as no_role:
+            await assume(sim)
+
+    assert codes == ["AccessDenied", "AccessDeniedException", "AccessDeniedException"]
+    assert code_of(no_role)[1] == "AccessDenied"
+    assert len(results) == 3
+
+
+async def test_credentials_hold_for_so_many_calls_and_new_ones_as_long() -> None:
+    async with running(faults=Faults(expire_after_calls=2)) as sim:
+        codes: list[tuple[int, str]] = []
+        for _ in range(2):
+            async with client(sim, **await assume(sim, DurationSeconds=900 + len(codes))) as cloudwatch:
+                for _ in range(2):
+                    await cloudwatch.list_metrics()
+                with pytest.raises(ClientError) as expired:
+                    await cloudwatch.list_metrics()
+            codes.append(code_of(expired))
+        sim.faults = Faults(expired_accounts=(SECOND,))
+        async with client(sim, **await assume(sim)) as cloudwatch:
+            with pytest.raises(ClientError) as for_good:
+                await cloudwatch.list_metrics()
+
+    assert codes == [(403, "ExpiredToken")] * 2
+    assert code_of(for_good) == (403, "ExpiredToken")
+
+
+async def test_a_region_that_is_not_enabled_knows_nobody() -> None:
+    async with running(faults=Faults(disabled_regions=(REGION,))) as sim:
+        async with client(sim) as cloudwatch:
+            with pytest.raises(ClientError) as unknown:
+                await cloudwatch.list_metrics()
+        with pytest.raises(ClientError) as no_sts:
+            await assume(sim)
+
+    assert code_of(unknown) == (403, "InvalidClientTokenId")
+    assert code_of(no_sts) == (403, "RegionDisabledException")
+
+
+# --- bodies and pages that nobody expects ----------------------------------------------------------------------
+
+
+async def raw_answer(sim: Simulator) -> tuple[int, bytes]:
+    async with (
+        aiohttp.ClientSession(sim.url, headers=headers() | GET_METRIC_DATA) as http,
+        http.post("/", data=orjson.dumps(body_of([query(0, STEADY)]))) as response,
+    ):
+        return response.status, await response.read()
+
+
+async def test_a_truncated_answer_announces_more_than_it_brings_and_is_billed() -> None:
+    async with running(faults=Faults(truncated_share=1.0)) as sim:
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await raw_answer(sim)
+        billed = sim.billing()["accounts"][FIRST]["metrics_requested"]
+
+    assert billed == 1
+
+
+async def test_what_stands_before_aws_answers_503_in_html_and_bills_nothing() -> None:
+    async with running(faults=Faults(unavailable_share=1.0)) as sim:
+        status, body = await raw_answer(sim)
+        billed = sim.billing()["accounts"][FIRST]["metrics_requested"]
+
+    assert (status, billed) == (503, 0)
+    assert body.startswith(b"<html>")
+
+
+async def test_a_slow_answer_is_the_right_one_and_late() -> None:
+    clock = ManualClock(NOW_S)
+    async with running(clock=clock) as sim:
+        prompt = await raw_answer(sim)
+        sim.faults = Faults(slow_share=1.0, slow_ms=40_000)
+        late = await raw_answer(sim)
+
+    assert late == prompt
+    assert clock.monotonic_s() == 40
+
+
+@pytest.mark.parametrize("operation", ["list_metrics", "get_metric_data"])
+async def test_endless_pages_have_a_new_token_each(operation: str) -> None:
+    request = asked() if operation == "get_metric_data" else {"Namespace": "AWS/Nothing"}
+    async with running(faults=Faults(token_endless_share=1.0)) as sim, client(sim) as cloudwatch:
+        tokens = [(await getattr(cloudwatch, operation)(**request))["NextToken"]]
+        for _ in range(5):
+            tokens.append(
+                (await getattr(cloudwatch, operation)(**request, NextToken=tokens[-1]))["NextToken"]
+            )
+        billed = sim.billing()["accounts"][FIRST]["metrics_requested"]
+
+    assert len(set(tokens)) == 6
+    assert billed == (3 if operation == "get_metric_data" else 0)
+
+
+async def test_a_listings_token_may_lead_back_too() -> None:
+    async with running(faults=Faults(token_loop_share=1.0)) as sim, client(sim) as cloudwatch:
+        first = await cloudwatch.list_metrics()
+        again = await cloudwatch.list_metrics(NextToken=first["NextToken"])
+
+    assert again["Metrics"] == first["Metrics"]
+    assert again["NextToken"] == first["NextToken"]
+
+
+async def test_more_metrics_than_are_allowed_are_left_out_with_a_message() -> None:
+    async with running(faults=Faults(allowed_metrics_max=2)) as sim, client(sim) as cloudwatch:
+        answer = await cloudwatch.get_metric_data(**asked(5))
+        few = await cloudwatch.get_metric_data(**asked(2))
+
+    assert [r["Id"] for r in answer["MetricDataResults"]] == ["q0", "q1"]
+    assert answer["Messages"] == [
+        {"Code": "MaxMetricsExceeded", "Value": "Maximum number of allowed metrics exceeded"}
+    ]
+    assert "Messages" not in few
+
+
+async def test_a_flood_of_a_million_metrics_is_listed_in_pages_of_500() -> None:
+    async with (
+        running(faults=Faults(flood_metrics=1_000_000, wild_metrics=1)) as sim,
+        client(sim) as cloudwatch,
+    ):
+        pages, request = [], {"Namespace": "AWS/SQS"}
+        for _ in range(3):
+            pages.append(await cloudwatch.list_metrics(**request))
+            request["NextToken"] = pages[-1]["NextToken"]
+    metrics = [m for page in pages for m in page["Metrics"]]
+    wild, flood = metrics[600], metrics[601:]
+
+    assert len(metrics) == 1500
+    assert (len(wild["Dimensions"]), {len(d["Value"]) for d in wild["Dimensions"]}) == (100, {10_002})
+    assert {m["MetricName"] for m in flood} == {"Sent"}
+    assert len({m["Dimensions"][0]["Value"] for m in flood}) == len(flood) == 899

@@ -220,6 +220,7 @@ class Page:
     next_token: str = ""
     this_token: str = ""
     owners: list[str] | None = None
+    messages: list[dict[str, str]] | None = None
 
 
 def get_metric_data(
@@ -315,9 +316,15 @@ def _is_kept(period_s: int, age_s: int) -> bool:
 
 
 def list_metrics(
-    truth: Truth, account: str, region: str, body: Mapping[str, Any], now_s: int, linked: Sequence[str] = ()
+    truth: Truth,
+    account: str,
+    region: str,
+    body: Mapping[str, Any],
+    now_s: int,
+    linked: Sequence[str] = (),
+    beside: Sequence[Metric] = (),
 ) -> Page:
-    """One page of ListMetrics at `now_s`; `linked` are accounts that `account` monitors.
+    """One page of ListMetrics at `now_s`; `linked` are accounts that `account` monitors, `beside` is listed after what there is.
 
     Raises AwsError for a filter or a token that AWS would refuse, and for an owner that is not linked.
     """
@@ -336,9 +343,8 @@ def list_metrics(
         as_of_s, first, _ = _resume(body["NextToken"], fingerprint)
     last, before = first + LIST_PAGE, 0
     found: list[tuple[str, Metric]] = []
-    for owner in owners:
-        metrics = truth.listed(owner, region, as_of_s, active is not None)
-        if namespace or name or wanted:
+    for owner, metrics in _listed(truth, owners, region, as_of_s, active is not None, beside):
+        if metrics is not beside and (namespace or name or wanted):
             metrics = [m for m in metrics if _matches(m, namespace, name, wanted)]
         found += [(owner, m) for m in metrics[max(0, first - before) : max(0, last - before)]]
         before += len(metrics)
@@ -355,6 +361,15 @@ def list_metrics(
         _token(as_of_s, first, 0, fingerprint),
         [owner for owner, _ in found] if body.get("IncludeLinkedAccounts") else None,
     )
+
+
+def _listed(
+    truth: Truth, owners: Sequence[str], region: str, as_of_s: int, active: bool, beside: Sequence[Metric]
+) -> Iterator[tuple[str, Sequence[Metric]]]:
+    """(owner, metrics), one after the other."""
+    for owner in owners:
+        yield owner, truth.listed(owner, region, as_of_s, active)
+    yield owners[0], beside
 
 
 def _owners(body: Mapping[str, Any], account: str, linked: Sequence[str]) -> tuple[str, ...]:

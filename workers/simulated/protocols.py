@@ -22,6 +22,8 @@ class Protocol:
     _loads: Callable[[bytes], Any]
     dumps: Callable[[dict[str, Any]], bytes]
     headers: Mapping[str, str]
+    names_query_errors: bool = True
+    """Whether errors carry the code of the query protocol too, as CloudWatch's do for old clients."""
 
     def loads(self, raw: bytes) -> dict[str, Any]:
         """A request's structure. Raises AwsError where the body is none."""
@@ -36,7 +38,7 @@ class Protocol:
     def error(self, e: AwsError) -> tuple[bytes, dict[str, str]]:
         """Body and headers of an error answer."""
         headers = dict(self.headers)
-        if e.query_code:
+        if e.query_code and self.names_query_errors:
             headers["x-amzn-query-error"] = f"{e.query_code};{'Sender' if e.status < 500 else 'Receiver'}"
         return self.dumps({"__type": e.code, "message": e.message}), headers
 
@@ -62,7 +64,7 @@ def _to_cbor(body: dict[str, Any]) -> bytes:
 
 
 JSON: Final = Protocol(orjson.loads, orjson.dumps, {"Content-Type": "application/x-amz-json-1.0"})
-JSON_1_1: Final = Protocol(orjson.loads, orjson.dumps, {"Content-Type": "application/x-amz-json-1.1"})
+JSON_1_1: Final = Protocol(orjson.loads, orjson.dumps, {"Content-Type": "application/x-amz-json-1.1"}, False)
 CBOR: Final = Protocol(
     _from_cbor, _to_cbor, {"Content-Type": "application/cbor", "smithy-protocol": "rpc-v2-cbor"}
 )

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from email.utils import formatdate
 from hashlib import blake2b
@@ -18,13 +18,13 @@ from aiohttp import web
 from ingest.clock import Clock
 from workers.simulated import organizations, sts, tagging
 from workers.simulated.cloudwatch import AwsError, Page, get_metric_data, list_metrics, parse_data_request
-from workers.simulated.faults import Asked, Faults, happens, spoil_results
+from workers.simulated.faults import SPARED, Asked, Fate, Faults, Flood, fate_of, spoil_results
 from workers.simulated.metering import Bill, Quotas
 from workers.simulated.organizations import Organization
 from workers.simulated.protocols import CBOR, JSON, JSON_1_1, Protocol, answer_headers, xml
 from workers.simulated.resources import resources_of
 from workers.simulated.sts import Caller
-from workers.world import Truth, World
+from workers.world import Metric, Truth, World
 
 CALLS_PER_S: Final = 50.0
 """GetMetricData's quota of AWS, unless it was raised."""
@@ -35,6 +35,11 @@ OLD_DATAPOINTS_PER_S: Final = 396_000.0
 
 _BODY_BYTES_MAX: Final = 4 << 20
 _CLOUDWATCH: Final = "GraniteServiceVersion20100801"
+_SERVICES: Final = {_CLOUDWATCH: "cloudwatch", organizations.TARGET: "organizations", tagging.TARGET: "tag"}
+"""How policies call what the targets call otherwise."""
+_UNAVAILABLE: Final = "<html><body><h1>503 Service Unavailable</h1></body></html>"
+_ENDLESS: Final = "endless-"
+"""NextTokens that AWS would never give: `Faults.token_endless_share`."""
 
 log = structlog.get_logger()
 
@@ -152,97 +157,142 @@ class Simulator:
 
     # --- AWS ---
 
-    async def _serve_root(self, request: web.Request) -> web.Response:
+    async def _serve_root(self, request: web.Request) -> web.StreamResponse:
         service, _, operation = request.headers.get("X-Amz-Target", "").partition(".")
         if not service:
             return await self._serve_sts(request)
-        if service in (organizations.TARGET, tagging.TARGET):
-            return await self._serve_call(request, service, operation, JSON_1_1)
-        return await self._serve_call(request, _CLOUDWATCH, operation, JSON)
+        return await self._serve_call(
+            request, service, operation, JSON if service == _CLOUDWATCH else JSON_1_1
+        )
 
-    async def _serve_cbor(self, request: web.Request) -> web.Response:
+    async def _serve_cbor(self, request: web.Request) -> web.StreamResponse:
         return await self._serve_call(request, _CLOUDWATCH, request.match_info["operation"], CBOR)
 
     async def _serve_call(
         self, request: web.Request, service: str, operation: str, protocol: Protocol
-    ) -> web.Response:
+    ) -> web.StreamResponse:
         raw = await request.read()
-        await self._lag()
-        faults, now_s = self.faults, self._clock.now_s()
-        headers = answer_headers(now_s)
+        now_s, fate, faults = self._clock.now_s(), SPARED, self.faults
         try:
             caller = self._caller(request)
-            what, attempt = b"", 0
+            faults = self.faults.of(caller.account)
+            await self._lag(faults.latency_ms)
+            now_s = self._clock.now_s()
             if faults.of_calls:
-                of = f"{caller.account} {caller.region} {operation} "
-                what = blake2b(of.encode() + raw).digest()
-                attempt = self._asked.count(what)
+                what = blake2b(f"{caller.account} {caller.region} {operation} ".encode() + raw).digest()
+                fate = fate_of(faults, what, self._asked.count(what))
+            self._refuse(caller, faults, _SERVICES.get(service, ""), operation, fate)
+            if fate.unavailable:
+                return web.Response(status=503, text=_UNAVAILABLE, content_type="text/html")
             if service == _CLOUDWATCH:
-                self._refuse(caller, operation, what, attempt)
-                page = self._answer(caller, operation, protocol.loads(raw), now_s)
-                answer = self._body(operation, page, what)
+                answer = self._metrics(caller, faults, operation, protocol.loads(raw), now_s, fate)
             else:
                 answer = self._free(caller, service, operation, protocol.loads(raw))
         except AwsError as e:
             error, error_headers = protocol.error(e)
-            return web.Response(status=e.status, body=error, headers=headers | error_headers)
-        body = protocol.dumps(answer)
-        if happens(faults.malformed_share, faults.seed, "malformed", what, attempt):
-            body = body[: len(body) // 2]
-        if request.transport and happens(faults.reset_share, faults.seed, "reset", what, attempt):
-            request.transport.abort()
-        return web.Response(body=body, headers=headers | dict(protocol.headers))
+            return web.Response(status=e.status, body=error, headers=answer_headers(now_s) | error_headers)
+        headers = answer_headers(now_s) | dict(protocol.headers)
+        return await self._send(request, protocol.dumps(answer), headers, fate, faults)
 
-    def _body(self, operation: str, page: Page, what: bytes) -> dict[str, Any]:
-        """A page of CloudWatch's in the shape of the wire."""
-        token = page.next_token
-        if operation == "GetMetricData" and happens(
-            self.faults.token_loop_share, self.faults.seed, "loop", what, 0
-        ):
-            token = page.this_token
+    async def _send(
+        self, request: web.Request, body: bytes, headers: Mapping[str, str], fate: Fate, faults: Faults
+    ) -> web.StreamResponse:
+        """An answer, if need be late, cut off, or lost on its way."""
+        if fate.slow:
+            await self._lag(faults.slow_ms)
+        if fate.malformed:
+            body = body[: len(body) // 2]
+        if fate.truncated:
+            response = web.StreamResponse(headers=headers)
+            response.content_length = len(body)
+            await response.prepare(request)
+            await response.write(body[: len(body) // 2])
+            if request.transport:
+                request.transport.close()
+            return response
+        if fate.reset and request.transport:
+            request.transport.abort()
+        return web.Response(body=body, headers=headers)
+
+    def _refuse(self, caller: Caller, faults: Faults, service: str, operation: str, fate: Fate) -> None:
+        """Raise AwsError for what is refused before the request is looked at."""
+        if not service or (service == "cloudwatch" and operation not in ("GetMetricData", "ListMetrics")):
+            raise AwsError("UnknownOperationException", f"{operation} is not simulated")
+        if caller.region in faults.disabled_regions:
+            raise sts.unrecognized()
+        spent = faults.expire_after_calls and self._calls_with(caller) >= faults.expire_after_calls
+        if spent or caller.account in faults.expired_accounts:
+            raise sts.expired()
+        action = f"{service}:{operation}"
+        if faults.denies(action) or (service == "cloudwatch" and caller.account in faults.forbidden_accounts):
+            message = f"User: {caller.arn} is not authorized to perform: {action}"
+            raise AwsError("AccessDeniedException", message, 403, "AccessDenied")
+        if service == "cloudwatch":
+            per_s = LIST_CALLS_PER_S if operation == "ListMetrics" else self._calls_per_s
+            self._take(caller, operation, operation, 1.0, per_s)
+        if fate.throttle:
+            raise self._throttled(caller, operation)
+        if fate.error:
+            raise AwsError("InternalServiceFault", "an internal error", 500, "InternalServiceError")
+
+    def _calls_with(self, caller: Caller) -> int:
+        """Calls that were made before with the caller's session; other credentials are not counted."""
+        return self._asked.count(f"session {caller.session}".encode()) if caller.session else 0
+
+    def _metrics(
+        self, caller: Caller, faults: Faults, operation: str, body: dict[str, Any], now_s: int, fate: Fate
+    ) -> dict[str, Any]:
+        """CloudWatch's answer, in the shape of the wire; counted and billed."""
+        page_number = body.get("NextToken") or ""
+        continued = bool(page_number)
+        if page_number.startswith(_ENDLESS):
+            body = body | {"NextToken": None}
+        if operation == "ListMetrics":
+            page = self._listing(caller, faults, body, now_s)
+        else:
+            page = self._data(caller, faults, body, now_s, continued)
+        token = page.this_token if fate.token_loop else page.next_token
+        if fate.token_endless and not token:
+            token = f"{_ENDLESS}{1 + int(page_number.removeprefix(_ENDLESS) or 0)}"
         answer: dict[str, Any] = {
             "Metrics" if operation == "ListMetrics" else "MetricDataResults": page.items
         }
         if page.owners is not None:
             answer["OwningAccounts"] = page.owners
-        if token:
-            answer["NextToken"] = token
-        return answer
+        if page.messages:
+            answer["Messages"] = page.messages
+        return answer | ({"NextToken": token} if token else {})
 
-    def _refuse(self, caller: Caller, operation: str, what: bytes, attempt: int) -> None:
-        """Raise AwsError for what is refused before the request is looked at."""
-        faults = self.faults
-        if operation not in ("GetMetricData", "ListMetrics"):
-            raise AwsError("UnknownOperationException", f"{operation} is not simulated")
-        if caller.account in faults.forbidden_accounts:
-            message = f"User: {caller.arn} is not authorized to perform: cloudwatch:{operation}"
-            raise AwsError("AccessDeniedException", message, 403, "AccessDenied")
-        per_s = LIST_CALLS_PER_S if operation == "ListMetrics" else self._calls_per_s
-        self._take(caller, operation, operation, 1.0, per_s)
-        if happens(faults.throttle_share, faults.seed, "throttle", what, attempt):
-            raise self._throttled(caller, operation)
-        if happens(faults.error_share, faults.seed, "error", what, attempt):
-            raise AwsError("InternalServiceFault", "an internal error", 500, "InternalServiceError")
-
-    def _answer(self, caller: Caller, operation: str, body: dict[str, Any], now_s: int) -> Page:
-        region, faults = self._region(caller), self.faults
+    def _listing(self, caller: Caller, faults: Faults, body: dict[str, Any], now_s: int) -> Page:
+        beside: Sequence[Metric] = ()
+        if faults.flood_metrics or faults.wild_metrics:
+            namespace, there = body.get("Namespace"), self.truth.metrics(caller.account, caller.region)
+            beside = Flood(faults, [m for m in there if namespace in (None, m.namespace)])
         linked = self._links.get(caller.account, ())
-        if operation == "ListMetrics":
-            page = list_metrics(self.truth, caller.account, caller.region, body, now_s, linked)
-            self._bill.call(caller.account, region, operation)
-            return page
+        page = list_metrics(self.truth, caller.account, caller.region, body, now_s, linked, beside)
+        self._bill.call(caller.account, self._region(caller), "ListMetrics")
+        return page
+
+    def _data(
+        self, caller: Caller, faults: Faults, body: dict[str, Any], now_s: int, continued: bool
+    ) -> Page:
+        account, region = caller.account, caller.region
         asked = parse_data_request(body)
         recent = now_s - asked.start_s <= 3 * 3600
         per_s = DATAPOINTS_PER_S if recent else OLD_DATAPOINTS_PER_S
-        self._take(caller, operation, "datapoints", asked.datapoints(), per_s)
-        page = get_metric_data(self.truth, caller.account, caller.region, asked, now_s, linked)
-        billed = len(asked.queries) if self._bill_pages or not asked.token else 0
-        self._bill.call(caller.account, region, operation, billed)
+        self._take(caller, "GetMetricData", "datapoints", asked.datapoints(), per_s)
+        billed = len(asked.queries) if self._bill_pages or not continued else 0
+        messages: list[dict[str, str]] = []
+        if 0 < faults.allowed_metrics_max < len(asked.queries):
+            asked = replace(asked, queries=asked.queries[: faults.allowed_metrics_max])
+            messages = [{"Code": "MaxMetricsExceeded", "Value": "Maximum number of allowed metrics exceeded"}]
+        page = get_metric_data(self.truth, account, region, asked, now_s, self._links.get(account, ()))
+        self._bill.call(account, self._region(caller), "GetMetricData", billed)
         if faults.of_results and not asked.token:
-            scope = f"{caller.account}/{caller.region} {asked.start_s} {asked.end_s}"
+            scope = f"{account}/{region} {asked.start_s} {asked.end_s}"
             questions = {q.id: q.question for q in asked.queries}
             page = replace(page, items=spoil_results(faults, self._asked, scope, page.items, questions))
-        return page
+        return replace(page, messages=messages) if messages else page
 
     def _free(self, caller: Caller, service: str, operation: str, body: dict[str, Any]) -> dict[str, Any]:
         """Organizations and tagging: counted, and billed with nothing."""
@@ -257,13 +307,19 @@ class Simulator:
 
     async def _serve_sts(self, request: web.Request) -> web.Response:
         form = {k: str(v) for k, v in (await request.post()).items()}
-        await self._lag()
+        await self._lag(self.faults.latency_ms)
         headers = {"Content-Type": "text/xml"} | answer_headers(self._clock.now_s())
         action = form.get("Action", "")
         # SDKs judge credentials by the machine's time, others by the run's: neither may see fresh ones as expired.
         issued_at_s = max(self._clock.now_s(), self._credential_clock.now_s())
         try:
             caller = self._caller(request)
+            if caller.region in self.faults.disabled_regions:
+                raise AwsError("RegionDisabledException", f"STS is not activated in {caller.region}", 403)
+            if self.faults.denies(f"sts:{action}"):
+                raise AwsError(
+                    "AccessDenied", f"{caller.arn} is not authorized to perform: sts:{action}", 403
+                )
             assumable = self._known - set(self.faults.denied_roles)
             result = sts.answer(caller, form, assumable, self._external_id, issued_at_s)
         except AwsError as e:
@@ -275,9 +331,9 @@ class Simulator:
 
     # --- what they share ---
 
-    async def _lag(self) -> None:
-        if self.faults.latency_ms:
-            await self._clock.sleep(self.faults.latency_ms / 1000)
+    async def _lag(self, lag_ms: int) -> None:
+        if lag_ms:
+            await self._clock.sleep(lag_ms / 1000)
 
     def _caller(self, request: web.Request) -> Caller:
         return sts.caller_of(

@@ -29,6 +29,8 @@ class Caller:
     account: str
     region: str
     arn: str
+    session: str = ""
+    """The access key of an assumed role."""
 
 
 def caller_of(headers: Mapping[str, str], accounts: Collection[str], ambient: str, now_s: int) -> Caller:
@@ -40,22 +42,28 @@ def caller_of(headers: Mapping[str, str], accounts: Collection[str], ambient: st
     carried = _KEY.fullmatch(key)
     account = carried[1] if carried else ambient
     if account not in accounts:
-        raise _unrecognized()
+        raise unrecognized()
     if not (carried and key.startswith("ASIA")):
         return Caller(account, region, f"arn:aws:iam::{account}:user/ambient")
     try:
         of, role, name, expires_s = orjson.loads(bytes.fromhex(headers.get("X-Amz-Security-Token", "")))
     except ValueError as e:
-        raise _unrecognized() from e
+        raise unrecognized() from e
     if of != account:
-        raise _unrecognized()
+        raise unrecognized()
     if expires_s <= now_s:
-        message = "The security token included in the request is expired"
-        raise AwsError("ExpiredTokenException", message, 403, "ExpiredToken")
-    return Caller(account, region, f"arn:aws:sts::{account}:assumed-role/{role}/{name}")
+        raise expired()
+    return Caller(account, region, f"arn:aws:sts::{account}:assumed-role/{role}/{name}", key)
 
 
-def _unrecognized() -> AwsError:
+def expired() -> AwsError:
+    """What AWS says of credentials that have expired."""
+    message = "The security token included in the request is expired"
+    return AwsError("ExpiredTokenException", message, 403, "ExpiredToken")
+
+
+def unrecognized() -> AwsError:
+    """What AWS says of credentials that it does not know, and of all in a region that the account has not enabled."""
     message = "The security token included in the request is invalid."
     return AwsError("UnrecognizedClientException", message, 403, "InvalidClientTokenId")
 
