@@ -62,13 +62,11 @@ class Grid:
 def grids_of(config: Config) -> dict[Target, tuple[Grid, ...]]:
     """Every target of a configuration with the grids of its services, both sorted."""
     found: dict[Target, list[Grid]] = defaultdict(list)
-    profiles = config.service_by_name
     for account in config.accounts:
         for region in account.regions:
             target = Target(SourceName.CLOUDWATCH.value, account.id, region)
-            for name in account.services:
-                p = profiles[name]
-                found[target].append(Grid(name, p.poll_interval_s, p.period_s, p.settling_s))
+            for p in config.services_in(account, region):
+                found[target].append(Grid(p.service, p.poll_interval_s, p.period_s, p.settling_s))
     for job in config.exposition:
         target = Target(SourceName.EXPOSITION.value, job.account, job.region)
         found[target].append(Grid(job.name, job.interval_s, job.interval_s, 0, has_past=False))

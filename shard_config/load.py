@@ -142,6 +142,7 @@ class _Loading:
             if not re.fullmatch(SLUG_PATTERN, name):
                 self._error(root.mapping["services"].keys[name], path, f'"{name}" is not right', SLUG_FORM)
                 continue
+            self._check_names(node, path, {})
             overrides = node.mapping if isinstance(node.value, dict) else {}
             data = {**shipped, **{key: value.plain() for key, value in overrides.items()}, "service": name}
             known = profiles.get(name) or ServiceProfile(service="unknown", namespace="unknown")

@@ -152,6 +152,8 @@ class ServiceProfile(Strict):
     """What one of these means is asked for; empty: everything."""
     resources: Resources | None = None
     """For `only` by tags, and for the tags of what is collected."""
+    regions: tuple[str, ...] = ()
+    """Asked for in these regions only; empty: in all of an account's."""
     critical: bool = False
     """Never stretched, and never stopped, for a budget."""
     priority: int = Field(100, ge=0)
@@ -402,6 +404,11 @@ class Config(Strict):
     def service_by_name(self) -> Mapping[str, ServiceProfile]:
         return {s.service: s for s in self.services}
 
+    def services_in(self, account: Account, region: str) -> list[ServiceProfile]:
+        """What an account is asked for in one of its regions, in its order."""
+        profiles = [self.service_by_name[name] for name in account.services]
+        return [p for p in profiles if not p.regions or region in p.regions]
+
     @property
     def revision(self) -> str:
         """16 hexadecimal digits over what is asked for: of which accounts, jobs and services, at which grid and resolution.
@@ -410,8 +417,12 @@ class Config(Strict):
         priorities are no part of it: changing those asks for nothing else.
         """
         aside = {"discovery_interval_s", "resources", "critical", "priority"}
+        # What came later is part of it only where it says something: a new version alone asks for nothing else.
         services = [
-            s.model_dump(mode="json", exclude=aside if s.only else aside | {"only"}) for s in self.services
+            s.model_dump(
+                mode="json", exclude=aside | {key for key in ("only", "regions") if not getattr(s, key)}
+            )
+            for s in self.services
         ]
         what = {
             "accounts": sorted([a.id, sorted(a.regions), sorted(a.services)] for a in self.accounts),

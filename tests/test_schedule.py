@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ingest.model import Target, Task, TaskItem, TaskKind
 from ingest.schedule import BLOCK_POINTS_MAX, Grid, blocks, due, grids_of, horizon
+from shard_config.load import loads
 from shard_config.model import Account, Config, ExpositionJob, ServiceProfile
 
 TARGET = Target("cloudwatch", "123456789012", "eu-west-1")
@@ -234,4 +235,19 @@ def test_a_configuration_has_every_account_and_region_with_its_services_and_jobs
         Target("cloudwatch", "123456789012", "eu-west-1"): (EC2, sqs),
         Target("cloudwatch", "123456789012", "us-east-1"): (EC2, sqs),
         NODES: (Grid("gpu", 15, 15, 0, has_past=False), NODE),
+    }
+
+
+def test_a_service_of_some_regions_is_planned_in_those_alone() -> None:
+    config = loads(
+        """
+        accounts: [{id: "123456789012", regions: [eu-west-1, us-east-1], services: [ec2, cloudfront]}]
+        services: {cloudfront: {regions: [us-east-1]}}
+        """,
+        "test",
+        environ={},
+    )
+    assert {t.region: [g.service for g in grids] for t, grids in grids_of(config).items()} == {
+        "eu-west-1": ["ec2"],
+        "us-east-1": ["cloudfront", "ec2"],
     }

@@ -67,11 +67,9 @@ async def verify(
             for region in account.regions:
                 landed = await _landed(connection, account.id, region, from_s, to_s)
                 as_of_s = await _as_of(connection, f"cloudwatch/{account.id}/{region}")
-                for name in account.services:
-                    profile = config.service_by_name[name]
-                    _compare(
-                        verdict, truth, (account.id, region), profile, landed, as_of_s[name], from_s, to_s
-                    )
+                for profile in config.services_in(account, region):
+                    observed_s = as_of_s[profile.service]
+                    _compare(verdict, truth, (account.id, region), profile, landed, observed_s, from_s, to_s)
                 for series, points in landed.items():
                     verdict.invented += len(points)
                     verdict.complain(f"{account.id}/{region} {series}: landed, but nobody asked for it")
