@@ -20,7 +20,17 @@ from enum import StrEnum
 
 import asyncpg
 
-from ingest.model import LookStatus, Outcome, Receipt, ReceiptItem, Target, Task, TaskItem, TaskKind
+from ingest.model import (
+    CONTINUED,
+    LookStatus,
+    Outcome,
+    Receipt,
+    ReceiptItem,
+    Target,
+    Task,
+    TaskItem,
+    TaskKind,
+)
 from ingest.sinks.connection import translated
 
 BACKFILL_ATTEMPT = 1 << 30
@@ -36,6 +46,9 @@ ON CONFLICT (day, target, service, reason) DO UPDATE SET looks = c.looks + exclu
     list_metrics = c.list_metrics + excluded.list_metrics, puts = c.puts + excluded.puts,
     look_metrics = CASE WHEN c.look_at IS NULL OR c.look_at <= excluded.look_at THEN excluded.look_metrics ELSE c.look_metrics END,
     look_at = greatest(c.look_at, excluded.look_at), asked_until = greatest(c.asked_until, excluded.asked_until)"""
+
+_CONTINUED = """UPDATE charges SET metrics_continued = metrics_continued + $5
+WHERE day = $1 AND target = $2 AND service = $3 AND reason = $4"""
 
 _WHY = """SELECT coalesce((SELECT kind FROM tasks WHERE task_id = $1), (SELECT 'heal' FROM attempts WHERE task_id = $1 LIMIT 1)) AS kind,
     (SELECT attempt FROM tasks WHERE task_id = $1) AS attempt,
@@ -150,6 +163,8 @@ async def add(connection: asyncpg.Connection, receipt: Receipt, done: ReceiptIte
     known = (outcome.metrics_billed, finished_at) if complete else (None, None)
     counts = (1, outcome.metrics_billed, outcome.metrics_in_doubt, 0, puts)
     await connection.execute(_ADD, *of, reason, *counts, *known, _at(done.item.end_s))
+    if continued := outcome.requests.get(CONTINUED, 0):
+        await connection.execute(_CONTINUED, *of, reason, continued)
     if lists := outcome.requests.get("ListMetrics", 0):
         await connection.execute(_ADD, *of, Reason.DISCOVERY, 0, 0, 0, lists, 0, None, None, None)
 

@@ -332,6 +332,11 @@ class LookStatus(StrEnum):
     EXPIRED = "expired"
 
 
+CONTINUED = "GetMetricData, continued"
+"""Beside the API names in `Outcome.requests`: the metrics that continuation pages asked for again. Whether AWS bills those is disputed, and a bill
+can tell (`ingest.reconcile`)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a look at one item ended; yielded by a source last, and exactly once.

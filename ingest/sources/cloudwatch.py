@@ -24,7 +24,7 @@ import structlog
 
 from ingest.clock import Clock
 from ingest.errors import HeadgateError, Transient
-from ingest.model import Batch, LookStatus, Outcome, Target, TaskItem
+from ingest.model import CONTINUED, Batch, LookStatus, Outcome, Target, TaskItem
 from ingest.sources.asking import Asking
 from ingest.sources.aws import Access, Tally
 from ingest.sources.aws_errors import Denied
@@ -274,6 +274,8 @@ class CloudWatchSource:
             answer.add(page)
             if number == 0:
                 answer.observed_at_ms = self._observed(run, page)
+            else:
+                run.tally.requests[CONTINUED] += len(request["MetricDataQueries"])
             for message in page.messages:
                 log.warning("cloudwatch_message", target=str(run.look.target), message=message)
                 run.note(f"CloudWatch says {message}")
