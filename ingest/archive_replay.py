@@ -81,8 +81,8 @@ class ArchiveReplay:
         for done in task.receipt.items:
             if self._scope.wants(target, done.item.service, done.item.start_s, done.item.end_s):
                 met = True
-                wanted.update(range(at, at + len(done.batches)))
-            at += len(done.batches)
+                wanted.update(range(at, at + len(done.batches) + len(done.held)))
+            at += len(done.batches) + len(done.held)
         if met:
             self.receipts.append(task.receipt)
         key = f"{target}/0".encode()

@@ -1,6 +1,7 @@
 """Which gaps are healed, in which order, by which means, at which price. Pure: a situation in, a decision out.
 
-A window is looked at here when it is past its deadline and neither sealed nor declared. Guarantees, each with a test of its name:
+A window is looked at here when it is past its deadline and neither sealed nor declared; one that does not balance is replayed before that, too.
+Guarantees, each with a test of its name:
 
 * *The cheapest means first*: what is archived is replayed, a task that has no receipt is announced again, and the source is asked only for what
   is neither; of what the source is asked, the cheapest first, and of equals the newest.
@@ -77,7 +78,10 @@ class Wait(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class OpenWindow:
-    """A window past its deadline. `landed_s` is the time of the newest complete look that has landed, 0 without one."""
+    """A window past its deadline, or one that does not balance. `landed_s` is the time of the newest complete look that has landed, 0 without.
+
+    Where it is not `overdue`, only what costs nothing is done about it: a look that left out what was published before is published whole.
+    """
 
     target: Target
     service: str
@@ -87,6 +91,7 @@ class OpenWindow:
     unbalanced: bool = False
     last_status: str = ""
     last_detail: str = ""
+    overdue: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +260,8 @@ class _Judge:
             return self._wait(Wait.SEALING)
         if (look := self._landable(w)) is not None:
             return self._replay(look)
+        if not w.overdue:
+            return self._wait(Wait.SEALING)
         gone = self._gone(w, grid)
         pending = self._pending.covering(w)
         if pending and not (gone and all(self._now_s - p.since_s > PATIENCE_S for p in pending)):

@@ -46,10 +46,11 @@ MEMORY_S = 4 * 86_400
 ATTEMPTS_KEPT = timedelta(days=456)
 
 _OVERDUE = """SELECT target, service, window_start, window_end, settles_at, landed_as_of,
-    unbalanced IS NOT NULL AS unbalanced, last_status, last_detail
+    unbalanced IS NOT NULL AS unbalanced, last_status, last_detail,
+    settles_at + (window_end - window_start) * stretch + $2::interval < $3 AS overdue
 FROM windows
 WHERE sealed_at IS NULL AND declared IS NULL AND window_end <= $1
-    AND settles_at + (window_end - window_start) * stretch + $2::interval < $3
+    AND (settles_at + (window_end - window_start) * stretch + $2::interval < $3 OR unbalanced IS NOT NULL)
 ORDER BY window_end DESC, target, service LIMIT $4"""
 
 _ATTEMPTS = """SELECT target, service, block_start, window_start, window_end, attempt, allocated_at FROM attempts
@@ -71,17 +72,18 @@ WHERE l.landed_at IS NULL AND l.archive_key <> '' AND cardinality(l.batch_ids) >
 ORDER BY l.finished_at DESC LIMIT $3"""
 
 _UNBALANCED = """SELECT DISTINCT ON (w.target, w.service, w.start) coalesce(t.value, a.value) AS value, l.target, l.service,
-    l.window_start, l.window_end, l.look_id
+    l.window_start, l.window_end, l.look_id, l.landed_at IS NOT NULL AS landed
 FROM unnest($1::text[], $2::text[], $3::timestamptz[]) AS w (target, service, start)
 JOIN looks l ON l.target = w.target AND l.service = w.service AND l.window_start <= w.start AND l.window_end > w.start
 LEFT JOIN tasks t USING (task_id) LEFT JOIN attempts a USING (task_id)
-WHERE l.landed_at IS NOT NULL AND l.status = 'complete' AND l.archive_key <> '' AND cardinality(l.batch_ids) > 0
-    AND coalesce(t.value, a.value) IS NOT NULL
+WHERE (l.landed_at IS NOT NULL OR l.finished_at >= $4) AND l.status = 'complete' AND l.archive_key <> ''
+    AND cardinality(l.batch_ids || l.held_ids) > 0 AND coalesce(t.value, a.value) IS NOT NULL
 ORDER BY w.target, w.service, w.start, l.observed_at DESC"""
 
 _RELAND = """WITH gone AS (
-    UPDATE looks SET landed_at = NULL WHERE look_id = ANY($1) RETURNING batch_ids)
+    UPDATE looks SET landed_at = NULL, batch_ids = batch_ids || held_ids, held_ids = '{}' WHERE look_id = ANY($1) RETURNING batch_ids)
 DELETE FROM landed l USING gone WHERE l.sink = 'postgres' AND l.batch_id = ANY(gone.batch_ids)"""
+"""What was held is published by the replay, and has to land like the rest."""
 
 _HEARD = """SELECT target, (SELECT max(finished_at) FROM looks l WHERE l.target = asked.target) AS heard,
     (SELECT finished_at FROM looks l WHERE l.target = asked.target AND finished_at > $2
@@ -194,7 +196,7 @@ class HealStore:
                 _unlanded(r, heard[r["target"]]["landed"])
                 for r in await connection.fetch(_UNLANDED, targets, now - grace, UNLANDED_MAX)
             ]
-            + await _unbalanced(connection, windows),
+            + await _unbalanced(connection, windows, now - grace),
             heard_s={Target.parse(t): int(r["heard"].timestamp()) for t, r in heard.items() if r["heard"]},
             series={(Target.parse(r["target"]), r["service"]): r["series"] for r in series if r["series"]},
             pauses=Pauses.of(await pauses.read(connection)),
@@ -224,13 +226,16 @@ async def _declare(
     return tuple(by_key[key] for key in sorted(done))
 
 
-async def _unbalanced(connection: asyncpg.Connection, windows: list[OpenWindow]) -> list[Unlanded]:
-    """The newest looks at windows whose rows are not what those looks say."""
+async def _unbalanced(
+    connection: asyncpg.Connection, windows: list[OpenWindow], since: datetime
+) -> list[Unlanded]:
+    """The newest looks at windows whose rows are not what those looks say; one that ended after `since` may be on its way."""
     some = [w for w in windows if w.unbalanced][:UNBALANCED_MAX]
     if not some:
         return []
     rows = await connection.fetch(
         _UNBALANCED, [str(w.target) for w in some], [w.service for w in some], [_at(w.window.start_s) for w in some],
+        since,
     )  # fmt: skip
     looks = {r["look_id"]: r for r in rows}
     return [
@@ -239,8 +244,8 @@ async def _unbalanced(connection: asyncpg.Connection, windows: list[OpenWindow])
             r["service"],
             int(r["window_start"].timestamp()),
             int(r["window_end"].timestamp()),
-            passed=True,
-            look_id=look_id,
+            passed=r["landed"],
+            look_id=look_id if r["landed"] else 0,
         )
         for look_id, r in looks.items()
     ]
@@ -264,6 +269,7 @@ def _window(row: asyncpg.Record) -> OpenWindow:
         unbalanced=row["unbalanced"],
         last_status=row["last_status"] or "",
         last_detail=row["last_detail"] or "",
+        overdue=row["overdue"],
     )
 
 

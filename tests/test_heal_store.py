@@ -197,6 +197,10 @@ async def test_a_look_whose_rows_are_not_in_the_store_is_made_to_land_again(worl
     assert healed.asked == ()
     known = {task.task_id: Announced(1, OVERDUE_S)}
     await world.land(b"a", b"b")
+    assert (await world.heal(OVERDUE_S + 60, announced=known)).decision.waiting == {Wait.SEALING: 3}
+    await world.sql.execute(
+        "UPDATE windows SET unbalanced = 'as ever' WHERE window_start = to_timestamp($1)", START_S
+    )
     again = await world.heal(OVERDUE_S + 60, announced=known)
     assert (again.asked, again.decision.replays, again.decision.waiting[Wait.LANDING]) == ((), (), 1)
     assert await world.sql.fetchval("SELECT count(*) FROM landed") == 2
