@@ -3,11 +3,12 @@
 * The list is shared through the archive (`cache/v1/organization`) before anything is planned with it: whoever gets a task can find out
   whom it is about, without a permission of its own, and a restart while Organizations is away goes on with the last list.
 * *What is known is kept* where a refresh fails, however old it is; a metric and the log say how old.
-* Organizations is asked again after `refresh_s`, at once for another question, and after a failure with a back-off.
+* Organizations is asked again after `refresh_s`, at once for another question and at SIGHUP, and after a failure with a back-off.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import structlog
@@ -66,6 +67,9 @@ class Members:
         except HeadgateError as error:
             _log.warning("organization_as_last_known", error=str(error), **self.known())
 
+    def hurry(self) -> None:
+        """Somebody wants the newest list: where this process asks AWS, it does so at once."""
+
     def take(self, listing: Listing) -> None:
         """Use this list, unless a newer one is known."""
         if self.listing is None or listing.listed_at_s >= self.listing.listed_at_s:
@@ -94,19 +98,24 @@ class Lister(Members):
         self._failures = 0
         self._question = ""
         self._next_s = float("-inf")
+        self._hurried = asyncio.Event()
+
+    def hurry(self) -> None:
+        self._hurried.set()
 
     async def run(self, lifecycle: Lifecycle, file: Callable[[], Config], told: Callable[[], None]) -> None:
         """Until told to stop: refresh for the configuration that `file` gives, and call `told` when there is a new list."""
         while not lifecycle.stop.is_set():
             if await self.refresh(file()):
                 told()
-            await lifecycle.pause(TURN_S)
+            await lifecycle.pause(TURN_S, self._hurried)
 
     async def refresh(self, config: Config) -> bool:
         """Ask AWS if it is time to; True where there is a new list. Never raises for what AWS or the archive did."""
         organization = config.organization
         if organization is None or not self._due(organization):
             return False
+        self._hurried.clear()
         try:
             listing = await list_organization(config, self._clock, self._tags)
             async with open_archive(self._s3, self._clock, self._session) as archive:
@@ -130,6 +139,8 @@ class Lister(Members):
         if question != self._question:
             # What failed before says nothing of another question.
             self._question, self._next_s, self._failures = question, float("-inf"), 0
+        if self._hurried.is_set():
+            return True
         if self._clock.monotonic_s() < self._next_s:
             return False
         if self.listing is None or self.listing.question != question:

@@ -101,6 +101,8 @@ class Settings:
         file = await self._read_file(again)
         organization = file.organization
         if organization is not None:
+            if again:
+                self.members.hurry()
             usual_s = min(READ_INTERVAL_S, organization.refresh_s)
             await self.members.read(older_than_s=AT_ONCE_S if again or wanted else usual_s)
             self.members.observe()

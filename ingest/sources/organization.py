@@ -16,6 +16,8 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
+
 from ingest.clock import Clock
 from ingest.errors import Rejected, Transient
 from ingest.sources.aws import Access, Aws, Tally
@@ -57,12 +59,14 @@ async def list_organization(config: Config, clock: Clock, tags: TagCache) -> Lis
             found.pop(account, None)
         if organization.tags:
             found = await _tagged(asking, organization, found, tags, clock.monotonic_s())
+        if len(found) > ACCOUNTS_MAX:
+            raise Rejected(_WHERE, "too_large", f"more than {ACCOUNTS_MAX} accounts")
+        accounts = tuple(Member(id=account, name=found[account]) for account in sorted(found))
+        return Listing(question=question_of(organization), listed_at_s=clock.now_s(), accounts=accounts)
+    except (KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise Transient(_WHERE, f"an answer was not understood: {type(error).__name__}: {error}") from error
     finally:
         await aws.close()
-    if len(found) > ACCOUNTS_MAX:
-        raise Rejected(_WHERE, "too_large", f"more than {ACCOUNTS_MAX} accounts")
-    accounts = tuple(Member(id=account, name=found[account]) for account in sorted(found))
-    return Listing(question=question_of(organization), listed_at_s=clock.now_s(), accounts=accounts)
 
 
 @dataclass(frozen=True, slots=True)
