@@ -6,14 +6,14 @@ A pause names an account and a service, either of which may be ALL. It holds fro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Self
 
 import asyncpg
 
-from ingest.model import Task, TaskKind, task_id_of
+from ingest.model import Task, TaskItem, TaskKind, task_id_of
 
 ALL = "*"
 
@@ -46,22 +46,32 @@ class Pauses:
         return any(pair in self._pairs for pair in asked)
 
 
-def split(task: Task, pauses: Pauses) -> list[Task]:
-    """A task without what is paused, and what is paused of it as a task of kind PAUSED. Each has an id of its own items."""
-    paused = tuple(i for i in task.items if pauses.cover(task.target.account, i.service))
-    if not paused:
+def split(task: Task, pauses: Pauses, stopped: Collection[tuple[str, str]] = ()) -> list[Task]:
+    """A task without what is paused or stopped, and either of it as a task of kind PAUSED or BUDGET. Each has an id of its own items.
+
+    `stopped` are the accounts and services whose budget is spent.
+    """
+    account = task.target.account
+    parts: dict[str, list[TaskItem]] = {task.kind: [], TaskKind.PAUSED: [], TaskKind.BUDGET: []}
+    for item in task.items:
+        if pauses.cover(account, item.service):
+            parts[TaskKind.PAUSED].append(item)
+        elif (account, item.service) in stopped:
+            parts[TaskKind.BUDGET].append(item)
+        else:
+            parts[task.kind].append(item)
+    if len(parts[task.kind]) == len(task.items):
         return [task]
-    asked = tuple(i for i in task.items if i not in paused)
-    parts = [(task.kind, asked)] if asked else []
     return [
         replace(
             task,
-            task_id=task_id_of(task.target, task.config_revision, task.attempt, items),
+            task_id=task_id_of(task.target, task.config_revision, task.attempt, tuple(items)),
             kind=str(kind),
             tick_s=max(i.end_s for i in items),
-            items=items,
+            items=tuple(items),
         )
-        for kind, items in [*parts, (TaskKind.PAUSED, paused)]
+        for kind, items in parts.items()
+        if items
     ]
 
 

@@ -3,7 +3,7 @@
 * *Planned before work*: a task goes on `ledger` before it goes on `collect`.
 * While it is down nothing is lost: on its return it plans what it missed, from the ledger. Two at once do no harm: a task's id is
   made from what it asks for.
-* What is paused is planned and asked of nobody. Gaps are healed (`workers.healing`).
+* What is paused, or stopped for a budget (`workers.budgets`), is planned and asked of nobody. Gaps are healed (`workers.healing`).
 * Its configuration may change under way (`workers.reload`), the organization's accounts with it: it is who lists them.
 * While PostgreSQL is down it goes on from memory. At its start it waits for the ledger, for `MEMORY_WAIT_S`; then it plans as on a first
   start, and what an earlier life left unplanned when the ledger is there again.
@@ -22,6 +22,7 @@ import structlog
 from prometheus_client import Counter, Gauge
 
 from ingest import wire
+from ingest.budget import Polling
 from ingest.clock import Clock, SystemClock
 from ingest.errors import Transient
 from ingest.heal_store import HealStore
@@ -34,6 +35,7 @@ from shard_config.load import load
 from shard_config.model import Config
 from shard_config.plan import plan
 from workers import local
+from workers.budgets import Budgeter
 from workers.healing import Healer, keep_pauses, read_pauses
 from workers.lifecycle import Lifecycle, add_worker_arguments, run_worker
 from workers.members import Lister
@@ -47,6 +49,8 @@ RECALL_INTERVAL_S = 10.0
 ANNOUNCED_AT_ONCE = 500
 PLAN_KEPT_S = 3600.0
 """The plan is written down so often, and at each change of the configuration."""
+
+ASKED_OF_NOBODY = (TaskKind.PAUSED, TaskKind.BUDGET)
 
 NO_MEMORY = PlannersMemory({}, {}, {}, frozenset(), ())
 
@@ -76,10 +80,12 @@ class Coordinator:
         self.configure(config)
         self.pauses = Pauses()
         """What is paused, as far as is known; whoever watches PostgreSQL sets it."""
+        self.polling = Polling()
+        """How polls are stretched, and which are stopped, for budgets; whoever watches what is spent sets it."""
         self._first_plan: _FirstPlan | None = None
         # What has no receipt waits on `collect`, or never got there. Twice there is harmless, and paid for once.
         self._to_collect = _live_first(
-            t for t in memory.unanswered if t.target in self._grids and t.kind != TaskKind.PAUSED
+            t for t in memory.unanswered if t.target in self._grids and t.kind not in ASKED_OF_NOBODY
         )
 
     def configure(self, config: Config) -> None:
@@ -124,11 +130,12 @@ class Coordinator:
             start_s = min(i.start_s for t in tasks for i in t.items)
             self._first_plan = _FirstPlan(now_s, start_s, frozenset(t.task_id for t in tasks))
         tasks += self._recalled
-        tasks = [part for task in tasks for part in split(task, self.pauses)]
+        stopped = self.polling.stopped
+        tasks = [part for task in tasks for part in split(task, self.pauses, stopped)]
         heals, self._recalled, self._taken_over = self._taken_over, [], []
         planned = [*tasks, *(t for t in heals if t.kind == TaskKind.HEAL)]
         self._to_ledger += sorted(planned, key=lambda t: t.tick_s)
-        asked = (t for t in (*tasks, *heals) if t.kind != TaskKind.PAUSED)
+        asked = (t for t in (*tasks, *heals) if t.kind not in ASKED_OF_NOBODY)
         self._to_collect = _live_first([*self._to_collect, *asked])
         return len(planned)
 
@@ -144,7 +151,8 @@ class Coordinator:
     def _found(self, target: Target, grids: tuple[Grid, ...], now_s: int) -> list[Task]:
         config, until_s = self._config, self._until_s[target]
         if config.run.horizon_s is None:
-            return due(target, grids, until_s, now_s, config.revision, config.startup_lookback_s)
+            stretch = {g.service: self.polling.of(target.account, g.service) for g in grids if g.has_past}
+            return due(target, grids, until_s, now_s, config.revision, config.startup_lookback_s, stretch)
         # What has no past is polled as ever while the run lasts; the rest is looked at once.
         live = [g for g in grids if not g.has_past]
         once = [g for g in grids if g.has_past and g.service not in until_s]
@@ -243,6 +251,7 @@ async def serve(config: Config, lifecycle: Lifecycle, path: Path | None = None) 
     ledger = Ledger(config.postgres, "headgate coordinator", {})
     watching = Ledger(config.postgres, "headgate coordinator's pauses", {})
     healing = Ledger(config.postgres, "headgate healing", {})
+    spending = Ledger(config.postgres, "headgate budgets", {})
     try:
         memory = await _remember(ledger, clock, lifecycle)
         if lifecycle.stop.is_set():
@@ -252,12 +261,15 @@ async def serve(config: Config, lifecycle: Lifecycle, path: Path | None = None) 
         pauses = HealStore(watching)
         await read_pauses(coordinator, pauses)
         healer = Healer(config, coordinator, HealStore(healing), clock)
+        budgeter = Budgeter(config, coordinator, spending, clock)
+        await budgeter.try_step()
 
         replanned = asyncio.Event()
 
         async def apply(changed: Config) -> None:
             await coordinator.reconfigure(changed)
             healer.configure(changed, whole=settings.whole)
+            budgeter.configure(changed)
             replanned.set()
 
         healer.configure(config, whole=settings.whole)
@@ -269,6 +281,7 @@ async def serve(config: Config, lifecycle: Lifecycle, path: Path | None = None) 
             if config.run.horizon_s is None:
                 # A horizon is looked at once, and nothing else is done.
                 group.create_task(healer.run(lifecycle))
+                group.create_task(budgeter.run(lifecycle))
             if memory is None:
                 await _recall(coordinator, ledger, lifecycle)
             while not lifecycle.stop.is_set():
@@ -278,6 +291,7 @@ async def serve(config: Config, lifecycle: Lifecycle, path: Path | None = None) 
     finally:
         await watching.close()
         await healing.close()
+        await spending.close()
         await ledger.close()
         await producer.close()
 

@@ -1,0 +1,119 @@
+"""The coordinator's budget loop: twice a minute it reads what is spent and decides how polls stretch, or stop, until midnight UTC.
+
+* What is decided is kept in PostgreSQL: another coordinator goes on from it, and deadlines allow for it.
+* While PostgreSQL is away planning goes on as decided last: nothing is stretched, relaxed, stopped or resumed meanwhile.
+* A change is said in the log, and shows in `headgate status`; `headgate_poll_stretch` is for alerts.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import structlog
+from prometheus_client import Gauge
+
+from ingest import budget, spending
+from ingest.budget import Decision, Polling
+from ingest.clock import Clock
+from ingest.errors import HeadgateError, Transient
+from ingest.ledger import Ledger
+from shard_config.model import Config
+from workers.lifecycle import Lifecycle
+
+_log = structlog.get_logger()
+
+BUDGET_INTERVAL_S = 30.0
+BUDGET_RETRY_S = 10.0
+
+SPEND = Gauge(
+    "headgate_spend_usd_today",
+    "Dollars that AWS has billed an account for its metrics API this UTC day, those in doubt included.",
+    ["account"],
+)
+FORECAST = Gauge(
+    "headgate_spend_forecast_usd_today",
+    "The same at midnight UTC, if polls go on as they do. Above the budget: stretching alone does not keep it.",
+    ["account"],
+)
+BUDGET = Gauge(
+    "headgate_budget_usd", "What an account may cost in a UTC day; account=all: all together.", ["account"]
+)
+STRETCH = Gauge(
+    "headgate_poll_stretch",
+    "Poll intervals that became one for a budget, where more than 1; 0: stopped until midnight UTC.",
+    ["account", "service"],
+)
+ALL = "all"
+
+
+class Planner(Protocol):
+    """What the loop needs of the coordinator."""
+
+    polling: Polling
+
+
+class Budgeter:
+    """Decides for one coordinator."""
+
+    def __init__(self, config: Config, coordinator: Planner, ledger: Ledger, clock: Clock) -> None:
+        self._config = config
+        self._coordinator = coordinator
+        self._ledger = ledger
+        self._clock = clock
+
+    def configure(self, config: Config) -> None:
+        """Go by this configuration's budgets, priorities and prices from the next pass on."""
+        self._config = config
+
+    async def step(self) -> Decision:
+        """Read, decide and keep in one transaction; of several coordinators one after the other. Raises Transient."""
+        now_s = self._clock.now_s()
+        async with self._ledger.connected() as connection, connection.transaction():
+            await connection.execute("SELECT pg_advisory_xact_lock($1)", spending.LOCK_ID)
+            books = await spending.read(connection, self._config, now_s)
+            decision = budget.decide(spending.situation_of(books, self._config))
+            await spending.keep(connection, decision.polling, books.polling, now_s)
+        self._coordinator.polling = decision.polling
+        self._report(decision, books.polling)
+        return decision
+
+    async def run(self, lifecycle: Lifecycle) -> None:
+        """Until told to stop. The first pass is made by whoever starts this, before the first plan."""
+        pause_s = BUDGET_INTERVAL_S
+        while not await lifecycle.pause(pause_s):
+            pause_s = BUDGET_INTERVAL_S if await self.try_step() else BUDGET_RETRY_S
+
+    async def try_step(self) -> bool:
+        """`step`; False where it was not possible: polls stay as they are."""
+        try:
+            await self.step()
+        except Transient as error:
+            _log.warning("budgets_as_last_known", error=str(error))
+            return False
+        except HeadgateError as error:
+            # A store that will not have us must not stop the planning.
+            _log.error("budgets_failed", error=str(error))
+            return False
+        return True
+
+    def _report(self, decision: Decision, before: Polling) -> None:
+        for gauge in (SPEND, FORECAST, BUDGET, STRETCH):
+            gauge.clear()
+        for account, day in [*decision.days.items(), (ALL, decision.all)]:
+            SPEND.labels(account=account).set(float(day.spent_usd))
+            FORECAST.labels(account=account).set(float(day.forecast_usd))
+            if day.budget_usd is not None:
+                BUDGET.labels(account=account).set(float(day.budget_usd))
+        polling = decision.polling
+        for pair in sorted(set(polling.stretch) | polling.stopped):
+            account, service = pair
+            k = 0 if pair in polling.stopped else polling.of(*pair)
+            STRETCH.labels(account=account, service=service).set(k)
+        if polling != before:
+            _log.warning(
+                "polls_stretched",
+                stretched={f"{a}/{s}": k for (a, s), k in sorted(polling.stretch.items())},
+                stopped=[f"{a}/{s}" for a, s in sorted(polling.stopped)],
+                spent_usd=float(decision.all.spent_usd),
+                forecast_usd=float(decision.all.forecast_usd),
+            )
