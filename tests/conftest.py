@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +170,8 @@ def s3_endpoint(_servers: dict[str, str]) -> str:
     return _servers["s3_endpoint"]
 
 
-@pytest.fixture
-async def database(postgres_dsn: str) -> AsyncIterator[str]:
+@asynccontextmanager
+async def empty_database(postgres_dsn: str) -> AsyncIterator[str]:
     """DSN of an empty database; dropped afterwards, with whoever is still connected."""
     name = f"t_{uuid.uuid4().hex[:12]}"
     server = await asyncpg.connect(postgres_dsn)
@@ -183,13 +184,19 @@ async def database(postgres_dsn: str) -> AsyncIterator[str]:
 
 
 @pytest.fixture
+async def database(postgres_dsn: str) -> AsyncIterator[str]:
+    """See `empty_database`."""
+    async with empty_database(postgres_dsn) as dsn:
+        yield dsn
+
+
+@pytest.fixture
 def topic_prefix() -> str:
     """A slug that no other test's topics and groups begin with."""
     return f"t-{uuid.uuid4().hex[:12]}"
 
 
-@pytest.fixture
-def bucket(s3_endpoint: str) -> str:
+def empty_bucket(s3_endpoint: str) -> str:
     """The name of an empty bucket. It goes with the server."""
     name = f"t-{uuid.uuid4().hex[:12]}"
     client = botocore.session.get_session().create_client("s3", endpoint_url=s3_endpoint)
@@ -198,6 +205,12 @@ def bucket(s3_endpoint: str) -> str:
     finally:
         client.close()
     return name
+
+
+@pytest.fixture
+def bucket(s3_endpoint: str) -> str:
+    """See `empty_bucket`."""
+    return empty_bucket(s3_endpoint)
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float = 20) -> None:
