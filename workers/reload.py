@@ -112,8 +112,8 @@ class Settings:
         config = with_accounts(file, self._listing)
         if config == self.config:
             return
-        before, self.config = self.config, config
         await apply(config)
+        before, self.config = self.config, config
         REVISION.info({"revision": config.revision})
         RELOADS.labels(result="accepted").inc()
         old, new = set(grids_of(before)), set(grids_of(config))
