@@ -288,6 +288,7 @@ async def serve(config: Config, shard: str, lifecycle: Lifecycle, path: Path | N
     exposition = ExpositionSource(config, clock)
     try:
         async with open_archive(config.s3, clock) as archive:
+            cloudwatch.share_listings(archive)
             collector = Collector(
                 shard,
                 {SourceName.CLOUDWATCH: cloudwatch, SourceName.EXPOSITION: exposition},
@@ -301,8 +302,7 @@ async def serve(config: Config, shard: str, lifecycle: Lifecycle, path: Path | N
             exporter = Exporter(collector, clock, config.tasks_in_flight, settings)
 
             async def apply(changed: Config) -> None:
-                if configure := getattr(cloudwatch, "configure", None):
-                    configure(changed)
+                cloudwatch.configure(changed)
                 exposition.configure(changed)
                 exporter.configure(changed)
 

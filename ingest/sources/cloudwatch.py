@@ -125,19 +125,16 @@ def back_to_s(listing: Listing, item: TaskItem, period_s: int) -> int:
 class CloudWatchSource:
     """`ingest.ports.Source` over GetMetricData. One per process: it owns the clients, the quotas and the listings."""
 
-    def __init__(
-        self,
-        config: Config,
-        clock: Clock,
-        get_metric_data: GetMetricData | None = None,
-        cache: Cache | None = None,
-    ) -> None:
-        """`cache` shares the listings between shards: without it each lists for itself."""
+    def __init__(self, config: Config, clock: Clock, get_metric_data: GetMetricData | None = None) -> None:
         self._clock = clock
         self._get = get_metric_data
         self._asking = Asking(config, clock)
-        self._discovery = Discovery(clock, config.limits, cache)
+        self._discovery = Discovery(clock, config.limits)
         self._unpacked = Unpacked()
+
+    def share_listings(self, cache: Cache) -> None:
+        """Share the listings with other shards through a cache: without one each lists for itself."""
+        self._discovery.share(cache)
 
     def configure(self, config: Config) -> None:
         """Take another configuration: looks in flight go on with theirs, listings that depend on nothing else are kept."""

@@ -107,13 +107,16 @@ def request_of(profile: ServiceProfile, owner: str = "") -> dict[str, Any]:
 class Discovery:
     """Listings of all targets of this process."""
 
-    def __init__(self, clock: Clock, limits: Limits, cache: Cache | None = None) -> None:
+    def __init__(self, clock: Clock, limits: Limits) -> None:
         self._clock = clock
         self._limits = limits
-        self._shared = Shared(cache, clock) if cache is not None else None
+        self._shared: Shared | None = None
         self._listings: dict[Key, tuple[Listing, float]] = {}
         """Each with the monotonic time of its listing, however old it was when it was found."""
         self._locks: dict[Key, asyncio.Lock] = {}
+
+    def share(self, cache: Cache) -> None:
+        self._shared = Shared(cache, self._clock)
 
     def configure(self, limits: Limits) -> None:
         """Other limits from the next listing on. Listings are kept: each knows what of its profile it depends on."""
