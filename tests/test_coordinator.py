@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -484,3 +484,76 @@ async def test_what_was_paused_last_stays_so_while_postgres_is_away() -> None:
     store.paused = Transient("postgres", "away")
     assert not await read_pauses(world.coordinator, as_store)
     assert world.coordinator.pauses.cover(ACCOUNTS[0], "ec2")
+
+
+# --- another configuration under way --------------------------------------------------------------------------
+
+
+async def test_a_new_account_is_planned_at_the_next_tick_as_on_a_first_start_and_the_others_go_on() -> None:
+    world = World(config_of(*ACCOUNTS[:2]))
+    await world.coordinator.step()
+    before = len(world.planned)
+    await world.coordinator.reconfigure(CONFIG)
+    await world.coordinator.step()
+    new = world.planned[before:]
+    assert {t.target.account for t in new} == {ACCOUNTS[2]}
+    assert {t.kind for t in new} == {TaskKind.LIVE, TaskKind.BACKLOG}
+    assert {t.config_revision for t in new} == {CONFIG.revision}
+    world.clock.advance(300)
+    await world.coordinator.step()
+    assert {t.target.account for t in world.planned[before + len(new) :]} == set(ACCOUNTS)
+
+
+async def test_what_waits_for_a_target_that_is_gone_is_dropped_and_nothing_breaks() -> None:
+    world = World()
+    world.sender.failures = [None, Transient("topic", "away")]
+    with pytest.raises(Transient):
+        await world.coordinator.step()
+    gone = Target("cloudwatch", ACCOUNTS[2], "eu-west-1")
+    world.coordinator.take_over([Task("1" * 32, gone, "r", NOON_S, 1, TaskKind.HEAL, 0, ())])
+    await world.coordinator.reconfigure(config_of(*ACCOUNTS[:2]))
+    await world.coordinator.step()
+    world.clock.advance(300)
+    await world.coordinator.step()
+    assert {t.target.account for t in world.collect} == set(ACCOUNTS[:2])
+    assert "1" * 32 not in ids(world.planned)
+    # What was announced before it went stays planned.
+    assert {t.target.account for t in world.planned} == set(ACCOUNTS)
+
+
+async def test_a_target_that_comes_back_goes_on_where_its_plan_ended() -> None:
+    world = World()
+    await world.coordinator.step()
+    before = len(world.planned)
+    await world.coordinator.reconfigure(config_of(*ACCOUNTS[:2]))
+    world.clock.advance(1800)
+    await world.coordinator.step()
+    await world.coordinator.reconfigure(CONFIG)
+    await world.coordinator.step()
+    new = [t for t in world.planned[before:] if t.target.account == ACCOUNTS[2]]
+    starts = {w.start_s for t in new for i in t.items for w in i.windows()}
+    assert set(range(NOON_S, NOON_S + 1800, 300)) <= starts
+
+
+async def test_a_change_waits_for_the_step_that_is_being_announced() -> None:
+    world = World()
+    sending, go_on = asyncio.Event(), asyncio.Event()
+    send = world.sender.send
+
+    async def slow(topic: str, records: Sequence[Outgoing]) -> object:
+        sending.set()
+        await go_on.wait()
+        return await send(topic, records)
+
+    world.sender.send = slow  # type: ignore[method-assign, assignment]
+    stepping = asyncio.create_task(world.coordinator.step())
+    await sending.wait()
+    changing = asyncio.create_task(world.coordinator.reconfigure(config_of(ACCOUNTS[0])))
+    await asyncio.sleep(0)
+    go_on.set()
+    await asyncio.gather(stepping, changing)
+    assert {t.target.account for t in world.collect} == set(ACCOUNTS)
+    world.clock.advance(300)
+    before = len(world.collect)
+    await world.coordinator.step()
+    assert {t.target.account for t in world.collect[before:]} == {ACCOUNTS[0]}

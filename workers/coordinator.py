@@ -95,6 +95,9 @@ class Coordinator:
         dropped: nobody has heard of it. A target that comes back goes on where its plan ended, windows missed meanwhile included.
         """
         self._config = config
+        self._revision = (
+            config.revision
+        )  # not at each tick for each target: it is milliseconds with hundreds of accounts
         self._grids: Mapping[Target, tuple[Grid, ...]] = grids_of(config)
         once = config.run.horizon_s is not None
         for t in self._grids:
@@ -152,13 +155,13 @@ class Coordinator:
         config, until_s = self._config, self._until_s[target]
         if config.run.horizon_s is None:
             stretch = {g.service: self.polling.of(target.account, g.service) for g in grids if g.has_past}
-            return due(target, grids, until_s, now_s, config.revision, config.startup_lookback_s, stretch)
+            return due(target, grids, until_s, now_s, self._revision, config.startup_lookback_s, stretch)
         # What has no past is polled as ever while the run lasts; the rest is looked at once.
         live = [g for g in grids if not g.has_past]
         once = [g for g in grids if g.has_past and g.service not in until_s]
         return [
-            *due(target, live, until_s, now_s, config.revision, 0),
-            *horizon(target, once, *config.run.horizon_s, config.revision),
+            *due(target, live, until_s, now_s, self._revision, 0),
+            *horizon(target, once, *config.run.horizon_s, self._revision),
         ]
 
     async def recall(self, ledger: Ledger) -> bool:
@@ -175,7 +178,7 @@ class Coordinator:
             before = {g.service: until for g in grids if (until := _until(memory, target, g)) is not None}
             known = [g for g in grids if g.service in before]
             # What was missed for a short time is in the live look, which then is another than this life's.
-            self._recalled += due(target, known, before, first.now_s, self._config.revision, 0)
+            self._recalled += due(target, known, before, first.now_s, self._revision, 0)
         self._recalled = [t for t in self._recalled if t.task_id not in first.task_ids]
         return True
 
