@@ -26,6 +26,7 @@ COMMANDS = {
     "backfill": "backfill",
     "samples": "samples",
     "check": "check",
+    "import": "yace",
     "preflight": "preflight",
     "quote": "quote",
     "pause": "pause",

@@ -1,0 +1,98 @@
+"""`headgate import yace`: a configuration of YACE's as one of ours, and what of it has no equivalent."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ingest.errors import HeadgateError
+from shard_config.document import SIZE_BYTES_MAX, ConfigError, ConfigErrors
+from shard_config.load import loads
+from shard_config.yace import lines_of, read
+from shard_config.yace_plan import Plan, plan_of, render
+
+LINES_MAX = 8
+"""Lines of the file that a note names."""
+
+
+def translated(path: Path, account: str) -> tuple[Plan, str]:
+    """The plan and our file. Raises ConfigErrors for a file that YACE would not take, or that we cannot read."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(SIZE_BYTES_MAX + 1).decode()
+    except OSError as error:
+        raise ConfigErrors([ConfigError(str(path), 0, "", f"cannot be read: {error.strerror}")]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigErrors([ConfigError(str(path), 0, "", "not UTF-8 text")]) from error
+    plan = plan_of(read(text, str(path), account))
+    written = render(plan)
+    loads(written, f"translation of {path}", environ={})  # what is written loads
+    return plan, written
+
+
+def report(plan: Plan) -> list[str]:
+    """What was made of it, and a line for each thing that is otherwise: file:line, what, what to do."""
+    targets = sum(len(account.regions) for account in plan.accounts)
+    lines = [
+        f"{plan.file}: {len(plan.accounts)} accounts, {targets} targets, {len(plan.services)} services. Not the same here:"
+    ]
+    for what, todo, at in lines_of(plan.notes):
+        more = f" (also at {', '.join(str(n) for n in at[1:LINES_MAX])}" if len(at) > 1 else ""
+        more += f" and {len(at) - LINES_MAX} more" if len(at) > LINES_MAX else ""
+        lines.append(f"{plan.file}:{at[0]}: {what}; {todo}{more + ')' if more else ''}")
+    if not plan.notes:
+        lines[0] = lines[0].replace("Not the same here:", "All of it means the same here.")
+    return lines
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "import",
+        help="the configuration of another exporter as one of Headgate",
+        description="Reads the configuration of another exporter and writes one of Headgate with the same meaning.",
+    )
+    others = parser.add_subparsers(title="exporters", metavar="EXPORTER", required=True)
+    yace = others.add_parser(
+        "yace",
+        help="yet-another-cloudwatch-exporter's config.yml",
+        description="Reads a configuration of YACE 0.6x (apiVersion v1alpha1: discovery, customNamespace and static jobs) and writes headgate.yaml with "
+        "the same meaning, commented. What has no equivalent is listed on stderr, each with file and line and what to do. A file that YACE "
+        "would misread is refused with all that is wrong with it (exit code 2).",
+    )
+    yace.add_argument("file", type=Path, help="YACE's config.yml")
+    yace.add_argument(
+        "--out", type=Path, metavar="FILE", help="write there, where nothing is yet (default: stdout)"
+    )
+    yace.add_argument(
+        "--account",
+        default="",
+        metavar="ID",
+        help="whose account jobs without a roleArn are of: its 12 digits",
+    )
+    yace.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.account and not (len(args.account) == 12 and args.account.isdecimal()):
+        raise ConfigErrors(
+            [ConfigError("--account", 0, "", f'"{args.account}" is not right', "an account id is 12 digits")]
+        )
+    plan, written = translated(args.file, args.account)
+    print("\n".join(report(plan)), file=sys.stderr)
+    if args.out is None:
+        print(written, end="")
+        return 0
+    try:
+        with args.out.open("x") as file:
+            file.write(written)
+    except OSError as error:
+        raise HeadgateError(
+            str(args.out), f"cannot be written: {error.strerror}", "choose another --out"
+        ) from error
+    print(
+        f"{args.out} is written. Next: headgate check {args.out}; what it costs a month: headgate quote --config {args.out}; whether it is "
+        f"allowed: headgate preflight --config {args.out} --limit-accounts 5",
+        file=sys.stderr,
+    )
+    return 0
