@@ -15,13 +15,16 @@ from ingest.collect import Collector, Topics
 from ingest.errors import Fatal, Transient
 from ingest.log import Outgoing
 from ingest.model import LookStatus, Receipt, Target, Task, TaskKind
+from shard_config.model import Account, Config, ExpositionJob, ServiceProfile
 from tests.conftest import eventually
 from tests.fake_log import FakeBroker, FakeConsumer, FakeSender
 from tests.fakes import FakeArchive
 from tests.test_collect import NOON_S, FakeSource, task_of
 from workers import exporter
-from workers.exporter import Exporter
+from workers.exporter import Exporter, knows
 from workers.lifecycle import Lifecycle
+from workers.members import Members
+from workers.reload import Settings
 
 GROUP = "t.exporters"
 
@@ -64,13 +67,15 @@ class Cluster:
         for task in tasks:
             self.broker.append("collect", Outgoing(b"k", wire.encode_task(task), slot))
 
-    def shard(self, name: str = "exporter-1", in_flight: int = 4) -> tuple[Exporter, FakeSender]:
+    def shard(
+        self, name: str = "exporter-1", in_flight: int = 4, settings: Settings | None = None
+    ) -> tuple[Exporter, FakeSender]:
         sender = FakeSender(self.broker)
         clock = ManualClock(NOON_S)
         collector = Collector(
             name, {"cloudwatch": self.source}, self.archive, sender, Topics("raw", "ledger"), clock
         )
-        one = Exporter(collector, clock, in_flight)
+        one = Exporter(collector, clock, in_flight, settings)
         one.consumer = FakeConsumer(  # type: ignore[assignment]
             self.broker, "collect", GROUP, assigned=one.assigned, revoked=one.revoked
         )
@@ -355,3 +360,102 @@ async def test_a_position_outside_the_log_stops_the_shard() -> None:
             await one.run(Lifecycle())
     assert stopped.group_contains(Fatal, match="outside the log")
     await one.consumer.stop()
+
+
+# --- what a task names and the configuration does not yet ----------------------------------------------------
+
+
+def config_of(*tasks: Task, jobs: tuple[str, ...] = (), **settings: int) -> Config:
+    return Config(
+        accounts=tuple(
+            Account(id=t.target.account, regions=("eu-west-1",), services=("ec2",)) for t in tasks
+        ),
+        exposition=tuple(
+            ExpositionJob(name=job, account="lab", region="one", endpoints=("http://a/metrics",))
+            for job in jobs
+        ),
+        services=(ServiceProfile(service="ec2", namespace="AWS/EC2"),),
+        **settings,
+    )
+
+
+class Waited(Settings):
+    """Settings whose `until` waits for the test."""
+
+    def __init__(self, config: Config) -> None:
+        clock = ManualClock(NOON_S)
+        super().__init__(config, Members(config.s3, clock), clock)
+        self.news = asyncio.Event()
+        self.waiting = 0
+
+    async def until(self, condition: Callable[[Config], bool], timeout_s: float) -> bool:
+        if not condition(self.config):
+            self.waiting += 1
+            await self.news.wait()
+        return condition(self.config)
+
+
+async def test_a_task_of_an_unknown_account_waits_for_news_and_holds_up_nobody() -> None:
+    cluster = Cluster()
+    tasks = targets(4)
+    settings = Waited(config_of(*tasks[2:]))
+    cluster.announce(*tasks)
+    one, _ = cluster.shard(in_flight=1, settings=settings)
+    async with cluster.running(one):
+        await becomes(lambda: len(cluster.receipts()) == 2)
+        assert settings.waiting == 2
+        assert cluster.source.asked == [t.target.account for t in tasks[2:]]
+        settings.config = config_of(*tasks)
+        settings.news.set()
+        await becomes(lambda: cluster.committed() == 4)
+
+
+async def test_a_task_that_stays_unknown_is_looked_at_all_the_same_and_says_what_is_missing() -> None:
+    cluster = Cluster()
+    [task] = targets(1)
+    settings = Waited(config_of())
+    settings.news.set()
+    cluster.announce(task)
+    one, _ = cluster.shard(settings=settings)
+    async with cluster.running(one):
+        await becomes(lambda: cluster.committed() == 1)
+    assert settings.waiting == 1
+    assert len(cluster.receipts()) == 1
+
+
+async def test_a_replay_waits_for_no_configuration() -> None:
+    cluster = Cluster()
+    [task] = targets(1)
+    settings = Waited(config_of())
+    cluster.announce(replace(task, kind=TaskKind.REPLAY))
+    one, _ = cluster.shard(settings=settings)
+    async with cluster.running(one):
+        await becomes(lambda: cluster.committed() == 1)
+    assert settings.waiting == 0
+
+
+def test_a_task_is_known_by_account_and_services_or_by_its_jobs() -> None:
+    [task, other] = targets(2)
+    assert knows(task, config_of(task))
+    assert not knows(other, config_of(task))
+    assert not knows(replace(task, items=(replace(task.items[0], service="sqs"),)), config_of(task))
+    scrape = replace(
+        task, target=Target("exposition", "lab", "one"), items=(replace(task.items[0], service="node"),)
+    )
+    assert knows(scrape, config_of(jobs=("node",)))
+    assert not knows(scrape, config_of(jobs=("blackbox",)))
+
+
+async def test_more_tasks_run_at_once_as_soon_as_the_configuration_says_so() -> None:
+    cluster = Cluster()
+    tasks = targets(5)
+    gates = [cluster.source.close_gate(task) for task in tasks]
+    cluster.announce(*tasks)
+    one, _ = cluster.shard(in_flight=1)
+    async with cluster.running(one):
+        await becomes(lambda: len(cluster.source.asked) == 1)
+        one.configure(config_of(*tasks, tasks_in_flight=4))
+        await becomes(lambda: len(cluster.source.asked) == 4)
+        for gate in gates:
+            gate.set()
+        await becomes(lambda: cluster.committed() == 5)

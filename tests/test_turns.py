@@ -57,3 +57,40 @@ async def test_no_more_hold_a_turn_than_the_limit_and_no_turn_is_lost_to_a_cance
     async with asyncio.timeout(1), turns.turn(0), turns.turn(0), turns.turn(0):
         all_are_free_again = True
     assert all_are_free_again
+
+
+async def test_another_limit_lets_more_begin_at_once_and_fewer_as_turns_end() -> None:
+    turns, go_on = Turns(1), asyncio.Event()
+    holding = 0
+
+    async def hold(until: asyncio.Event) -> None:
+        nonlocal holding
+        async with turns.turn(0):
+            holding += 1
+            await until.wait()
+            holding -= 1
+
+    async def settle() -> int:
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return holding
+
+    first = [asyncio.create_task(hold(go_on)) for _ in range(4)]
+    assert await settle() == 1
+    turns.resize(3)
+    assert await settle() == 3
+    turns.resize(1)
+    later = asyncio.Event()
+    others = [asyncio.create_task(hold(later)) for _ in range(3)]
+    assert await settle() == 3
+    go_on.set()
+    await asyncio.gather(*first)
+    assert await settle() == 1
+    later.set()
+    await asyncio.gather(*others)
+    turns.resize(2)
+    third = asyncio.Event()
+    last = [asyncio.create_task(hold(third)) for _ in range(3)]
+    assert await settle() == 2
+    third.set()
+    await asyncio.gather(*last)
