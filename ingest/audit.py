@@ -1,8 +1,10 @@
 """What an audit compares, and how: the archive's maximum against the store's rows, manifests against receipts. Pure.
 
-* The store must hold, for each (series, timestamp), the greatest (version, value) of all archived looks, and nothing else (`ingest.expected`).
-* Equality is by digest of (series, timestamp, value, version), by place and bucket of `BUCKET_S`; only where digests differ are points compared
-  (`Comparison`), and every difference is counted and, up to `NAMED_MAX` of a kind, named.
+* The store must hold, for each (series, timestamp), the value of the greatest (version, value) of all archived looks, and nothing else
+  (`ingest.expected`). Its version may be that of any look since the last published one that said so: what a later look saw unchanged is
+  archived, and lands only where it is replayed.
+* Equality is by digest of (series, timestamp, value) and by the oldest and newest version, by place and bucket of `BUCKET_S`; only where those
+  differ are points compared (`Comparison`), and every difference is counted and, up to `NAMED_MAX` of a kind, named.
 * A look in the archive and its row in the ledger must say the same, and a seal must be of the newest complete look.
 """
 
@@ -29,6 +31,7 @@ from ingest.model import (
 
 BUCKET_S = 300
 NAMED_MAX = 20
+_NONE = np.iinfo(np.int64).max
 
 
 class Kind(StrEnum):
@@ -108,26 +111,16 @@ class Report:
 # --- digests ------------------------------------------------------------------------------------------------------
 
 
-def row_hashes(
-    ids: SeriesIds,
-    timestamps_s: NDArray[np.int64],
-    values: NDArray[np.float64],
-    versions: NDArray[np.int64],
-) -> NDArray[np.uint64]:
-    """A 64-bit hash of each row of the store, its version included. Shapes (n, 2) and (n,)."""
-    mixed = ids.copy()
-    mixed[:, 0] ^= versions.astype(np.uint64)
-    return point_hashes(mixed, timestamps_s, values)
-
-
 class Digests:
-    """Rows and digest by place and bucket of `BUCKET_S` over [start_s, end_s), which lies on the buckets."""
+    """Rows, their digest, and their oldest and newest version, by place and bucket of `BUCKET_S` over [start_s, end_s), which lies on the buckets."""
 
     def __init__(self, places: int, start_s: int, end_s: int) -> None:
         self.start_s = start_s
         buckets = -(-(end_s - start_s) // BUCKET_S)
         self.rows = np.zeros((places, buckets), np.int64)
         self.sums = np.zeros((places, buckets), np.uint64)
+        self.oldest = np.full((places, buckets), _NONE, np.int64)
+        self.newest = np.zeros((places, buckets), np.int64)
 
     def add(
         self,
@@ -135,18 +128,22 @@ class Digests:
         ids: SeriesIds,
         timestamps_s: NDArray[np.int64],
         values: NDArray[np.float64],
-        versions: NDArray[np.int64],
+        oldest: NDArray[np.int64],
+        newest: NDArray[np.int64],
     ) -> None:
-        """Add rows, one place for all or one each."""
+        """Add rows, one place for all or one each. Versions may be from `oldest` to `newest`; of rows of a store both are their own."""
         cells = places * self.rows.shape[1] + (timestamps_s - self.start_s) // BUCKET_S
         np.add.at(self.rows.reshape(-1), cells, 1)
-        np.add.at(self.sums.reshape(-1), cells, row_hashes(ids, timestamps_s, values, versions))
+        np.add.at(self.sums.reshape(-1), cells, point_hashes(ids, timestamps_s, values))
+        np.minimum.at(self.oldest.reshape(-1), cells, oldest)
+        np.maximum.at(self.newest.reshape(-1), cells, newest)
 
     def differing(self, place: int, other: Digests) -> list[tuple[int, int]]:
-        """Stretches [start_s, end_s) in which `other`, of one place and a part of our time, is not equal to ours of `place`."""
+        """Stretches [start_s, end_s) in which ours of `place` is not as `other`, of one place and a part of our time, says it must be."""
         first = (other.start_s - self.start_s) // BUCKET_S
         own = slice(first, first + other.rows.shape[1])
         differ = (self.rows[place, own] != other.rows[0]) | (self.sums[place, own] != other.sums[0])
+        differ |= (self.oldest[place, own] < other.oldest[0]) | (self.newest[place, own] > other.newest[0])
         edges = np.flatnonzero(np.diff(np.concatenate(([False], differ, [False])).astype(np.int8)))
         return [
             (other.start_s + int(a) * BUCKET_S, other.start_s + int(b) * BUCKET_S)
@@ -185,11 +182,8 @@ class Comparison:
         self._service = service
         seconds = maximum.keys % expected.span_s + expected.start_s
         here = (seconds >= start_s) & (seconds < end_s)
-        self._keys, self._values, self._versions = (
-            maximum.keys[here],
-            maximum.values[here],
-            maximum.versions[here],
-        )
+        self._keys, self._values = maximum.keys[here], maximum.values[here]
+        self._versions, self._oldest = maximum.versions[here], maximum.oldest[here]
         self._seen = np.zeros(len(self._keys), np.bool_)
 
     def take(self, rows: StoreRows) -> None:
@@ -204,7 +198,8 @@ class Comparison:
         for i in np.flatnonzero(~found).tolist():
             self._say(Kind.EXTRA, int(keys[i]), f"the store has {_sample(rows.values[i], rows.versions[i])}")
         pairs = np.flatnonzero(found)
-        other_version = rows.versions[pairs] != self._versions[at[pairs]]
+        own = rows.versions[pairs]
+        other_version = (own < self._oldest[at[pairs]]) | (own > self._versions[at[pairs]])
         other_value = rows.values[pairs] != self._values[at[pairs]]
         for j in np.flatnonzero(other_version | other_value).tolist():
             i, e = int(pairs[j]), int(at[pairs[j]])
@@ -243,17 +238,20 @@ def look_problem(
     if not own:
         return Kind.LOOK_NOT_IN_LEDGER, f"{done.outcome.status}, {done.points:,} points"
     (row,) = own
-    windows = tuple((w.start_s, w.points, w.digest) for w in done.windows)
+    windows, whole = (
+        tuple((w.start_s, w.points, w.digest) for w in some) for some in (done.windows, done.whole)
+    )
     pairs = (
         ("status", str(done.outcome.status), row.status),
         ("points", done.points, row.points),
-        ("batches", len(done.batches), len(row.batches)),
+        ("batches", len(done.batches) + len(done.held), len(row.batches) + len(row.held)),
         ("span", (done.item.start_s, done.item.end_s), (row.start_s, row.end_s)),
     )
     for name, archived, said in pairs:
         if archived != said:
             return Kind.LOOK_DIFFERS, f"{name} {archived} in the archive, {said} in the ledger"
-    if set(done.batches) != set(row.batches) or windows != row.windows:
+    batches = {*done.batches, *done.held} == {*row.batches, *row.held} and {*row.held} <= {*done.held}
+    if not batches or (windows, whole) != (row.windows, row.whole):
         return Kind.LOOK_DIFFERS, "batches or window digests are not those of the manifest"
     return None
 

@@ -32,7 +32,6 @@ from ingest.audit import (
 )
 from ingest.batch import decode_by_series
 from ingest.clock import Clock
-from ingest.collect import merge_counts
 from ingest.errors import Rejected
 from ingest.evidence import (
     LedgerLook,
@@ -47,14 +46,14 @@ from ingest.evidence import (
     store_rows,
     store_series,
 )
-from ingest.expected import POINTS_MAX, Expected, Known, Letters, Slice, TooMuchError, counted
+from ingest.expected import POINTS_MAX, Expected, Known, Letters, LookRead, Slice, TooMuchError, counted
 from ingest.model import (
     DeadLetter,
     LookStatus,
     Receipt,
     ReceiptItem,
     Target,
-    WindowCount,
+    merge_counts,
     version_of,
 )
 from ingest.ports import ArchivedTask, Record
@@ -155,6 +154,7 @@ class Auditor:
                 rows.timestamps_s[keep],
                 rows.values[keep],
                 rows.versions[keep],
+                rows.versions[keep],
             )
 
         await store_rows(self.connection, places, start_s, end_s, take, others=whole)
@@ -252,7 +252,7 @@ class _PlaceDay:
         m = found.maximum
         if len(m.keys):
             seconds = m.keys % found.expected.span_s + start_s
-            own.add(0, found.expected.ids(m.keys), seconds, m.values, m.versions)
+            own.add(0, found.expected.ids(m.keys), seconds, m.values, m.oldest, m.versions)
         self._report.digests += int(np.count_nonzero(own.rows))
         stretches = self._stored.differing(self._number, own)
         return [(a, min(b, end_s)) for a, b in stretches]
@@ -284,24 +284,28 @@ class _PlaceDay:
         under_way = await self._under_way(task)
         payloads = iter(task.payloads)
         for done in task.receipt.items:
-            raw: list[WindowCount] = []
-            alive: list[WindowCount] = []
-            versions: list[int] = []
-            for payload in islice(payloads, len(done.batches)):
+            look = LookRead()
+            for number, payload in enumerate(islice(payloads, len(done.batches) + len(done.held))):
+                held = number >= len(done.batches)
                 try:
                     decoded = decode_by_series(payload.value, self._a.config.limits)
                 except Rejected:
                     self._report.dead_batches += key not in self._a.checked
                     continue
-                raw += counted(decoded.batch)
-                if not under_way:
-                    versions.append(decoded.batch.version)
-                    alive += found.add(decoded, payload.batch_id, self._a.config.limits)
+                (look.held if held else look.published).extend(counted(decoded.batch))
+                # What a fresh look held may stand on another that is under way.
+                if not under_way and not (held and self._fresh(task.receipt)):
+                    look.versions.append(decoded.batch.version)
+                    look.alive += found.add(decoded, payload.batch_id, self._a.config.limits, held=held)
             if key not in self._a.checked:
-                self._check(key, task.receipt, done, merge_counts(raw), under_way)
+                self._check(key, task.receipt, done, look, under_way)
             if not under_way and done.outcome.status is LookStatus.COMPLETE:
-                version = min(versions, default=version_of(0, done.outcome.observed_at_ms))
-                found.remember(str(task.receipt.target), done, version, merge_counts(alive))
+                version = version_of(0, done.outcome.observed_at_ms)
+                if look.versions and not done.whole:
+                    version = min(look.versions)
+                found.remember(
+                    str(task.receipt.target), done, version, look.archived, merge_counts(look.alive)
+                )
 
     async def _archived(self) -> AsyncIterator[tuple[str, ArchivedTask | None]]:
         keys = sorted(self._keys)
@@ -323,7 +327,7 @@ class _PlaceDay:
     async def _under_way(self, task: ArchivedTask) -> bool:
         if not self._fresh(task.receipt):
             return False
-        ids = {payload.batch_id for payload in task.payloads}
+        ids = {batch_id for done in task.receipt.items for batch_id in done.batches}
         return bool(ids - await landed_ids(self._a.connection, ids))
 
     def _fresh(self, receipt: Receipt) -> bool:
@@ -338,15 +342,13 @@ class _PlaceDay:
             detail = f"the ledger says {row.status}, {row.points:,} points"
             self._say(Kind.LOOK_NOT_IN_ARCHIVE, str(self._keys[key]), row.service, key, detail)
 
-    def _check(
-        self, key: str, receipt: Receipt, done: ReceiptItem, counts: Sequence[WindowCount], under_way: bool
-    ) -> None:
+    def _check(self, key: str, receipt: Receipt, done: ReceiptItem, look: LookRead, under_way: bool) -> None:
         """Hold a look against its own points and against the ledger."""
         target, service = str(receipt.target), done.item.service
         self._report.looks += 1
         self._report.objects += done is receipt.items[0]
         self._report.under_way += under_way
-        if tuple(counts) != done.windows:
+        if not look.is_what(done):
             self._say(Kind.LOOK_DIFFERS, target, service, key, "its points are not those that it counts")
         rows = [row for row in self._looks.get(key, ()) if row.service == service]
         problem = look_problem(done, receipt.finished_at_ms, rows)

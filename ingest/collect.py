@@ -38,7 +38,7 @@ from ingest.model import (
     TaskItem,
     TaskKind,
     WindowCount,
-    add_digests,
+    merge_counts,
     window_counts,
 )
 from ingest.ports import Archive, ArchivedTask, Payload, Source
@@ -300,19 +300,6 @@ class _Found:
         """There was no end to it: what came is not published."""
         self._published, self._held = [], []
         return _failed(item, LookStatus.FAILED, why)
-
-
-def merge_counts(counts: list[WindowCount]) -> tuple[WindowCount, ...]:
-    """Points and digests of the same window added up, oldest first."""
-    merged: dict[int, WindowCount] = {}
-    for c in counts:
-        seen = merged.get(c.start_s)
-        merged[c.start_s] = (
-            c
-            if seen is None
-            else replace(seen, points=seen.points + c.points, digest=add_digests(seen.digest, c.digest))
-        )
-    return tuple(merged[s] for s in sorted(merged))
 
 
 def _failed(item: TaskItem, status: LookStatus, detail: str) -> ReceiptItem:

@@ -122,7 +122,10 @@ async def store_series(connection: asyncpg.Connection, ids: Collection[bytes]) -
 
 @dataclass(frozen=True, slots=True)
 class LedgerLook:
-    """One row of `looks`: one item of a receipt. `windows` are (start_s, points, digest)."""
+    """One row of `looks`: one item of a receipt. `windows` and `whole` are (start_s, points, digest).
+
+    What was held, and published by a replay since, is among the `batches` and no longer `held`.
+    """
 
     task_id: str
     service: str
@@ -135,12 +138,15 @@ class LedgerLook:
     points: int
     batches: tuple[BatchId, ...]
     windows: tuple[tuple[int, int, int], ...]
+    whole: tuple[tuple[int, int, int], ...] = ()
+    held: tuple[BatchId, ...] = ()
 
 
 _KEYS = """SELECT DISTINCT target, archive_key FROM looks
 WHERE finished_at >= $1 AND window_start < $2 AND window_end > $1 AND archive_key <> ''"""
 
-_LOOKS = """SELECT task_id, service, target, archive_key, finished_at, window_start, window_end, status, points, batch_ids, windows
+_LOOKS = """SELECT task_id, service, target, archive_key, finished_at, window_start, window_end, status, points, batch_ids, windows,
+    whole, held_ids
 FROM looks WHERE task_id = ANY($1) AND archive_key <> '' ORDER BY finished_at, service"""
 
 
@@ -174,10 +180,16 @@ async def ledger_looks(
                 status=row["status"],
                 points=row["points"],
                 batches=tuple(BatchId(b) for b in row["batch_ids"]),
-                windows=tuple((w[0], w[1], w[2]) for w in orjson.loads(row["windows"])),
+                windows=_counts(row["windows"]),
+                whole=_counts(row["whole"] or "[]"),
+                held=tuple(BatchId(b) for b in row["held_ids"]),
             )
         )
     return found
+
+
+def _counts(text: str) -> tuple[tuple[int, int, int], ...]:
+    return tuple((w[0], w[1], w[2]) for w in orjson.loads(text))
 
 
 async def landed_ids(connection: asyncpg.Connection, batches: Collection[BatchId]) -> set[BatchId]:

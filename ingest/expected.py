@@ -1,5 +1,8 @@
 """What the store must hold, as the archive says: the greatest (version, value) of each point, in bounded memory. Pure.
 
+What a look held was archived and, as a rule, not published: its value counts, and the point's version in the store is anything from that of the
+last published batch with the point to that of the last one at all.
+
 The order, the number and the splitting of the looks do not matter. What validation refuses is left out by what a point is, and not by when it
 is read: what was let in three years ago is not ancient here, and what was put aside in its day is known by its letter.
 """
@@ -15,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ingest.balance import stored_counts
 from ingest.batch import Decoded, without_series
-from ingest.model import Batch, ReceiptItem, SeriesIds, WindowCount, window_counts
+from ingest.model import Batch, ReceiptItem, SeriesIds, WindowCount, merge_counts, window_counts
 from ingest.validate import describe, validate
 from shard_config.model import Limits
 
@@ -85,11 +89,15 @@ class Known:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Maximum:
-    """The greatest (version, value) of each (series, timestamp), n of them, sorted by `keys`: index in `Expected.known` × span + second."""
+    """The greatest (version, value) of each (series, timestamp), n of them, sorted by `keys`: index in `Expected.known` × span + second.
+
+    `oldest` is the least version that the store may have for it.
+    """
 
     keys: NDArray[np.int64]
     values: NDArray[np.float64]
     versions: NDArray[np.int64]
+    oldest: NDArray[np.int64]
 
 
 class Expected:
@@ -129,8 +137,8 @@ class Expected:
     def _inside(self, batch: Batch) -> NDArray[np.bool_]:
         return (batch.timestamps_s >= self.start_s) & (batch.timestamps_s < self.start_s + self.span_s)
 
-    def add(self, batch: Batch) -> None:
-        """Take in a batch; points outside the slice are left out. Raises TooMuchError."""
+    def add(self, batch: Batch, *, held: bool = False) -> None:
+        """Take in a batch; points outside the slice are left out. `held` ones need not have landed. Raises TooMuchError."""
         inside = self._inside(batch)
         if not inside.any():
             return
@@ -145,7 +153,8 @@ class Expected:
             indices[i] = index
         keys = indices[owners] * self.span_s + (batch.timestamps_s[inside] - self.start_s)
         versions = np.full(len(keys), batch.version, np.int64)
-        self._parts.append(Maximum(keys, batch.values[inside], versions))
+        oldest = np.zeros(len(keys), np.int64) if held else versions
+        self._parts.append(Maximum(keys, batch.values[inside], versions, oldest))
         self._waiting += len(keys)
         if self._waiting > self._points_max:
             self._fold()
@@ -156,18 +165,21 @@ class Expected:
         return self._parts[0]
 
     def _fold(self) -> None:
-        empty = Maximum(np.empty(0, np.int64), np.empty(0, np.float64), np.empty(0, np.int64))
-        parts = self._parts or [empty]
+        none = np.empty(0, np.int64)
+        parts = self._parts or [Maximum(none, np.empty(0, np.float64), none, none)]
         keys = np.concatenate([p.keys for p in parts])
         values = np.concatenate([p.values for p in parts])
         versions = np.concatenate([p.versions for p in parts])
+        oldest = np.concatenate([p.oldest for p in parts])
         order = np.lexsort((values, versions, keys))
         keys = keys[order]
         last = np.ones(len(keys), np.bool_)
         last[:-1] = keys[1:] != keys[:-1]
         if int(last.sum()) > self._points_max // 2:
             raise TooMuchError
-        self._parts = [Maximum(keys[last], values[order][last], versions[order][last])]
+        (first,) = np.nonzero(np.concatenate(([True], last[:-1]))) if len(keys) else (none,)
+        oldest = np.maximum.reduceat(oldest[order], first) if len(keys) else oldest
+        self._parts = [Maximum(keys[last], values[order][last], versions[order][last], oldest)]
         self._waiting = int(last.sum())
 
 
@@ -176,8 +188,29 @@ def counted(batch: Batch) -> tuple[WindowCount, ...]:
     return window_counts(batch.point_ids(), batch.timestamps_s, batch.values, batch.grid_s)
 
 
+@dataclass(slots=True)
+class LookRead:
+    """One archived look as it is read back: points and digests by window, and the versions of its batches."""
+
+    published: list[WindowCount] = field(default_factory=list)
+    held: list[WindowCount] = field(default_factory=list)
+    alive: list[WindowCount] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    @property
+    def archived(self) -> tuple[WindowCount, ...]:
+        return merge_counts(self.published + self.held)
+
+    def is_what(self, done: ReceiptItem) -> bool:
+        """Whether it is what its receipt says. A window of which anything was held is archived whole."""
+        whole = {w.start_s for w in self.held}
+        return merge_counts(self.published) == done.windows and all(
+            w in done.whole for w in self.archived if w.start_s in whole
+        )
+
+
 class LookCount(NamedTuple):
-    """What a complete archived look holds of a window, less what is dead. The greatest is the newest."""
+    """What a complete archived look saw of a window, less what is dead. The greatest is the newest."""
 
     version: int
     observed_at_ms: int
@@ -197,7 +230,9 @@ class Slice:
         """By target and service: of each window the newest complete look."""
         self._letters = letters
 
-    def add(self, decoded: Decoded, batch_id: bytes, limits: Limits) -> tuple[WindowCount, ...]:
+    def add(
+        self, decoded: Decoded, batch_id: bytes, limits: Limits, *, held: bool = False
+    ) -> tuple[WindowCount, ...]:
         """Take in a batch without what is dead in it; what is left, by window. Raises TooMuchError."""
         batch = without_series(decoded.batch, decoded.bad) if decoded.bad else decoded.batch
         alive = living(batch, limits, batch_id, self._letters)
@@ -206,15 +241,24 @@ class Slice:
         if alive is None:
             return ()
         self.dead_points -= self.expected.within(alive)
-        self.expected.add(alive)
+        self.expected.add(alive, held=held)
         return counted(alive)
 
-    def remember(self, target: str, done: ReceiptItem, version: int, counts: Iterable[WindowCount]) -> None:
-        """What a complete look holds of each of its windows."""
-        found = {c.start_s: (c.points, c.digest) for c in counts}
+    def remember(
+        self,
+        target: str,
+        done: ReceiptItem,
+        version: int,
+        archived: Iterable[WindowCount],
+        alive: Iterable[WindowCount],
+    ) -> None:
+        """What a complete look saw of each of its windows, less what is dead of that."""
+        dead = [(c.start_s, c.points, c.digest) for c in archived]
+        seen = [(c.start_s, c.points, c.digest) for c in done.whole] or dead
+        found = stored_counts(seen, dead + [(c.start_s, -c.points, -c.digest) for c in alive])
         newest = self.newest[(target, done.item.service)]
         for window in done.item.windows():
-            count = LookCount(version, done.outcome.observed_at_ms, *found.get(window.start_s, (0, 0)))
+            count = LookCount(version, done.outcome.observed_at_ms, *found.get(window.start_s, (0, 0))[:2])
             newest[window.start_s] = max(count, newest.get(window.start_s, count))
 
 

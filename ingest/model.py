@@ -13,7 +13,8 @@ Times: `*_s` are whole seconds, `*_ms` milliseconds, both since the epoch, UTC. 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from hashlib import blake2b
 from typing import NewType
@@ -247,6 +248,19 @@ class WindowCount:
     end_s: int
     points: int
     digest: int
+
+
+def merge_counts(counts: Iterable[WindowCount]) -> tuple[WindowCount, ...]:
+    """Points and digests of the same window added up, oldest first."""
+    merged: dict[int, WindowCount] = {}
+    for c in counts:
+        seen = merged.get(c.start_s)
+        merged[c.start_s] = (
+            c
+            if seen is None
+            else replace(seen, points=seen.points + c.points, digest=add_digests(seen.digest, c.digest))
+        )
+    return tuple(merged[s] for s in sorted(merged))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,7 +14,7 @@ from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from ingest import wire
 from ingest.archive import archive_key, open_archive
 from ingest.clock import SystemClock
-from ingest.collect import merge_counts, raw_key
+from ingest.collect import raw_key
 from ingest.log import Outgoing, Producer
 from ingest.model import (
     Batch,
@@ -28,6 +28,7 @@ from ingest.model import (
     Task,
     TaskItem,
     TaskKind,
+    merge_counts,
     series_id,
     series_ids,
     task_id_of,

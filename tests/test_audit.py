@@ -511,11 +511,11 @@ def test_digests_differ_exactly_where_rows_do() -> None:
     times = np.array([650, 900, 1000, 1900], np.int64)
     values, versions = np.arange(4.0), np.arange(4)
     every = np.repeat(ids, 4, axis=0)
-    ours.add(np.ones(4, np.int64), every, times, values, versions)
-    theirs.add(0, every, times, values, versions)
+    ours.add(np.ones(4, np.int64), every, times, values, versions, versions)
+    theirs.add(0, every, times, values, versions, versions)
     assert ours.differing(1, theirs) == []
     assert ours.differing(0, theirs) == [(600, 1200), (1800, 2100)]
-    theirs.add(0, ids, np.array([1200]), np.zeros(1), np.zeros(1, np.int64))
+    theirs.add(0, ids, np.array([1200]), np.zeros(1), np.zeros(1, np.int64), np.zeros(1, np.int64))
     assert ours.differing(1, theirs) == [(1200, 1500)]
     assert ours.pieces(1, 600, 2100, 2) == [(600, 900), (900, 1800), (1800, 2100)]
 

@@ -12,7 +12,7 @@ import pytest
 from ingest import collect, wire
 from ingest.archive import archive_key
 from ingest.clock import ManualClock
-from ingest.collect import Answer, Collector, Topics, merge_counts, raw_key
+from ingest.collect import Answer, Collector, Topics, raw_key
 from ingest.errors import Fatal, Rejected, Transient
 from ingest.model import (
     Batch,
@@ -25,6 +25,7 @@ from ingest.model import (
     Task,
     TaskItem,
     WindowCount,
+    merge_counts,
     series_ids,
     task_id_of,
     window_counts,

@@ -14,7 +14,6 @@ import pytest
 
 from ingest.balance import Claim, imbalance, put_aside, signed, stored_counts
 from ingest.clock import ManualClock
-from ingest.collect import merge_counts
 from ingest.model import (
     Batch,
     BatchId,
@@ -24,6 +23,7 @@ from ingest.model import (
     Target,
     WindowCount,
     digest_of,
+    merge_counts,
     series_ids,
     window_counts,
 )
