@@ -123,7 +123,7 @@ class Resources(Strict):
     types: tuple[str, ...] = Field(min_length=1)
     """As ec2:instance, the ResourceTypeFilters of tag:GetResources."""
     arns: tuple[Pattern, ...] = Field(min_length=1)
-    """Patterns that are searched in an ARN; their named groups are dimensions, as instance/(?P<InstanceId>[^/]+)."""
+    """Patterns that are searched in an ARN; their named groups are dimensions, as instance/(?P<InstanceId>[^/]+), an underscore for a space."""
 
 
 class ServiceProfile(Strict):
@@ -390,6 +390,8 @@ class Config(Strict):
     """How far back a first start plans: the last hour."""
     ledger_retention_days: int = Field(2, ge=2)
     """Tasks, looks and landed batches older than this go; windows stay, folded into days."""
+    samples_retention_days: int | None = Field(None, ge=7)
+    """Days of `samples` older than this are dropped, and what is older is dead on arrival; None: kept for ever."""
     aws: Aws = Aws()
     kafka: Kafka = Kafka()
     postgres: Postgres = Postgres()
@@ -408,6 +410,14 @@ class Config(Strict):
         """What an account is asked for in one of its regions, in its order."""
         profiles = [self.service_by_name[name] for name in account.services]
         return [p for p in profiles if not p.regions or region in p.regions]
+
+    @property
+    def landing_limits(self) -> Limits:
+        """`limits`, with what the store no longer keeps as ancient."""
+        if self.samples_retention_days is None:
+            return self.limits
+        kept_s = min(self.limits.retention_s, self.samples_retention_days * 86_400)
+        return self.limits.model_copy(update={"retention_s": kept_s})
 
     @property
     def revision(self) -> str:

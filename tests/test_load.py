@@ -378,3 +378,9 @@ def test_the_documentation_names_every_key_and_every_service() -> None:
     models = (Config, Defaults, Account, ExpositionJob, ServiceProfile, MetricProfile, *sections)
     keys = {key for model in models for key in model.model_fields}
     assert [word for word in sorted(keys | set(shipped_services())) if f"`{word}`" not in text] == []
+
+
+def test_what_the_store_no_longer_keeps_is_dead_on_arrival() -> None:
+    assert config_of(MINIMAL).landing_limits.retention_s == 455 * 86_400
+    kept = config_of(MINIMAL + "samples_retention_days: 30")
+    assert (kept.limits.retention_s, kept.landing_limits.retention_s) == (455 * 86_400, 30 * 86_400)

@@ -17,10 +17,11 @@ from ingest.clock import SystemClock
 from ingest.errors import Fatal, Transient
 from ingest.model import BatchId, digest_of
 from ingest.ports import Advance, Landable, SeriesRejected, Sink
+from ingest.sinks import partitions
 from ingest.sinks.connection import open_connection
 from ingest.sinks.copy import COLUMNS, copy_stream, rows_of
 from ingest.sinks.migrate import migrate
-from ingest.sinks.partitions import create_partitions
+from ingest.sinks.partitions import create_partitions, day_of, drop_partitions, name_of
 from ingest.sinks.postgres import PostgresSink
 from shard_config.model import Postgres
 from tests.fake_sink import FakeSink, Table
@@ -228,6 +229,64 @@ async def test_partitions_are_created_by_several_at_once_and_beside_an_open_land
     finally:
         for c in creators:
             await c.close()
+
+
+@pytest.mark.parametrize("day", [0, 20_781, 2_932_896, 2_932_897, 4_000_000, -3])
+def test_a_partitions_name_says_its_day(day: int) -> None:
+    assert day_of(name_of(day)) == day
+
+
+@pytest.mark.parametrize("name", ["samples", "samples_hourly", "samples_2026112", "series_20261124"])
+def test_another_tables_name_says_none(name: str) -> None:
+    assert day_of(name) is None
+
+
+async def days_there(store: PostgresStore) -> set[int]:
+    rows = await store.connection.fetch(
+        "SELECT relname FROM pg_class WHERE relname LIKE 'samples%' AND relkind = 'r'"
+    )
+    return {day for row in rows if (day := day_of(row["relname"])) is not None}
+
+
+async def test_days_past_their_retention_are_dropped_whole_beside_an_open_landing(
+    postgres_store: PostgresStore, account: str
+) -> None:
+    midnight = MIDNIGHT_S // 86_400
+    await create_partitions(postgres_store.connection, [midnight - 400, midnight - 399, midnight], set())
+    other = await open_connection(postgres_store.postgres, "test")
+    try:
+        async with asyncio.timeout(20):
+            landing = other.transaction()
+            await landing.start()
+            await other.execute(f"SELECT FROM {name_of(midnight)} FOR UPDATE")
+            dropping = asyncio.create_task(drop_partitions(postgres_store.connection, midnight - 398))
+            await landing.commit()
+            assert await dropping == [midnight - 400, midnight - 399]
+    finally:
+        await other.close()
+    left = await days_there(postgres_store)
+    assert midnight in left
+    assert left.isdisjoint({midnight - 400, midnight - 399})
+    await postgres_store.sink.land([], [make_landable(account, [(0, 0, 1.0)])])
+    assert values_of(await postgres_store.table(account)) == [1.0]
+
+
+async def test_a_day_in_use_is_left_for_the_next_call_and_one_left_detached_goes_with_it(
+    postgres_store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partitions, "DETACH_WAIT_S", 0.2)
+    day = MIDNIGHT_S // 86_400 - 500
+    await create_partitions(postgres_store.connection, [day, day + 1], set())
+    await postgres_store.connection.execute(f"ALTER TABLE samples DETACH PARTITION {name_of(day + 1)}")
+    other = await open_connection(postgres_store.postgres, "test")
+    try:
+        async with asyncio.timeout(20):
+            async with other.transaction():
+                await other.execute(f"LOCK TABLE {name_of(day)} IN ROW EXCLUSIVE MODE")
+                assert await drop_partitions(postgres_store.connection, day + 2) == []
+            assert await drop_partitions(postgres_store.connection, day + 2) == [day, day + 1]
+    finally:
+        await other.close()
 
 
 async def _at_the_second_try(sink: Sink, advances: list[Advance], batches: list[Landable]) -> None:

@@ -12,13 +12,14 @@ import math
 import os
 import secrets
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ingest.archive import open_archive
 from ingest.audit import Kind, Report
 from ingest.auditor import Auditor, Scope
 from ingest.clock import Clock, SystemClock
+from ingest.expected import rfc3339
 from ingest.recheck import Recheck, recheck
 from ingest.schedule import grids_of
 from ingest.sinks.connection import open_connection
@@ -45,6 +46,12 @@ async def audit(
         )
     finally:
         connection.terminate()
+
+
+def samples_kept_from_s(config: Config, now_s: int) -> int:
+    """The first second of which all samples are still in the store, by their retention; long ago where they have none."""
+    days = config.samples_retention_days
+    return 0 if days is None else -(-(now_s - days * 86_400) // 86_400) * 86_400
 
 
 def to_json(report: Report, again: Recheck | None = None) -> str:
@@ -119,6 +126,15 @@ def run(args: argparse.Namespace) -> int:
     scope = Scope(math.floor(args.from_s), math.ceil(args.to_s), args.account, args.region, args.service)
     seed = args.seed if args.seed is not None else secrets.randbelow(2**32)
     clock = SystemClock(config.run.clock_offset_s)
+    kept_from_s = samples_kept_from_s(config, clock.now_s())
+    if scope.from_s < kept_from_s:
+        print(
+            f"samples before {rfc3339(kept_from_s)} are dropped by their retention: not compared",
+            file=sys.stderr,
+        )
+        scope = replace(scope, from_s=kept_from_s)
+        if scope.from_s >= scope.to_s:
+            return 1
     report, again = asyncio.run(audit(config, scope, clock, args.recheck, seed))
     sys.stdout.write((to_json if args.format == "json" else render)(report, again) + "\n")
     return 0 if report.equal else 1

@@ -267,14 +267,14 @@ async def serve(config: Config, name: str, lifecycle: Lifecycle, path: Path | No
             config.kafka.topic("dead"),
             sink,
             producer,
-            config.limits,
+            config.landing_limits,
             clock,
             targets={str(target) for target in grids_of(config)},
         )
         upkeep = Upkeep(kept, config, clock)
 
         async def apply(changed: Config) -> None:
-            landing.configure(changed.limits, {str(target) for target in grids_of(changed)})
+            landing.configure(changed.landing_limits, {str(target) for target in grids_of(changed)})
             projected.settling_s = kept.settling_s = settling_of(changed)
             upkeep.configure(changed, whole=settings.whole)
 

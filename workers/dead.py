@@ -205,7 +205,7 @@ async def _show(config: Config, args: argparse.Namespace, _: Clock) -> int:
 async def _replay(config: Config, args: argparse.Namespace, clock: Clock) -> int:
     found = await _find(config, args, payloads=True, handled=bool(args.identities))
     edit = None if args.edit is None else _edit(args.edit, found)
-    planned = plan([one.letter for one in found.found], config.limits, clock.now_s(), edit)
+    planned = plan([one.letter for one in found.found], config.landing_limits, clock.now_s(), edit)
     planned = await without_open_windows(planned, config.postgres)
     for line in plan_lines(planned):
         print(line)

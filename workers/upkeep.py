@@ -21,6 +21,7 @@ from ingest.ledger import Ledger
 from ingest.overview import freshness
 from ingest.schedule import grids_of
 from ingest.seal import scopes_of, seal
+from ingest.sinks.partitions import drop_partitions
 from shard_config.model import Config
 from workers.lifecycle import Lifecycle
 
@@ -29,6 +30,7 @@ _log = structlog.get_logger()
 TURN_S = 0.5
 SEAL_INTERVAL_S = 2.0
 COMPACT_INTERVAL_S = 60.0
+DROP_INTERVAL_S = 600.0
 OBSERVE_INTERVAL_S = 15.0
 
 SEALED = Counter("headgate_windows_sealed_total", "Windows whose rows, read back, are what the look says.")
@@ -67,12 +69,13 @@ class Upkeep:
         self._ledger = ledger
         self._clock = clock
         self.configure(config)
-        self._turns = [_Turn(self.seal), _Turn(self.compact), _Turn(self.observe)]
+        self._turns = [_Turn(self.seal), _Turn(self.compact), _Turn(self.drop), _Turn(self.observe)]
 
     def configure(self, config: Config, *, whole: bool = True) -> None:
         """Go by this configuration from the next step on. `whole`: all accounts are known, an organization's too."""
         self._scopes = scopes_of(config)
         self._retention = timedelta(days=config.ledger_retention_days)
+        self._samples_retention_days = config.samples_retention_days
         # What was removed is no reason for an alert.
         self._targets = [str(target) for target in grids_of(config)] if whole else None
 
@@ -116,6 +119,16 @@ class Upkeep:
         if folded or forgotten:
             _log.info("ledger_compacted", windows=folded, forgotten=forgotten)
         return 1.0 if folded == compact.ROWS_MAX or forgotten >= compact.ROWS_MAX else COMPACT_INTERVAL_S
+
+    async def drop(self) -> float:
+        """Drop the days of samples that are past their retention, whole."""
+        if self._samples_retention_days is not None:
+            today = self._clock.now_s() // 86_400
+            async with self._ledger.connected() as connection:
+                days = await drop_partitions(connection, today - self._samples_retention_days)
+            for day in days:
+                _log.info("samples_dropped", day=str(datetime.fromtimestamp(day * 86_400, UTC).date()))
+        return DROP_INTERVAL_S
 
     async def observe(self) -> float:
         """Set the metrics."""
