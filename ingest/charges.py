@@ -55,7 +55,8 @@ _WHY = """SELECT coalesce((SELECT kind FROM tasks WHERE task_id = $1), (SELECT '
     EXISTS (SELECT FROM looks WHERE task_id = $1 AND service = $2 AND finished_at <> $3) AS again"""
 
 _READ = """SELECT day, target, service, reason, sum(looks)::bigint AS looks, sum(metrics_billed)::bigint AS metrics_billed,
-    sum(metrics_in_doubt)::bigint AS metrics_in_doubt, sum(list_metrics)::bigint AS list_metrics, sum(puts)::bigint AS puts
+    sum(metrics_in_doubt)::bigint AS metrics_in_doubt, sum(list_metrics)::bigint AS list_metrics, sum(puts)::bigint AS puts,
+    sum(metrics_continued)::bigint AS metrics_continued
 FROM charges WHERE day >= $1 AND day < $2 GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3, 4"""
 
 _KNOWN = """SELECT target, service, (array_agg(look_metrics ORDER BY look_at DESC) FILTER (WHERE look_at IS NOT NULL))[1] AS look_metrics,
@@ -92,6 +93,8 @@ class Charge:
     metrics_in_doubt: int = 0
     list_metrics: int = 0
     puts: int = 0
+    metrics_continued: int = 0
+    """Asked for by continuation pages: among those billed where `pages_count_again`."""
 
 
 @dataclass(frozen=True, slots=True)
