@@ -103,6 +103,7 @@ def test_the_services_in_use_are_the_shipped_ones_with_the_overrides() -> None:
         settling_s=240,
         metrics="all",
         statistics=("Sum", "p99.9"),
+        resources=shipped_services()["sqs"].resources,
     )
     assert services["ours"].namespace == "Ours/Shop"
 
@@ -317,11 +318,12 @@ def test_the_revision_is_pinned() -> None:
 
 def test_every_shipped_profile_is_sound_and_named_like_its_file() -> None:
     profiles = shipped_services()
-    assert len(profiles) >= 18
+    assert len(profiles) >= 19
     for name, profile in profiles.items():
         assert profile.service == name
-        assert profile.namespace.startswith("AWS/")
+        assert profile.namespace.startswith("AWS/") or name == "eks"
         assert profile.metrics != "all"
+        assert profile.resources is not None
 
 
 def test_shipped_profiles_settle_on_the_poll_grid() -> None:
