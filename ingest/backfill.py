@@ -52,7 +52,11 @@ _LANDED, _COMPLETE, _KEPT, _NOT_IN_KAFKA = 1, 2, 4, 8
 
 @dataclass(frozen=True, slots=True)
 class KnownLook:
-    """A look at one service that the ledger or the archive knows. `started_at_ms` is on the exporter's clock."""
+    """A look at one service that the ledger or the archive knows. `started_at_ms` is on the exporter's clock.
+
+    `batches` and `points` were published. Where it left out what was published before, `seen` are all points that it saw, else None; `held`
+    are the batches that are in the archive alone.
+    """
 
     target: Target
     service: str
@@ -64,6 +68,8 @@ class KnownLook:
     batches: int
     points: int
     metrics_billed: int
+    held: int = 0
+    seen: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,15 +149,21 @@ class Survey:
         windows = -(-(look.end_s - look.start_s) // known.grid.poll_interval_s)
         if look.complete:
             known.flags[at] |= _COMPLETE
-            known.points += look.points
+            known.points += look.points if look.seen is None else look.seen
             known.points_windows += windows
             self.price(look)
-        if look.complete and not look.batches:
+        if look.complete and not look.batches and look.seen is None:
             known.flags[at] |= _LANDED  # it was empty: there is nothing to land
-        if look.batches and look.archived:
+        if (look.batches or look.held) and look.archived:
             known.flags[at] |= _KEPT
-            if self.kept_since_ms is None or look.started_at_ms < self.kept_since_ms:
-                known.flags[at] |= _NOT_IN_KAFKA
+        if look.batches and look.archived and self._not_in_kafka(look.started_at_ms):
+            known.flags[at] |= _NOT_IN_KAFKA
+        if look.seen is not None and self._not_in_kafka(1000 * look.start_s):
+            # What it left out was published since a window's end, by looks that the ledger may have forgotten.
+            known.flags[at] |= _NOT_IN_KAFKA
+
+    def _not_in_kafka(self, since_ms: int) -> bool:
+        return self.kept_since_ms is None or since_ms < self.kept_since_ms
 
     def price(self, look: KnownLook) -> None:
         """What a complete look at a service was billed, wherever it looked: the newest says what the next will be."""

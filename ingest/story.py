@@ -79,6 +79,8 @@ class Answered:
     landed: Mapping[str, datetime]
     refused: str
     """The reason of its dead letter, or what validation says; empty where it is good."""
+    held: bool = False
+    """Archived only: the look saw what had been published before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +166,21 @@ def _answered(story: Story, best: Answered) -> Verdict:
     stored = story.stored
     if stored is not None and (stored.version, stored.value) == (best.version, best.value):
         return Verdict("landed", Fault.NOBODY, f"It is in the store: {_sample(stored)}.")
+    if stored is not None and best.held and _unchanged(story, best, stored):
+        return Verdict(
+            "landed",
+            Fault.NOBODY,
+            f"It is in the store: {_sample(stored)}; the look at {_observed(best.version)} saw the same, so it was not published again.",
+        )
     had = f"the store has {_sample(stored)}" if stored else "the store has nothing"
+    if best.held and best.position is None and not best.landed:
+        return Verdict(
+            "offset",
+            Fault.HEADGATE,
+            f"{best.value!r} was answered at {_observed(best.version)}, taken for known and not published again, but {had}: another answer "
+            "landed since, or the first never did. The window does not balance, and the coordinator publishes the look whole; `headgate gaps` "
+            "has it until then.",
+        )
     what = f"{best.value!r} was answered at {_observed(best.version)} and archived"
     if best.landed:
         return Verdict(
@@ -199,6 +215,12 @@ def _answered(story: Story, best: Answered) -> Verdict:
         Fault.HEADGATE,
         f"{what} and published at {where}; the consumers are past it, at {stands}, and never landed it: see their logs, and `headgate dead`.",
     )
+
+
+def _unchanged(story: Story, best: Answered, stored: Stored) -> bool:
+    """Whether the store has what a look held, from the look that published it or one since."""
+    published = max((a.version for a in story.answered if not a.held and not a.refused), default=0)
+    return stored.value == best.value and published <= stored.version <= best.version
 
 
 def _refused(last: Answered) -> Verdict:

@@ -219,6 +219,7 @@ async def _answered(
         if task is None:
             spoilt.append(f"{archive_key} is not in the archive")
             continue
+        held = {batch_id for done in task.receipt.items for batch_id in done.held}
         for payload in task.payloads:
             try:
                 found = _point_in(payload.value, config, key, at_s)
@@ -227,7 +228,10 @@ async def _answered(
                 continue
             if found is not None:
                 value, version, bad = found
-                answered.append(Answered(archive_key, payload.batch_id.hex(), value, version, None, {}, bad))
+                is_held = payload.batch_id in held
+                answered.append(
+                    Answered(archive_key, payload.batch_id.hex(), value, version, None, {}, bad, is_held)
+                )
     return sorted(answered, key=lambda a: a.version), spoilt
 
 

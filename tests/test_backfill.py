@@ -101,6 +101,16 @@ def test_an_empty_window_needs_nothing() -> None:
     assert plan(look(FROM_S, NOW_S, batches=0, points=0)) == [(Means.THERE, FROM_S, NOW_S)]
 
 
+def test_a_look_that_left_out_all_is_not_empty_and_stands_on_the_looks_before_it() -> None:
+    whole = look(FROM_S, NOW_S, batches=0, points=0, seen=120)
+    assert plan(whole) == [(Means.CLOUDWATCH, FROM_S, NOW_S)]  # nobody knows where what it left out is
+    assert plan(replace(whole, held=1), kept_since_ms=None) == [(Means.S3, FROM_S, NOW_S)]
+    before = look(FROM_S, NOW_S)
+    kept_since_ms = FROM_S * 1000
+    assert plan(before, replace(whole, held=1), kept_since_ms=kept_since_ms) == [(Means.KAFKA, FROM_S, NOW_S)]
+    assert plan(before, whole, kept_since_ms=kept_since_ms + 1) == [(Means.S3, FROM_S, NOW_S)]
+
+
 def test_what_failed_in_part_is_asked_again_while_the_source_has_it_and_else_taken_as_it_is() -> None:
     partial = look(FROM_S, NOW_S, complete=False)
     assert plan(partial) == [(Means.CLOUDWATCH, FROM_S, NOW_S)]

@@ -41,7 +41,8 @@ TASK_POLL_S = 0.5
 MANIFESTS_AT_ONCE = 16
 
 _LOOKS = """SELECT target, service, window_start, window_end, started_at, status = 'complete' AS complete,
-    archive_key <> '' AS archived, cardinality(batch_ids) AS batches, points, metrics_billed
+    archive_key <> '' AS archived, cardinality(batch_ids) AS batches, points, metrics_billed,
+    cardinality(held_ids) AS held, (SELECT sum((w->1)::bigint)::bigint FROM jsonb_array_elements(whole) AS w) AS seen
 FROM looks WHERE window_start < $2 AND window_end > $1"""
 
 _NEWEST = """SELECT DISTINCT ON (target, service) target, service, window_start, window_end, started_at, true AS complete,
@@ -148,6 +149,8 @@ async def read_manifests(archive: S3Archive, survey: Survey, reach_s: int) -> li
                     len(done.batches),
                     done.points,
                     done.outcome.metrics_billed,
+                    len(done.held),
+                    sum(w.points for w in done.whole) if done.whole else None,
                 )
             )
     return receipts
@@ -381,6 +384,8 @@ def _look_of(row: asyncpg.Record) -> KnownLook:
         row["batches"],
         row["points"],
         row["metrics_billed"],
+        row.get("held", 0),
+        row.get("seen"),
     )
 
 

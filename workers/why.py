@@ -163,7 +163,11 @@ def _stages(story: Story) -> Iterable[tuple[str, list[str]]]:
     )
     yield (
         "answered",
-        [f"{a.value!r} as of {_version(a.version)}, batch {a.batch_id[:8]}" for a in story.answered],
+        [
+            f"{a.value!r} as of {_version(a.version)}, batch {a.batch_id[:8]}"
+            + (", as published before" if a.held else "")
+            for a in story.answered
+        ],
     )
     yield "archived", [*dict.fromkeys(a.archive_key for a in story.answered), *story.spoilt]
     yield (
