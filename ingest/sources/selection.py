@@ -44,25 +44,21 @@ class TagIndex:
 
     def __init__(self, resources: Resources, tagged: Iterable[Tagged]) -> None:
         patterns = [re.compile(pattern) for pattern in resources.arns]
-        self._names = tuple({tuple(sorted(_dimension(g) for g in p.groupindex)) for p in patterns})
         self._tags: dict[Dimensions, list[Mapping[str, str]]] = {}
         for arn, tags in tagged:
             for pattern in patterns:
-                if found := pattern.search(arn):
-                    values = {_dimension(g): v for g, v in found.groupdict().items() if v is not None}
-                    if values:
-                        self._tags.setdefault(tuple(sorted(values.items())), []).append(tags)
+                groups = found.groupdict() if (found := pattern.search(arn)) else {}
+                dimensions = tuple(sorted((g.replace("_", " "), v) for g, v in groups.items() if v))
+                if dimensions:
+                    self._tags.setdefault(dimensions, []).append(tags)
+        self._names = {tuple(name for name, _ in dimensions) for dimensions in self._tags}
 
     def of(self, dimensions: Dimensions) -> Iterator[Mapping[str, str]]:
         """The tags of each tagged resource that a metric with these dimensions belongs to."""
         has = dict(dimensions)
         for names in self._names:
-            key = tuple((name, has[name]) for name in names if name in has)
-            yield from self._tags.get(key, ())
-
-
-def _dimension(group: str) -> str:
-    return group.replace("_", " ")
+            if all(name in has for name in names):
+                yield from self._tags.get(tuple((name, has[name]) for name in names), ())
 
 
 class Selector:
