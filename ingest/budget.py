@@ -49,6 +49,7 @@ class Poll:
     asked_until_s: int
     priority: int = 100
     critical: bool = False
+    region: str = ""
 
     @property
     def pair(self) -> Pair:

@@ -150,22 +150,22 @@ def total(some: Iterable[Line]) -> Line:
 
 
 def rest_of_month(
-    polls: Iterable[tuple[str, Poll]],
+    polls: Iterable[Poll],
     polling: Polling,
     month: Sequence[Charge],
     config: Config,
     now_s: int,
 ) -> dict[tuple[str, str, str, str], Decimal]:
-    """What the rest of the month will bill, by account, region, service and reason. `polls` are by region; `month` has its charges so far.
+    """What the rest of the month will bill, by account, region, service and reason. `month` has its charges so far.
 
     What a hard cap has stopped goes on at midnight.
     """
     found: dict[tuple[str, str, str, str], Decimal] = defaultdict(Decimal)
     end_s = month_end_s(now_s)
-    for region, p in polls:
+    for p in polls:
         from_s = (now_s // DAY_S + 1) * DAY_S if p.pair in polling.stopped else now_s
         looks = ticks(p.poll_interval_s, polling.of(*p.pair), from_s, end_s)
-        found[p.account, region, p.service, Reason.LIVE] += p.usd_per_look * looks
+        found[p.account, p.region, p.service, Reason.LIVE] += p.usd_per_look * looks
     gone_s = now_s - _start_s(day_of(now_s).replace(day=1))
     prices, payers = Prices.of(config.aws), payers_of(config)
     lists: dict[str, int] = defaultdict(int)

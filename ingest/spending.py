@@ -125,7 +125,7 @@ def polls_of(books: Books, config: Config, prices: Prices) -> list[Poll]:
             polls.append(
                 Poll(
                     target.account, grid.service, payer_of(payers, target.account), usd, grid.poll_interval_s,
-                    one.asked_until_s if one else 0, profile.priority, profile.critical,
+                    one.asked_until_s if one else 0, profile.priority, profile.critical, target.region,
                 )
             )  # fmt: skip
     return polls
