@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -19,6 +21,7 @@ from shard_config.load import loads
 from shard_config.model import Config, ServiceProfile
 from shard_config.organization import Listing, Member, question_of, with_accounts
 from workers import simulator
+from workers.cli import main
 from workers.simulator import Simulator
 from workers.world import World, account_ids
 
@@ -270,3 +273,33 @@ async def test_an_account_is_active_by_state_or_where_there_is_none_by_status() 
     ]
     async with answering((200, {"Accounts": states})) as config:
         assert await listed(config) == {"1" * 12, "4" * 12}
+
+
+# --- headgate check -------------------------------------------------------------------------------------------
+
+
+def test_check_says_what_it_did_not_ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "headgate.yaml"
+    path.write_text(TEXT)
+    assert main(["check", str(path)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == (
+        "the accounts of the whole organization are not asked for: --live does; each gets sqs in eu-west-1, us-east-1"
+    )
+
+
+async def test_check_lists_what_the_organization_would_add(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "headgate.yaml"
+    async with simulated(3) as sim:
+        text = TEXT.replace("333333333333", ACCOUNTS[2]) + f"aws: {{endpoint_url: '{sim.url}'}}\n"
+        await asyncio.to_thread(path.write_text, text)
+        assert await asyncio.to_thread(main, ["check", str(path), "--live"]) == 0
+    out = capsys.readouterr().out
+    assert f"cloudwatch/{ACCOUNTS[0]}/eu-west-1: sqs each 300 s" in out
+    assert out.splitlines()[-3:] == [
+        "the whole organization has 2 accounts and adds 2, each with sqs in eu-west-1, us-east-1",
+        f"  {ACCOUNTS[0]} account-{ACCOUNTS[0]}",
+        f"  {ACCOUNTS[1]} account-{ACCOUNTS[1]}",
+    ]

@@ -1,13 +1,17 @@
-"""`headgate check`: is a configuration right, and what would it collect? Touches nothing."""
+"""`headgate check`: is a configuration right, and what would it collect? Touches nothing; `--live` asks AWS for the organization's accounts."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 from pathlib import Path
 
+from ingest.clock import SystemClock
 from ingest.schedule import grids_of
 from shard_config.load import load
+from shard_config.model import Config, Organization
+from shard_config.organization import with_accounts
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -15,16 +19,39 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "check",
         help="is a configuration right, and what would it collect?",
         description="Reads a configuration, prints all that is wrong with it at once (file, line, what, what was probably meant; exit code 2), "
-        "or what it would collect. Connects to nothing.",
+        "or what it would collect. Connects to nothing, unless --live asks AWS Organizations which accounts there are.",
     )
     parser.add_argument("config", type=Path, help="headgate.yaml")
+    parser.add_argument("--live", action="store_true", help="list the organization's accounts, from AWS")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     config = load(args.config, environ=os.environ)
+    added: list[str] = []
+    if config.organization is not None:
+        config, added = _with_organization(config, config.organization, live=args.live)
     grids = grids_of(config)
     print(f"{args.config} is right: {len(grids)} targets, configuration revision {config.revision}")
     for target, services in grids.items():
         print(f"  {target}: {', '.join(f'{g.service} each {g.poll_interval_s} s' for g in services)}")
+    for line in added:
+        print(line)
     return 0
+
+
+def _with_organization(config: Config, organization: Organization, *, live: bool) -> tuple[Config, list[str]]:
+    """The configuration with what AWS lists, and what to say of that."""
+    asked = ", ".join(organization.units) or "the whole organization"
+    tagged = "".join(f", tagged {key}={pattern}" for key, pattern in organization.tags.items())
+    each = f"{', '.join(organization.services)} in {', '.join(organization.regions)}"
+    if not live:
+        return config, [f"the accounts of {asked}{tagged} are not asked for: --live does; each gets {each}"]
+    # botocore takes a third of a second, which a check without it need not wait for.
+    from ingest.sources.organization import TagCache, list_organization
+
+    found = asyncio.run(list_organization(config, SystemClock(), TagCache()))
+    joined = with_accounts(config, found)
+    new = joined.accounts[len(config.accounts) :]
+    lines = [f"{asked}{tagged} has {len(found.accounts)} accounts and adds {len(new)}, each with {each}"]
+    return joined, lines + [f"  {account.id} {account.alias}".rstrip() for account in new]
