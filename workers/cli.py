@@ -31,6 +31,7 @@ COMMANDS = {
     "preflight": "preflight",
     "quote": "quote",
     "reconcile": "reconcile",
+    "reconcile": "reconcile",
     "pause": "pause",
     "resume": "pause",
     "dead": "dead",
