@@ -22,7 +22,7 @@ class Faults:
 
     seed: int = 0
     only_accounts: tuple[str, ...] = ()
-    """What does not say itself whom it is about befalls only calls of these accounts; empty: of all."""
+    """What does not say itself whom it is about befalls only calls of these accounts, STS's apart; empty: of all."""
     throttle_share: float = 0.0
     """ThrottlingException; not billed."""
     error_share: float = 0.0
@@ -41,7 +41,7 @@ class Faults:
     token_loop_share: float = 0.0
     """A NextToken that leads back to the page that gave it."""
     token_endless_share: float = 0.0
-    """The last page has a NextToken too, another one each time, and it leads to the first page again."""
+    """Each page, the last too, has a NextToken, another one each time, and it leads to the first page again."""
     partial_share: float = 0.0
     """Of results: PartialData with half of the points and no NextToken; the next ask of the same is complete."""
     internal_error_share: float = 0.0
@@ -54,6 +54,8 @@ class Faults:
     """Of results: the first point is there twice."""
     shuffle_ids: bool = False
     """Results come in an order of their own."""
+    page_points_max: int = 0
+    """Above 0: GetMetricData's pages end at so many points, as if 100,800 were many."""
     allowed_metrics_max: int = 0
     """Above 0: GetMetricData answers only so many queries of a call, and says in its Messages that more were asked; all are billed."""
     flood_metrics: int = 0
@@ -101,7 +103,8 @@ class Faults:
         """What befalls an account's calls."""
         if not self.only_accounts or account in self.only_accounts:
             return self
-        off: dict[str, Any] = {f.name: f.default for f in fields(self) if not isinstance(f.default, tuple)}
+        named = ("_accounts", "_roles")
+        off: dict[str, Any] = {f.name: f.default for f in fields(self) if not f.name.endswith(named)}
         return replace(self, **off)
 
     @property

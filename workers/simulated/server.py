@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from email.utils import formatdate
 from hashlib import blake2b
+from itertools import count
 from typing import Any, Final
 
 import orjson
@@ -63,6 +65,8 @@ class Simulator:
         self.organization = Organization(truth.seed, truth.accounts)
         self.faults = faults
         self.url = ""
+        self.received: Counter[tuple[str, str]] = Counter()
+        """By account and API: requests that came in, refused and failed ones too (STS's: those that were answered)."""
         self._clock = clock
         self._credential_clock = credential_clock
         self._external_id = external_id
@@ -73,6 +77,7 @@ class Simulator:
         self._asked = Asked()
         self._bill = Bill(truth.accounts)
         self._quotas = Quotas()
+        self._numbers = count()
         self._runner: web.AppRunner | None = None
 
     def billing(self) -> dict[str, Any]:
@@ -218,6 +223,7 @@ class Simulator:
         """Raise AwsError for what is refused before the request is looked at."""
         if not service or (service == "cloudwatch" and operation not in ("GetMetricData", "ListMetrics")):
             raise AwsError("UnknownOperationException", f"{operation} is not simulated")
+        self.received[caller.account, operation] += 1
         if caller.region in faults.disabled_regions:
             raise sts.unrecognized()
         spent = faults.expire_after_calls and self._calls_with(caller) >= faults.expire_after_calls
@@ -243,17 +249,16 @@ class Simulator:
         self, caller: Caller, faults: Faults, operation: str, body: dict[str, Any], now_s: int, fate: Fate
     ) -> dict[str, Any]:
         """CloudWatch's answer, in the shape of the wire; counted and billed."""
-        page_number = body.get("NextToken") or ""
-        continued = bool(page_number)
-        if page_number.startswith(_ENDLESS):
+        continued = bool(body.get("NextToken"))
+        if continued and body["NextToken"].startswith(_ENDLESS):
             body = body | {"NextToken": None}
         if operation == "ListMetrics":
             page = self._listing(caller, faults, body, now_s)
         else:
             page = self._data(caller, faults, body, now_s, continued)
         token = page.this_token if fate.token_loop else page.next_token
-        if fate.token_endless and not token:
-            token = f"{_ENDLESS}{1 + int(page_number.removeprefix(_ENDLESS) or 0)}"
+        if fate.token_endless:
+            token = f"{_ENDLESS}{next(self._numbers)}"
         answer: dict[str, Any] = {
             "Metrics" if operation == "ListMetrics" else "MetricDataResults": page.items
         }
@@ -282,6 +287,8 @@ class Simulator:
         per_s = DATAPOINTS_PER_S if recent else OLD_DATAPOINTS_PER_S
         self._take(caller, "GetMetricData", "datapoints", asked.datapoints(), per_s)
         billed = len(asked.queries) if self._bill_pages or not continued else 0
+        if faults.page_points_max:
+            asked = replace(asked, datapoints_max=min(asked.datapoints_max, faults.page_points_max))
         messages: list[dict[str, str]] = []
         if 0 < faults.allowed_metrics_max < len(asked.queries):
             asked = replace(asked, queries=asked.queries[: faults.allowed_metrics_max])
@@ -321,11 +328,12 @@ class Simulator:
                     "AccessDenied", f"{caller.arn} is not authorized to perform: sts:{action}", 403
                 )
             assumable = self._known - set(self.faults.denied_roles)
-            result = sts.answer(caller, form, assumable, self._external_id, issued_at_s)
+            result = sts.answer(caller, form, assumable, self._external_id, issued_at_s, next(self._numbers))
         except AwsError as e:
             error = {"Error": {"Type": "Sender", "Code": e.code, "Message": e.message}}
             return web.Response(status=e.status, text=xml("ErrorResponse", error), headers=headers)
         self._bill.call(caller.account, self._region(caller), action)
+        self.received[caller.account, action] += 1
         body = xml(f"{action}Response", {f"{action}Result": result})
         return web.Response(text=body, headers=headers)
 

@@ -1,7 +1,7 @@
 """Who calls, and as whom: credentials, AssumeRole and GetCallerIdentity of the simulated AWS. Pure.
 
 An access key id says whose it is: AKIA or ASIA and the account's 12 digits. AssumeRole hands out such keys; its session token carries
-the account, the role, the session's name and the time at which it expires, unsigned, for nothing here is secret. A key that
+the account, the role, the session's name, the time at which it expires and a number, unsigned, for nothing here is secret. A key that
 AWS never made belongs to the first account, so that any environment's credentials do. Signatures are not checked.
 """
 
@@ -46,7 +46,7 @@ def caller_of(headers: Mapping[str, str], accounts: Collection[str], ambient: st
     if not (carried and key.startswith("ASIA")):
         return Caller(account, region, f"arn:aws:iam::{account}:user/ambient")
     try:
-        of, role, name, expires_s = orjson.loads(bytes.fromhex(headers.get("X-Amz-Security-Token", "")))
+        of, role, name, expires_s, _ = orjson.loads(bytes.fromhex(headers.get("X-Amz-Security-Token", "")))
     except ValueError as e:
         raise unrecognized() from e
     if of != account:
@@ -69,19 +69,29 @@ def unrecognized() -> AwsError:
 
 
 def answer(
-    caller: Caller, form: Mapping[str, str], assumable: Collection[str], external_id: str, now_s: int
+    caller: Caller,
+    form: Mapping[str, str],
+    assumable: Collection[str],
+    external_id: str,
+    now_s: int,
+    serial: int,
 ) -> dict[str, Any]:
-    """What STS answers, as the content of its result element. Raises AwsError."""
+    """What STS answers, as the content of its result element. `serial` makes sessions of one second differ. Raises AwsError."""
     action = form.get("Action", "")
     if action == "AssumeRole":
-        return _assume_role(caller, form, assumable, external_id, now_s)
+        return _assume_role(caller, form, assumable, external_id, now_s, serial)
     if action == "GetCallerIdentity":
         return {"Arn": caller.arn, "UserId": f"AROA{caller.account}", "Account": caller.account}
     raise AwsError("InvalidAction", f"{action or 'a request without Action'} is not simulated")
 
 
 def _assume_role(
-    caller: Caller, form: Mapping[str, str], assumable: Collection[str], external_id: str, now_s: int
+    caller: Caller,
+    form: Mapping[str, str],
+    assumable: Collection[str],
+    external_id: str,
+    now_s: int,
+    serial: int,
 ) -> dict[str, Any]:
     arn, name = form.get("RoleArn", ""), form.get("RoleSessionName", "")
     role = _ROLE.fullmatch(arn)
@@ -95,7 +105,7 @@ def _assume_role(
         message = f"User: {caller.arn} is not authorized to perform: sts:AssumeRole on resource: {arn}"
         raise AwsError("AccessDenied", message, 403)
     expires_s = now_s + int(duration)
-    session = orjson.dumps([account, role[2], name, expires_s])
+    session = orjson.dumps([account, role[2], name, expires_s, serial])
     return {
         "Credentials": {
             "AccessKeyId": f"ASIA{account}{blake2b(session, digest_size=2).hexdigest().upper()}",

@@ -1,0 +1,495 @@
+"""What the simulated AWS can do wrong, against the real source and collector: bounded, never half-published, said clearly, and healed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import pytest
+
+from ingest import wire
+from ingest.batch import decode_batch
+from ingest.collect import Collector, Topics
+from ingest.model import (
+    Batch,
+    LookStatus,
+    Receipt,
+    ReceiptItem,
+    SeriesKey,
+    Target,
+    Task,
+    TaskItem,
+    task_id_of,
+    window_counts,
+)
+from ingest.sources import aws, cloudwatch, discovery, metric_data, transport
+from ingest.sources.cloudwatch import CloudWatchSource
+from shard_config.model import Config, Limits, MetricProfile, Selection, ServiceProfile
+from tests.cloudwatch_rig import NOW_S, ROLE, Ahead
+from tests.fake_log import FakeBroker, FakeSender
+from tests.fakes import FakeArchive
+from workers import simulator
+from workers.simulated import cloudwatch as simulated_cloudwatch
+from workers.simulated.faults import Faults
+from workers.simulator import Simulator
+from workers.world import SETTLED, Question, Truth, World, account_ids
+
+STRUCK, SPARED = account_ids(2)
+METRICS: Final = 60
+"""Of each target: a listing has two pages, and a look two calls, for here both end at fifty (`quick`)."""
+BAD = Target("cloudwatch", STRUCK, "eu-west-1")
+GOOD = Target("cloudwatch", SPARED, "us-east-1")
+SQS = ServiceProfile(
+    service="sqs",
+    namespace="AWS/SQS",
+    metrics=(MetricProfile(name="Sent", unit="Count", statistics=("Sum",)),),
+)
+TAGGED = SQS.model_copy(
+    update={
+        "only": (Selection(tags={"env": "prod"}),),
+        "resources": {"types": ("sqs",), "arns": (r"sqs:[^:]+:\d+:(?P<QueueName>.+)$",)},
+    }
+)
+ATTEMPTS, ROUNDS = 4, 3
+DEADLINE_S: Final = 6.0
+READ_TIMEOUT_S: Final = 0.3
+PAGES_MAX: Final = 12
+COMPLETE, PARTIAL = LookStatus.COMPLETE, LookStatus.PARTIAL
+FORBIDDEN, FAILED = LookStatus.FORBIDDEN, LookStatus.FAILED
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A fault of the struck account, and what a look in it must come to."""
+
+    name: str
+    faults: dict[str, Any]
+    status: LookStatus
+    words: tuple[str, ...] = ()
+    calls_max: dict[str, int] = field(default_factory=dict)
+    """By API; those that are not named: as many as a faultless look makes."""
+    listed_before: bool = True
+    """Whether the listing is there already when the fault begins."""
+    listing_due: bool = False
+    """Whether the fault begins when that listing is to be renewed."""
+    profile: ServiceProfile = SQS
+
+    @property
+    def all_faults(self) -> Faults:
+        faults: dict[str, Any] = {"only_accounts": (STRUCK,), "seed": 5}
+        return Faults(**(faults | self.faults))
+
+
+def asking(name: str, faults: dict[str, Any], words: str) -> list[Mode]:
+    """A fault of whole calls: when the metrics are listed first, and when they are asked for."""
+    return [
+        Mode(
+            f"{name}, listing",
+            faults,
+            FAILED,
+            ("ListMetrics", words),
+            {"ListMetrics": ATTEMPTS, "GetMetricData": 0},
+            listed_before=False,
+        ),
+        Mode(
+            name,
+            faults,
+            FAILED,
+            ("GetMetricData", words, "60 of 60 queries have no whole answer"),
+            {"GetMetricData": 2 * ATTEMPTS},
+        ),
+    ]
+
+
+MODES: Final[Sequence[Mode]] = [
+    *asking("a throttle storm", {"throttle_share": 1.0}, "ThrottlingException: Rate exceeded"),
+    *asking("5xx", {"error_share": 1.0}, "InternalServiceError"),
+    *asking("503 in HTML", {"unavailable_share": 1.0}, "503"),
+    *asking("resets", {"reset_share": 1.0}, "Connection"),
+    *asking("slow answers", {"slow_share": 1.0, "slow_ms": 700}, "timeout"),
+    *asking("truncated answers", {"truncated_share": 1.0}, "Connection was closed"),
+    *asking("malformed answers", {"malformed_share": 1.0}, "not JSON"),
+    Mode(
+        "a NextToken that loops in a listing",
+        {"token_loop_share": 1.0},
+        FAILED,
+        ("ListMetrics", "the same NextToken came twice"),
+        {"ListMetrics": 2, "GetMetricData": 0},
+        listed_before=False,
+    ),
+    Mode(
+        "a listing without end",
+        {"token_endless_share": 1.0},
+        FAILED,
+        ("ListMetrics", f"more than {PAGES_MAX} pages"),
+        {"ListMetrics": PAGES_MAX, "GetMetricData": 0},
+        listed_before=False,
+    ),
+    Mode(
+        "a NextToken that loops",
+        {"token_loop_share": 1.0, "page_points_max": 200},
+        PARTIAL,
+        ("the same NextToken came twice",),
+        {"GetMetricData": 4},
+    ),
+    Mode(
+        "pages without end",
+        {"token_endless_share": 1.0, "page_points_max": 200},
+        PARTIAL,
+        ("GetMetricData", "pages without end"),
+        {"GetMetricData": (10 + 50 * 15 // 100) + (10 + 10 * 15 // 100)},
+    ),
+    Mode("timestamps twice, Ids shuffled", {"repeat_share": 0.5, "shuffle_ids": True}, COMPLETE),
+    Mode(
+        "Ids that are missing",
+        {"missing_id_share": 0.7},
+        PARTIAL,
+        ("queries have no whole answer",),
+        {"GetMetricData": 2 * ROUNDS},
+    ),
+    Mode("PartialData once", {"partial_share": 0.5}, COMPLETE, (), {"GetMetricData": 2 * 2}),
+    Mode(
+        "InternalError",
+        {"internal_error_share": 0.7},
+        PARTIAL,
+        ("queries have no whole answer",),
+        {"GetMetricData": 2 * ROUNDS},
+    ),
+    Mode("some metrics forbidden", {"forbidden_share": 0.3}, PARTIAL, ("of 60 queries are forbidden",)),
+    Mode("all metrics forbidden", {"forbidden_share": 1.0}, FORBIDDEN, ("60 of 60 queries are forbidden",)),
+    Mode(
+        "a Message with a partly executed call",
+        {"allowed_metrics_max": 10},
+        PARTIAL,
+        ("CloudWatch says MaxMetricsExceeded: Maximum number of allowed metrics exceeded", "20 of 60"),
+        {"GetMetricData": ROUNDS + 1},
+    ),
+    Mode(
+        "credentials that expire amid a look", {"expire_after_calls": 1}, COMPLETE, (), {"GetMetricData": 4}
+    ),
+    Mode(
+        "credentials that are refused as expired for good",
+        {"expired_accounts": (STRUCK,)},
+        FORBIDDEN,
+        ("new credentials are refused as expired", "ExpiredToken"),
+        {"GetMetricData": 4},
+    ),
+    Mode(
+        "a role that is denied",
+        {"denied_roles": (STRUCK,)},
+        FORBIDDEN,
+        ("AssumeRole", "AccessDenied", f"arn:aws:iam::{STRUCK}:role/Headgate"),
+        {"ListMetrics": 0, "GetMetricData": 0},
+        listed_before=False,
+    ),
+    Mode(
+        "an account that is denied",
+        {"forbidden_accounts": (STRUCK,)},
+        FORBIDDEN,
+        ("cloudwatch:GetMetricData", "AccessDenied"),
+    ),
+    Mode(
+        "ListMetrics denied, GetMetricData allowed",
+        {"denied_actions": ("cloudwatch:ListMetrics",)},
+        FORBIDDEN,
+        ("cloudwatch:ListMetrics", "AccessDenied"),
+        {"ListMetrics": 1, "GetMetricData": 0},
+        listed_before=False,
+    ),
+    Mode(
+        "ListMetrics denied when it is due again",
+        {"denied_actions": ("cloudwatch:ListMetrics",)},
+        COMPLETE,
+        ("discovery is", "cloudwatch:ListMetrics"),
+        {"ListMetrics": 1},
+        listing_due=True,
+    ),
+    Mode(
+        "a region that is not enabled",
+        {"disabled_regions": (BAD.region,)},
+        FORBIDDEN,
+        ("not activated in eu-west-1",),
+        {"ListMetrics": 0, "GetMetricData": 0},
+        listed_before=False,
+    ),
+    Mode(
+        "a region that is disabled later",
+        {"disabled_regions": (BAD.region,)},
+        FORBIDDEN,
+        ("InvalidClientTokenId",),
+    ),
+    Mode(
+        "tags that may not be read",
+        {"denied_actions": ("tag:GetResources",)},
+        FORBIDDEN,
+        ("grant tag:GetResources",),
+        {"ListMetrics": 0, "GetMetricData": 0, "GetResources": 1},
+        listed_before=False,
+        profile=TAGGED,
+    ),
+    Mode(
+        "a million metrics more",
+        {"flood_metrics": 1_000_000},
+        FAILED,
+        ("ListMetrics", f"more than {PAGES_MAX} pages"),
+        {"ListMetrics": PAGES_MAX, "GetMetricData": 0},
+        listed_before=False,
+    ),
+    Mode(
+        "a hundred dimensions of 10,000 characters",
+        {"wild_metrics": 12},
+        COMPLETE,
+        (),
+        {"ListMetrics": 2},
+        listed_before=False,
+    ),
+]
+
+
+# --- the scene ------------------------------------------------------------------------------------------------
+
+
+class Scene:
+    """A simulated AWS, a source that looks at it, and a collector over an archive and a log in memory."""
+
+    def __init__(self, sim: Simulator, source: CloudWatchSource, clock: Ahead) -> None:
+        self.sim = sim
+        self.source = source
+        self.clock = clock
+        self.archive = FakeArchive()
+        self.broker = FakeBroker(raw=4, ledger=4)
+        self.collector = Collector(
+            "exporter-1",
+            {"cloudwatch": source},
+            self.archive,
+            FakeSender(self.broker),
+            Topics("raw", "ledger"),
+            clock,
+            deadline_s=DEADLINE_S,
+        )
+
+    async def collect(self, target: Target, item: TaskItem, attempt: int = 0) -> Receipt:
+        items = (item,)
+        task_id = task_id_of(target, "rev", attempt, items)
+        task = Task(task_id, target, "rev", item.end_s, attempt, "live", 0, items)
+        return await self.collector.collect(task, maybe_second_try=False)
+
+    def requests(self, account: str = STRUCK) -> dict[str, int]:
+        return {api: n for (of, api), n in self.sim.received.items() if of == account}
+
+    def bill(self) -> int:
+        """Metrics that the struck account has to pay for so far."""
+        return int(self.sim.billing()["accounts"][STRUCK]["metrics_requested"])
+
+    def published(self, receipt: Receipt) -> list[Batch]:
+        """What is on `raw` of a receipt."""
+        batches = [decode_batch(r.value, Limits()) for r in self.broker.records("raw")]
+        return [b for b in batches if b.task_id == receipt.task_id]
+
+
+@asynccontextmanager
+async def scene(profile: ServiceProfile = SQS, world: World | None = None) -> AsyncIterator[Scene]:
+    world = world or World(7, (STRUCK, SPARED), (BAD.region, GOOD.region), METRICS, (SQS,))
+    clock = Ahead()
+    sim = await simulator.start(world, clock=clock, calls_per_s=0, bill_pages=True)
+    try:
+        accounts = [
+            {"id": t.account, "regions": [t.region], "services": ["sqs"], "calls_per_s": 5_000}
+            for t in (BAD, GOOD)
+        ]
+        config = Config.model_validate(
+            {
+                "accounts": accounts,
+                "services": [profile.model_dump()],
+                "aws": {"endpoint_url": sim.url, "role_template": ROLE},
+            }
+        )
+        source = CloudWatchSource(config, clock)
+        try:
+            yield Scene(sim, source, clock)
+        finally:
+            await source.close()
+    finally:
+        await sim.close()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer attempts, no long waits between them, and pages and calls of fifty."""
+    monkeypatch.setattr(simulated_cloudwatch, "LIST_PAGE", 50)
+    monkeypatch.setattr(metric_data, "QUERIES_PER_CALL_MAX", 50)
+    monkeypatch.setattr(aws, "BACKOFF_S", (0.01,) * (ATTEMPTS - 1))
+    monkeypatch.setattr(aws, "FAILURE_KEPT_S", 0.0)
+    monkeypatch.setattr(cloudwatch, "ROUND_PAUSE_S", (0.01,) * (ROUNDS - 1))
+    monkeypatch.setattr(discovery, "CALLS_PER_S", 5_000.0)
+    monkeypatch.setattr(discovery, "PAGES_MAX", PAGES_MAX)
+
+
+def item_of(ago_s: int = 7200) -> TaskItem:
+    start_s = (NOW_S - ago_s) // 300 * 300
+    return TaskItem("sqs", start_s, start_s + 900, 300)
+
+
+def points_of(batches: Sequence[Batch]) -> dict[SeriesKey, dict[int, float]]:
+    """By series, timestamp → value."""
+    found: dict[SeriesKey, dict[int, float]] = {}
+    for batch in batches:
+        ends = np.cumsum(batch.counts)
+        for series, end, count in zip(batch.series, ends, batch.counts, strict=True):
+            of = slice(int(end - count), int(end))
+            times_s, values = batch.timestamps_s[of].tolist(), batch.values[of].tolist()
+            found.setdefault(series.key, {}).update(zip(times_s, values, strict=True))
+    return found
+
+
+def expected(
+    world: Truth, target: Target, item: TaskItem, observed_at_ms: int
+) -> dict[SeriesKey, dict[int, float]]:
+    """What a faultless look would have got, as of a time."""
+    questions = [Question(*m[:3], "Sum", 60) for m in world.metrics(target.account, target.region)]
+    found = world.answers(
+        target.account, target.region, questions, item.start_s, item.end_s, observed_at_ms // 1000
+    )
+    return {
+        SeriesKey(target.account, target.region, q.namespace, q.metric, q.dimensions, "Sum", 60): dict(
+            zip(*answer, strict=True)
+        )
+        for q, answer in zip(questions, found, strict=True)
+        if answer[0]
+    }
+
+
+async def check_nothing_is_half_published(found: Scene, receipt: Receipt) -> None:
+    """What is archived is what is published, the receipt counts it, and each point of it is the truth as of its look."""
+    [done] = receipt.items
+    archived = await found.archive.get(receipt.archive_key)
+    assert archived is not None
+    assert archived.receipt == receipt
+    raw = {r.value for r in found.broker.records("raw")}
+    assert raw >= {p.value for p in archived.payloads}
+    batches = found.published(receipt)
+    receipts = [wire.decode_receipt(r.value) for r in found.broker.records("ledger")]
+    assert [r for r in receipts if r.task_id == receipt.task_id] == [receipt]
+    assert len(batches) == len(done.batches) == len(archived.payloads)
+    assert sum(b.points for b in batches) == done.points
+    assert _windows(batches) == {w.start_s: (w.points, w.digest) for w in done.windows}
+    for batch in batches:
+        truth = expected(found.sim.truth, receipt.target, done.item, batch.observed_at_ms)
+        for key, points in points_of([batch]).items():
+            assert points.items() <= truth[key].items()
+
+
+def _windows(batches: Sequence[Batch]) -> dict[int, tuple[int, int]]:
+    found: dict[int, tuple[int, int]] = {}
+    for b in batches:
+        for w in window_counts(b.point_ids(), b.timestamps_s, b.values, b.grid_s):
+            points, digest = found.get(w.start_s, (0, 0))
+            found[w.start_s] = points + w.points, (digest + w.digest) % 2**64
+    return found
+
+
+def check_whole(found: Scene, receipt: Receipt) -> ReceiptItem:
+    [done] = receipt.items
+    assert done.outcome.status is COMPLETE, done.outcome.detail
+    truth = expected(found.sim.truth, receipt.target, done.item, done.outcome.observed_at_ms)
+    assert points_of(found.published(receipt)) == truth
+    assert truth
+    return done
+
+
+# --- the modes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+async def test_bad_input_is_bounded_said_clearly_never_half_published_and_healed(
+    mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "slow_ms" in mode.faults:
+        monkeypatch.setattr(transport, "READ_TIMEOUT_S", READ_TIMEOUT_S)
+    async with scene(mode.profile) as found:
+        if mode.listed_before:
+            await found.collect(BAD, item_of(10_800))
+        if mode.listing_due:
+            found.clock.ahead_s += SQS.discovery_interval_s
+        before, paid = found.requests(), found.bill()
+        found.sim.faults = mode.all_faults
+        begun_s, others_s = found.clock.monotonic_s(), 0.0
+
+        async def others() -> Receipt:
+            nonlocal others_s
+            receipt = await found.collect(GOOD, item_of())
+            others_s = found.clock.monotonic_s() - begun_s
+            return receipt
+
+        struck, spared = await asyncio.gather(found.collect(BAD, item_of()), others())
+        took_s = found.clock.monotonic_s() - begun_s
+        bill = found.bill() - paid
+        calls = {api: n - before.get(api, 0) for api, n in found.requests().items()}
+        [done] = struck.items
+
+        assert done.outcome.status is mode.status, done.outcome.detail
+        for words in mode.words:
+            assert words in done.outcome.detail
+        most = {"ListMetrics": 0 if mode.listed_before else 2, "GetMetricData": 2} | mode.calls_max
+        assert all(calls.get(api, 0) <= n for api, n in most.items()), calls
+        assert took_s < DEADLINE_S + 0.5
+        outcome = done.outcome
+        assert outcome.metrics_billed <= bill <= outcome.metrics_billed + outcome.metrics_in_doubt
+        assert others_s < DEADLINE_S / 2
+        if mode.profile is SQS:
+            check_whole(found, spared)
+        await check_nothing_is_half_published(found, struck)
+
+        found.sim.faults = Faults()
+        healed = await found.collect(BAD, item_of(), attempt=1)
+        [done] = healed.items
+        if mode.profile is SQS:
+            check_whole(found, healed)
+        assert done.outcome.status is COMPLETE
+        await check_nothing_is_half_published(found, healed)
+
+
+async def test_late_and_revised_points_land_with_the_value_that_they_have_in_the_end() -> None:
+    item = TaskItem("sqs", NOW_S // 300 * 300 - 900, NOW_S // 300 * 300, 300)
+    async with scene() as found:
+        early = points_of(found.published(await found.collect(BAD, item)))
+        found.clock.offset_s += 3600
+        late = points_of(found.published(await found.collect(BAD, item, attempt=1)))
+        final = expected(found.sim.truth, BAD, item, SETTLED * 1000)
+
+    both = [
+        (early[k][t], v) for k, points in final.items() for t, v in points.items() if t in early.get(k, {})
+    ]
+    assert late == final
+    assert len(both) < sum(map(len, final.values()))
+    assert any(before != after for before, after in both)
+
+
+async def test_series_that_are_new_after_discovery_are_read_back_to_their_first_point() -> None:
+    born_s = NOW_S // 300 * 300 + 600
+    world = World(
+        7,
+        (STRUCK, SPARED),
+        (BAD.region, GOOD.region),
+        METRICS,
+        (SQS,),
+        newborn_share=0.3,
+        newborn_at_s=born_s,
+    )
+    async with scene(world=world) as found:
+        [first] = (await found.collect(BAD, item_of())).items
+        found.clock.offset_s += SQS.discovery_interval_s + 1200
+        found.clock.ahead_s += SQS.discovery_interval_s + 1200
+        end_s = found.clock.now_s() // 300 * 300
+        receipt = await found.collect(BAD, TaskItem("sqs", end_s - 900, end_s, 300))
+        [second] = receipt.items
+        got = points_of(found.published(receipt))
+        check_whole(found, receipt)
+
+    assert first.outcome.series < METRICS == second.outcome.series
+    assert second.item.start_s <= born_s
+    assert min(min(points) for points in got.values()) <= born_s
