@@ -257,7 +257,7 @@ services: {{ec2: {{metrics: [{{name: CPUUtilization, statistics: [Average, Maxim
 postgres: {{dsn: "{database}"}}
 """
     )
-    words = ["reconcile", "--cur", str(cur), "--config", str(config)]
+    words = ["cost", "reconcile", "--cur", str(cur), "--config", str(config)]
     capsys.readouterr()
     code = await in_thread([*words, "--format", "json"])
     found = json.loads(capsys.readouterr().out)
@@ -294,5 +294,5 @@ def test_a_report_that_is_none_is_refused_with_code_2(
         (report([]), "has no whole day of CloudWatch"),
     ):
         cur.write_text(text)
-        assert main(["reconcile", "--cur", str(cur), "--config", str(config)]) == 2
+        assert main(["cost", "reconcile", "--cur", str(cur), "--config", str(config)]) == 2
         assert error in capsys.readouterr().err

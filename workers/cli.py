@@ -30,8 +30,6 @@ COMMANDS = {
     "import": "yace",
     "preflight": "preflight",
     "quote": "quote",
-    "reconcile": "reconcile",
-    "reconcile": "reconcile",
     "pause": "pause",
     "resume": "pause",
     "dead": "dead",

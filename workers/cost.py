@@ -28,7 +28,7 @@ from ingest.costs import BY, Line, Only
 from ingest.errors import Transient
 from ingest.sinks.connection import open_connection
 from shard_config.model import Config
-from workers import local
+from workers import local, reconcile
 from workers.samples import parse_time
 
 TIMEOUT_S = 60.0
@@ -236,6 +236,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
     parser.add_argument("--config", type=Path, help="headgate.yaml; default: the running local stack's")
     parser.set_defaults(run=run)
+    reconcile.register(parser.add_subparsers(title="AWS's own bill"))
 
 
 def _by(text: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""`headgate reconcile`: AWS's bill against the ledger, by account and day.
+"""`headgate cost reconcile`: AWS's bill against the ledger, by account and day.
 
 Exit codes: 0 the ledger agrees, 1 it does not within the tolerance, 2 the report or the options are not right.
 """
@@ -135,7 +135,7 @@ def to_json(found: Reconciled, bill: Bill, alone: bool) -> str:
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `reconcile` to the commands, or to those of `headgate cost`."""
+    """Add `reconcile` to the commands of `headgate cost`."""
     parser = commands.add_parser(
         "reconcile",
         help="AWS's bill against the ledger, by account and day",
