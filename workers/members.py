@@ -51,6 +51,7 @@ class Members:
         self._s3 = s3
         self._clock = clock
         self._session = AioSession()
+        self._begun_s = clock.now_s()
         self.listing: Listing | None = None
         self._read_s = float("-inf")
 
@@ -77,9 +78,9 @@ class Members:
             ACCOUNTS.set(len(listing.accounts))
 
     def observe(self) -> None:
-        """Set the metric of its age."""
-        if self.listing is not None:
-            AGE.set(self._clock.now_s() - self.listing.listed_at_s)
+        """Set the metric of its age; before there is a list, of this process's."""
+        since_s = self.listing.listed_at_s if self.listing is not None else self._begun_s
+        AGE.set(self._clock.now_s() - since_s)
 
     def known(self) -> dict[str, int | None]:
         """For the log: how many accounts are known, and how old that is."""
