@@ -158,6 +158,8 @@ class Situation:
     pending_asks: int = 0
     """Attempts without a receipt."""
     pauses: Pauses = field(default_factory=Pauses)
+    stopped: frozenset[tuple[str, str]] = frozenset()
+    """Accounts and services that nobody is asked about today, for want of money."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +325,8 @@ class _Judge:
         return not self._rules.source_keeps_all and self._now_s - w.window.start_s > kept_s
 
     def _may_ask(self, w: OpenWindow) -> bool:
+        if (w.target.account, w.service) in self._s.stopped:
+            return self._wait(Wait.BUDGET)
         if len(self._attempts.covering(w)) >= self._rules.heal.attempts_max:
             forbidden = w.last_status == LookStatus.FORBIDDEN
             return self._declare(w, Reason.FORBIDDEN if forbidden else Reason.ABANDONED)

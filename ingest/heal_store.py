@@ -102,6 +102,8 @@ FROM attempts a LEFT JOIN LATERAL (
     SELECT task_id, sum(metrics_billed) AS billed FROM looks WHERE task_id = a.task_id GROUP BY task_id) l ON true
 WHERE a.allocated_at >= $1"""
 
+_STOPPED = "SELECT account, service FROM stretches WHERE stopped"
+
 _ALLOCATE = """INSERT INTO attempts (target, service, block_start, attempt, task_id, window_start, window_end, allocated_at,
     reserved_usd, value)
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT DO NOTHING RETURNING task_id"""
@@ -200,6 +202,7 @@ class HealStore:
             heard_s={Target.parse(t): int(r["heard"].timestamp()) for t, r in heard.items() if r["heard"]},
             series={(Target.parse(r["target"]), r["service"]): r["series"] for r in series if r["series"]},
             pauses=Pauses.of(await pauses.read(connection)),
+            stopped=frozenset((r["account"], r["service"]) for r in await connection.fetch(_STOPPED)),
         )
 
     async def _allocate(self, connection: asyncpg.Connection, ask: Ask, now_s: int) -> bool:

@@ -14,6 +14,7 @@ import structlog
 from prometheus_client import REGISTRY
 
 from ingest import wire
+from ingest.budget import Polling
 from ingest.clock import ManualClock
 from ingest.errors import Transient
 from ingest.heal import Announced, Decision, Declaration, OpenWindow, Reason, Rules, Wait
@@ -251,6 +252,24 @@ async def test_one_that_started_without_the_ledger_plans_what_was_missed_when_it
     assert ids(world.collect) == ids(world.planned)
     # A target's two days are 14.4 blocks of 200 minutes, cut at both ends; and this life's live look has the half hour.
     assert len(world.collect) - before == (16 + 1) * len(ACCOUNTS)
+
+
+async def test_a_stretched_service_is_planned_at_each_kth_tick_and_a_stopped_one_is_asked_of_nobody() -> None:
+    world = World()
+    await world.coordinator.step()
+    world.coordinator.polling = Polling({(ACCOUNTS[0], "ec2"): 3}, frozenset({(ACCOUNTS[1], "ec2")}))
+    before = len(world.collect)
+    for _ in range(3):
+        world.clock.advance(300)
+        await world.coordinator.step()
+    new = world.collect[before:]
+    spans = [(t.target.account, t.tick_s - NOON_S, t.tick_s - i.start_s) for t in new for i in t.items]
+    expected = [(ACCOUNTS[0], 900, 900 + 600)] + [(ACCOUNTS[2], n, 300 + 600) for n in (300, 600, 900)]
+    assert sorted(spans) == expected
+    kinds = [
+        (t.target.account, t.kind, t.tick_s - NOON_S) for t in world.planned if t.kind == TaskKind.BUDGET
+    ]
+    assert kinds == [(ACCOUNTS[1], "budget", n) for n in (300, 600, 900)]
 
 
 async def test_targets_keep_the_slots_that_are_remembered() -> None:

@@ -389,6 +389,14 @@ def test_what_is_paused_is_neither_asked_nor_replayed_nor_declared(account: str,
     assert decision == Decision((), (), (), (), {Wait.PAUSED: 1})
 
 
+def test_where_a_budget_is_spent_nobody_is_asked_and_what_costs_nothing_goes_on() -> None:
+    w = window()
+    stopped = frozenset({(TARGET.account, "ec2")})
+    decision = decide(situation(w, stopped=stopped), RULES)
+    assert (decision.asks, decision.waiting) == ((), {Wait.BUDGET: 1})
+    assert decide(situation(w, unlanded=[unlanded(w)], stopped=stopped), RULES).replays != ()
+
+
 def removed() -> list[OpenWindow]:
     return [window(target=Target("cloudwatch", "999999999999", "eu-west-1")), window(service="sqs")]
 
@@ -425,6 +433,10 @@ def test_a_task_is_split_into_what_is_asked_and_what_is_paused() -> None:
         assert all(t.task_id == task_id_of(TARGET, "rev", 0, t.items) for t in found)
         return [(t.kind, t.items, t.tick_s) for t in found]
 
+    stopped = split(
+        task, Pauses.of([Pause(ALL, "rds", now, "")]), {(TARGET.account, "ec2"), ("other", "rds")}
+    )
+    assert [(t.kind, t.items) for t in stopped] == [("paused", items[1:]), ("budget", items[:1])]
     assert parts("other", ALL) == [("live", items, ZERO_S + 600)]
     assert parts(ALL, "rds") == [("live", items[:1], ZERO_S + 300), ("paused", items[1:], ZERO_S + 600)]
     assert parts(TARGET.account, ALL) == [("paused", items, ZERO_S + 600)]

@@ -23,9 +23,11 @@ EC2 = Grid("ec2", poll_interval_s=300, period_s=60, settling_s=600)
 NODE = Grid("node", poll_interval_s=30, period_s=30, settling_s=0, has_past=False)
 
 
-def plan(grids: list[Grid], until_s: dict[str, int], now_s: int, lookback_s: int = LOOKBACK_S) -> list[Task]:
+def plan(
+    grids: list[Grid], until_s: dict[str, int], now_s: int, lookback_s: int = LOOKBACK_S, stretch: int = 1
+) -> list[Task]:
     """What is due, remembered in `until_s` as the coordinator does."""
-    tasks = due(TARGET, grids, until_s, now_s, REVISION, lookback_s)
+    tasks = due(TARGET, grids, until_s, now_s, REVISION, lookback_s, {g.service: stretch for g in grids})
     for item in (item for task in tasks for item in task.items):
         until_s[item.service] = max(until_s.get(item.service, 0), item.end_s)
     return tasks
@@ -102,6 +104,45 @@ def test_each_window_is_looked_at_once_more_after_it_has_settled_before_it_is_le
     # What the live task of the last call still covers is not left yet.
     left = {e: s for e, s in newest_look_s.items() if e + grid.lookback_s < grid.floor(times[-1])}
     assert all(look_s >= end_s + grid.settling_s for end_s, look_s in left.items())
+
+
+@given(data=st.data())
+def test_stretched_polls_cover_every_window_of_the_same_grid_and_once_more_after_it_has_settled(
+    data: st.DataObject,
+) -> None:
+    grid = data.draw(grids())
+    times = data.draw(calls(grid.poll_interval_s))
+    rungs = data.draw(st.lists(st.sampled_from([1, 2, 3, 12, 24]), min_size=len(times), max_size=len(times)))
+    until_s: dict[str, int] = {}
+    newest_look_s: dict[int, int] = {}
+    for now_s, k in zip(times, rungs, strict=True):
+        for item in items_of(plan([grid], until_s, now_s, stretch=k), grid.service):
+            assert item.start_s % grid.poll_interval_s == item.end_s % grid.poll_interval_s == 0
+            assert item.end_s <= now_s
+            newest_look_s.update((w.end_s, now_s) for w in item.windows())
+    planned = until_s[grid.service]
+    step_s = grid.poll_interval_s * rungs[-1]
+    assert planned >= times[-1] // step_s * step_s
+    first_s = min(grid.floor(times[0] - LOOKBACK_S), min(newest_look_s) - grid.poll_interval_s)
+    expected = range(first_s + grid.poll_interval_s, planned + 1, grid.poll_interval_s)
+    assert set(newest_look_s) == set(expected)
+    left = {
+        e: s
+        for e, s in newest_look_s.items()
+        if e + grid.lookback_s < planned - max(rungs) * grid.poll_interval_s
+    }
+    assert all(look_s >= end_s + grid.settling_s for end_s, look_s in left.items())
+
+
+def test_a_stretched_poll_is_one_look_at_all_since_the_last_one() -> None:
+    until_s = {"ec2": NOON_S}
+    looks = [
+        (now_s - NOON_S, i.start_s - NOON_S, i.end_s - NOON_S)
+        for now_s in range(NOON_S + 1, NOON_S + 7200, 60)
+        for i in items_of(plan([EC2], until_s, now_s, stretch=12 if now_s < NOON_S + 5000 else 1), "ec2")
+    ]
+    assert looks[:2] == [(3601, -600, 3600), (5041, 3000, 4800)]
+    assert {end - start for _, start, end in looks[2:]} == {900}
 
 
 @given(data=st.data())
