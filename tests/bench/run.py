@@ -19,8 +19,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-_NO_GROUPS = {"run", "pipeline"}
-"""`pipeline` is the second half of `landing`."""
+_NO_GROUPS = {"run", "pipeline", "yace"}
+"""`pipeline` is the second half of `landing`, `yace` a part of `cloudwatch`."""
 
 _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
