@@ -111,12 +111,8 @@ class Collector:
         self._topics = topics
         self._clock = clock
         self._prefix = archive_prefix
-        self._changed = changed or Changed({})
+        self.changed = changed or Changed({})
         self.deadline_s = deadline_s
-
-    def forget(self) -> None:
-        """Forget what was published last: at each assignment of slots, for others may have published since."""
-        self._changed.forget()
 
     async def collect(self, task: Task, *, maybe_second_try: bool) -> Receipt:
         """Execute one task and return its receipt, which is on the ledger topic by then. Raises Transient where it is not."""
@@ -159,6 +155,7 @@ class Collector:
         await self._sender.send(
             self._topics.ledger, [Outgoing(str(target).encode(), wire.encode_receipt(r)) for r in receipts]
         )
+        self.changed.keep(answer.looks)
 
     async def _archived(self, key: str) -> ArchivedTask | None:
         try:
@@ -175,7 +172,7 @@ class Collector:
         payloads: list[Payload] = []
         looks: list[Look] = []
         for item in task.items:
-            found = _Found(self._changed.look(task, item))
+            found = _Found(self.changed.look(task, item))
             items.append(await self._look(task, item, deadline_s, found))
             payloads += found.payloads
             if found.look is not None and found.over:

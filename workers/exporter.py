@@ -25,6 +25,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from ingest import wire
 from ingest.archive import open_archive
+from ingest.changed import Changed
 from ingest.clock import Clock, SystemClock
 from ingest.collect import Answer, Collector, Topics
 from ingest.errors import Fatal, Rejected, Transient
@@ -63,6 +64,14 @@ BILLED = Counter(
     "headgate_metrics_billed_total", "Metrics requested, as GetMetricData bills them.", ["account"]
 )
 REQUESTS = Counter("headgate_requests_total", "Requests sent to a source, retries included.", ["api"])
+LEFT_OUT = Counter(
+    "headgate_points_unchanged_total",
+    "Points seen again as they had been published, and not published again.",
+)
+NO_ROOM = Counter(
+    "headgate_points_not_remembered_total",
+    "Points for which the memory of what was published has no room: they are published at each look. Rising: add shards.",
+)
 TASK_SECONDS = Histogram(
     "headgate_task_seconds",
     "From taking a task to its receipt. Above the poll interval, this shard falls behind: add shards.",
@@ -102,6 +111,7 @@ class Exporter:
         self._taken_max = config.tasks_in_flight + WAITING_MAX
         self._turns.resize(config.tasks_in_flight)
         self._collector.deadline_s = config.task_deadline_s
+        self._collector.changed.settling_s = settling_of(config)
 
     async def assigned(self, partitions: Sequence[int]) -> dict[int, int]:
         """Open partitions where the group's committed offsets say."""
@@ -114,7 +124,8 @@ class Exporter:
                 _log.error("tasks_expired_unexecuted", partition=p, committed=start, first=first)
                 starts[p] = first
         self._trackers = {p: OffsetTracker(s) for p, s in starts.items()}
-        # Whoever owned these slots may have executed what is written by now.
+        # Whoever owned these slots may have executed what is written by now, and published other values.
+        self._collector.changed.forget()
         self._second_try_below = {p: bounds[p][1] for p in starts}
         SLOTS.set(len(starts))
         _log.info("slots_assigned", slots=sorted(starts))
@@ -242,6 +253,7 @@ class Exporter:
         # What came from the archive was asked for, and counted, by another run.
         for item in answer.own.items if answer.own else ():
             POINTS.inc(item.points)
+            LEFT_OUT.inc(sum(w.points for w in item.seen) - sum(w.points for w in item.windows))
             BILLED.labels(account=receipt.target.account).inc(item.outcome.metrics_billed)
             for api, count in item.outcome.requests.items():
                 REQUESTS.labels(api=api).inc(count)
@@ -277,6 +289,11 @@ def rank_of(task: Task) -> int:
     return 0 if task.kind == TaskKind.LIVE else 1
 
 
+def settling_of(config: Config) -> dict[str, int]:
+    """By service: what is published before that is not published again unchanged."""
+    return {p.service: p.settling_s for p in config.services}
+
+
 async def serve(config: Config, shard: str, lifecycle: Lifecycle, path: Path | None = None) -> None:
     """Wire one shard and run it until told to stop. `config` is what stands in the file `path`, which is watched."""
     clock = SystemClock(config.run.clock_offset_s)
@@ -298,6 +315,7 @@ async def serve(config: Config, shard: str, lifecycle: Lifecycle, path: Path | N
                 clock,
                 archive_prefix=config.s3.prefix,
                 deadline_s=config.task_deadline_s,
+                changed=Changed(settling_of(config), no_room=NO_ROOM.inc),
             )
             exporter = Exporter(collector, clock, config.tasks_in_flight, settings)
 
