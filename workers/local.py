@@ -340,8 +340,13 @@ def find_config(path: Path | None) -> Config:
     config = load(config_path(path), environ=os.environ)
     if config.organization is None:
         return config
+    import structlog
+
+    from workers.lifecycle import configure_logs
     from workers.members import with_known
 
+    if not structlog.is_configured():
+        configure_logs("headgate")  # on stderr: stdout is the command's own
     return asyncio.run(with_known(config))
 
 
