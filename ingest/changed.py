@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,7 +74,7 @@ class Changed:
         self._kept: dict[Pair, dict[int, _Window]] = {}
         self._kept_entries = 0
         self._looks: WeakSet[Look] = WeakSet()
-        self._newest: dict[Pair, Look] = {}
+        self._newest: WeakValueDictionary[Pair, Look] = WeakValueDictionary()
 
     def look(self, task: Task, item: TaskItem) -> Look | None:
         """Begin a look; None where it is to publish everything. Either way nobody else compares with what was remembered for it."""
