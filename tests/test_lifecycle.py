@@ -143,3 +143,21 @@ def test_the_exit_code_says_why_a_worker_ended() -> None:
     assert done.stderr.count('"event": "worker_stopped_for_safety"') == 3
     assert done.stderr.count('"remedy": "remedy"') == 3
     assert "ValueError: bug" in done.stderr
+
+
+def test_a_hangup_is_told_to_the_worker_and_does_not_end_it() -> None:
+    hears = """
+        async def main(lifecycle):
+            print("began", flush=True)
+            stops = await lifecycle.pause(30, lifecycle.hangup)
+            print(stops, lifecycle.hangup.is_set(), flush=True)
+            await lifecycle.stop.wait()
+        sys.exit(run_worker("w", main))
+        """
+    with process(hears) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "began\n"
+        worker.send_signal(signal.SIGHUP)
+        assert worker.stdout.readline() == "False True\n"
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(timeout=10) == 0
