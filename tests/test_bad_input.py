@@ -14,6 +14,7 @@ import pytest
 from ingest import wire
 from ingest.batch import decode_batch
 from ingest.collect import Collector, Topics
+from ingest.errors import HeadgateError
 from ingest.model import (
     Batch,
     LookStatus,
@@ -26,15 +27,25 @@ from ingest.model import (
     task_id_of,
     window_counts,
 )
-from ingest.sources import aws, cloudwatch, discovery, metric_data, transport
+from ingest.sources import aws, cloudwatch, discovery, metric_data, organization, transport
 from ingest.sources.cloudwatch import CloudWatchSource
-from shard_config.model import Config, Limits, MetricProfile, Selection, ServiceProfile
+from ingest.sources.organization import TagCache, list_organization
+from shard_config.model import (
+    Config,
+    Limits,
+    MetricProfile,
+    Organization,
+    Resources,
+    Selection,
+    ServiceProfile,
+)
 from tests.cloudwatch_rig import NOW_S, ROLE, Ahead
 from tests.fake_log import FakeBroker, FakeSender
 from tests.fakes import FakeArchive
 from workers import simulator
 from workers.simulated import cloudwatch as simulated_cloudwatch
 from workers.simulated.faults import Faults
+from workers.simulated.resources import resources_of
 from workers.simulator import Simulator
 from workers.world import SETTLED, Question, Truth, World, account_ids
 
@@ -51,7 +62,7 @@ SQS = ServiceProfile(
 TAGGED = SQS.model_copy(
     update={
         "only": (Selection(tags={"env": "prod"}),),
-        "resources": {"types": ("sqs",), "arns": (r"sqs:[^:]+:\d+:(?P<QueueName>.+)$",)},
+        "resources": Resources(types=("sqs",), arns=(r"sqs:[^:]+:\d+:(?P<QueueName>.+)$",)),
     }
 )
 ATTEMPTS, ROUNDS = 4, 3
@@ -220,7 +231,7 @@ MODES: Final[Sequence[Mode]] = [
         "a region that is disabled later",
         {"disabled_regions": (BAD.region,)},
         FORBIDDEN,
-        ("InvalidClientTokenId",),
+        ("InvalidClientTokenId", "the region is not enabled in this account"),
     ),
     Mode(
         "tags that may not be read",
@@ -256,8 +267,9 @@ MODES: Final[Sequence[Mode]] = [
 class Scene:
     """A simulated AWS, a source that looks at it, and a collector over an archive and a log in memory."""
 
-    def __init__(self, sim: Simulator, source: CloudWatchSource, clock: Ahead) -> None:
+    def __init__(self, sim: Simulator, source: CloudWatchSource, clock: Ahead, config: Config) -> None:
         self.sim = sim
+        self.config = config
         self.source = source
         self.clock = clock
         self.archive = FakeArchive()
@@ -310,7 +322,7 @@ async def scene(profile: ServiceProfile = SQS, world: World | None = None) -> As
         )
         source = CloudWatchSource(config, clock)
         try:
-            yield Scene(sim, source, clock)
+            yield Scene(sim, source, clock, config)
         finally:
             await source.close()
     finally:
@@ -326,6 +338,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aws, "FAILURE_KEPT_S", 0.0)
     monkeypatch.setattr(cloudwatch, "ROUND_PAUSE_S", (0.01,) * (ROUNDS - 1))
     monkeypatch.setattr(discovery, "CALLS_PER_S", 5_000.0)
+    monkeypatch.setattr(organization, "CALLS_PER_S", 5_000.0)
     monkeypatch.setattr(discovery, "PAGES_MAX", PAGES_MAX)
 
 
@@ -347,10 +360,20 @@ def points_of(batches: Sequence[Batch]) -> dict[SeriesKey, dict[int, float]]:
 
 
 def expected(
-    world: Truth, target: Target, item: TaskItem, observed_at_ms: int
+    world: Truth, target: Target, item: TaskItem, observed_at_ms: int, profile: ServiceProfile = SQS
 ) -> dict[SeriesKey, dict[int, float]]:
     """What a faultless look would have got, as of a time."""
-    questions = [Question(*m[:3], "Sum", 60) for m in world.metrics(target.account, target.region)]
+    wanted = {tag for only in profile.only for tag in only.tags.items()}
+    tagged = {
+        r.arn.rpartition(":")[2]
+        for r in resources_of(world, target.account, target.region)
+        if wanted <= r.tags.items()
+    }
+    questions = [
+        Question(*m[:3], "Sum", 60)
+        for m in world.metrics(target.account, target.region)
+        if not wanted or m.dimensions[0][1] in tagged
+    ]
     found = world.answers(
         target.account, target.region, questions, item.start_s, item.end_s, observed_at_ms // 1000
     )
@@ -392,10 +415,10 @@ def _windows(batches: Sequence[Batch]) -> dict[int, tuple[int, int]]:
     return found
 
 
-def check_whole(found: Scene, receipt: Receipt) -> ReceiptItem:
+def check_whole(found: Scene, receipt: Receipt, profile: ServiceProfile = SQS) -> ReceiptItem:
     [done] = receipt.items
     assert done.outcome.status is COMPLETE, done.outcome.detail
-    truth = expected(found.sim.truth, receipt.target, done.item, done.outcome.observed_at_ms)
+    truth = expected(found.sim.truth, receipt.target, done.item, done.outcome.observed_at_ms, profile)
     assert points_of(found.published(receipt)) == truth
     assert truth
     return done
@@ -440,16 +463,12 @@ async def test_bad_input_is_bounded_said_clearly_never_half_published_and_healed
         outcome = done.outcome
         assert outcome.metrics_billed <= bill <= outcome.metrics_billed + outcome.metrics_in_doubt
         assert others_s < DEADLINE_S / 2
-        if mode.profile is SQS:
-            check_whole(found, spared)
+        check_whole(found, spared, mode.profile)
         await check_nothing_is_half_published(found, struck)
 
         found.sim.faults = Faults()
         healed = await found.collect(BAD, item_of(), attempt=1)
-        [done] = healed.items
-        if mode.profile is SQS:
-            check_whole(found, healed)
-        assert done.outcome.status is COMPLETE
+        check_whole(found, healed, mode.profile)
         await check_nothing_is_half_published(found, healed)
 
 
@@ -493,3 +512,25 @@ async def test_series_that_are_new_after_discovery_are_read_back_to_their_first_
     assert first.outcome.series < METRICS == second.outcome.series
     assert second.item.start_s <= born_s
     assert min(min(points) for points in got.values()) <= born_s
+
+
+async def test_an_organization_that_may_not_be_listed_is_an_error_and_no_empty_list() -> None:
+    async with scene() as found:
+        config = found.config.model_copy(update={"organization": Organization(regions=("eu-west-1",))})
+        listing = await list_organization(config, found.clock, TagCache())
+        failures = []
+        for faults in (
+            Faults(denied_actions=("organizations:ListAccounts*",)),
+            Faults(throttle_share=1.0),
+            Faults(malformed_share=1.0),
+        ):
+            found.sim.faults = faults
+            before = sum(found.requests().values())
+            with pytest.raises(HeadgateError) as failure:
+                await list_organization(config, found.clock, TagCache())
+            failures.append((str(failure.value), sum(found.requests().values()) - before))
+
+    assert {m.id for m in listing.accounts} == {STRUCK, SPARED}
+    assert "organizations:ListAccounts" in failures[0][0]
+    assert "Rate exceeded" in failures[1][0]
+    assert all(0 < calls <= 2 + ATTEMPTS for _, calls in failures)

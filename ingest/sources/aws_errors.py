@@ -39,15 +39,14 @@ _DENIALS = frozenset(
         "AccessDenied",
         "AccessDeniedException",
         "AuthFailure",
-        "InvalidClientTokenId",
         "MissingAuthenticationToken",
         "NotAuthorized",
         "OptInRequired",
         "RegionDisabledException",
         "UnauthorizedOperation",
-        "UnrecognizedClientException",
     }
 )
+_STRANGERS = frozenset({"InvalidClientTokenId", "UnrecognizedClientException"})
 _EXPIRIES = frozenset({"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"})
 
 
@@ -79,6 +78,9 @@ def translate(error: Exception, where: str) -> HeadgateError:
             return Throttled(where, what)
         if code in _EXPIRIES:
             return Expired(where, what)
+        if code in _STRANGERS:
+            # AWS says the same of good credentials in a region that the account has not enabled.
+            return Denied(where, f"{what} Or the region is not enabled in this account.")
         if code in _DENIALS or status in (401, 403):
             return Denied(where, what)
         if status >= 500 or not status:
