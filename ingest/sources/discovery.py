@@ -217,7 +217,7 @@ class Discovery:
             index = await self._tags(asked, target, profile, deadline_s, tally)
         selector = Selector(profile, index)
         observed_at_ms = 0
-        taken: set[bytes] = set()
+        taken: set[str] = set()
         listed = 0
         request = request_of(profile, target.account if asked.linked else "")
         tokens: set[str] = set()
@@ -246,7 +246,7 @@ class Discovery:
         return Listing(tables, observed_at_ms, depends)
 
     def _pack(
-        self, selector: Selector, taken: set[bytes], target: Target
+        self, selector: Selector, taken: set[str], target: Target
     ) -> tuple[tuple[PackedTable, ...], int]:
         """The tables, and how many series are left out since they could not travel."""
         limits, refused = self._limits, 0
