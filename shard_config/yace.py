@@ -131,7 +131,7 @@ class _Reader:
         for kind, node, path in nodes[:JOBS_MAX]:
             self._job(kind, node, path)
         if self._without_role:
-            more = f" (and {len(self._without_role) - 1} jobs more)" if len(self._without_role) > 1 else ""
+            more = f" (and {len(self._without_role) - 1} more)" if len(self._without_role) > 1 else ""
             what = f"a job without roleArn{more}: whose account this is, the file does not say"
             self._error(self._without_role[0], (), what, "say --account and its 12 digits")
         if self._errors:
@@ -162,7 +162,7 @@ class _Reader:
         key = "type" if kind == "jobs" else "namespace"
         named = node.get(key)
         if named is None or not named.text:
-            self._error(node.line, path, f'missing key "{key}"', "as AWS/EC2")
+            self._missing(node, path, key, "as AWS/EC2")
             return ""
         if kind != "jobs":
             return named.text
@@ -181,7 +181,7 @@ class _Reader:
     def _regions(self, node: Node, path: Path) -> tuple[str, ...]:
         listed = node.get("regions")
         if listed is None or not listed.items:
-            self._error(node.line, path, 'missing key "regions"', "a region is as eu-west-1")
+            self._missing(node, path, "regions", "a region is as eu-west-1")
             return ()
         for i, region in enumerate(listed.items):
             if region.text not in known_regions():
@@ -277,7 +277,7 @@ class _Reader:
         listed = node.get("metrics")
         if listed is None or not listed.items:
             if not (node.get("enhancedMetrics") or Node(0, None)).items:
-                self._error(node.line, path, 'missing key "metrics"', "a job asks for one at least")
+                self._missing(node, path, "metrics", "a job asks for one at least")
             return ()
         found = []
         for i, metric in enumerate(listed.items):
@@ -294,7 +294,7 @@ class _Reader:
                 self._note(key, said.line)
         name = metric.get("name")
         if name is None or not name.text:
-            self._error(metric.line, path, 'missing key "name"', "a metric's name, as CPUUtilization")
+            self._missing(metric, path, "name", "a metric's name, as CPUUtilization")
             return None
         period_s = self._number(metric, job, "period") or PERIOD_S
         length_s = self._number(metric, job, "length") or LENGTH_S
@@ -395,6 +395,10 @@ class _Reader:
 
     def _note(self, key: str, line: int) -> None:
         self._reading.notes.append(Note(line, *SAID[key]))
+
+    def _missing(self, node: Node, path: Path, key: str, suggestion: str) -> None:
+        if render((*path, key)) not in {error.path for error in self._errors}:  # else it is there, and wrong
+            self._error(node.line, path, f'missing key "{key}"', suggestion)
 
     def _error(self, line: int, path: Path, what: str, suggestion: str = "") -> None:
         self._errors.append(ConfigError(self._file, line, render(path), what, suggestion))
