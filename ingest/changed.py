@@ -218,7 +218,7 @@ class _Window:
             at = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
             found = self.ids[at] == ids
             met = self._met[at]
-            same = found & (self.digests[at] == digests) & (met == 0) & finite
+            same = found & (self.digests[at] == digests) & (met == 0)
             at, met, fine = at[found], met[found], finite[found]
             self.digests[at] = digests[found]
             self._met[at] = np.where((met == 0) & fine, 1, 2)

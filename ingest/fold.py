@@ -25,7 +25,7 @@ WHERE look_id = ANY(ARRAY(
         WHERE NOT EXISTS (SELECT FROM landed WHERE sink = $1 AND batch_id = wanted))
     AND (whole IS NULL OR NOT EXISTS (
         SELECT FROM looks AS b WHERE b.target = l.target AND b.service = l.service AND b.window_end > l.window_start
-            AND b.finished_at < l.finished_at AND b.finished_at > l.finished_at - interval '1 hour'
+            AND b.look_id < l.look_id AND b.finished_at > l.finished_at - interval '1 hour'
             AND b.landed_at IS NULL AND cardinality(b.batch_ids) > 0))
     ORDER BY look_id LIMIT 500 FOR UPDATE SKIP LOCKED))
 RETURNING target, service, window_start, window_end, status, observed_at, coalesce(whole, windows) AS windows, whole IS NOT NULL AS in_part,

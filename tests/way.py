@@ -11,6 +11,7 @@ import numpy as np
 
 from ingest import wire
 from ingest.archive import S3Archive, open_archive
+from ingest.changed import Changed
 from ingest.clock import ManualClock
 from ingest.collect import Collector, Topics
 from ingest.landing import Landing
@@ -112,6 +113,8 @@ class Way:
     sql: asyncpg.Connection
     projected: int = 0
     landed: int = 0
+    changed: Changed | None = None
+    """What the exporter remembers: nothing, so that it publishes everything."""
 
     def task(self, start_min: int, end_min: int, *, target: Target = TARGET, attempt: int = 0) -> Task:
         items = (TaskItem("ec2", NOON_S + 60 * start_min, NOON_S + 60 * end_min, 300),)
@@ -148,6 +151,7 @@ class Way:
             self.producer,
             Topics(kafka.topic("raw"), kafka.topic("ledger")),
             self.clock,
+            changed=self.changed,
         )
         return await collector.collect(task, maybe_second_try=False)
 
