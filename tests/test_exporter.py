@@ -423,6 +423,25 @@ async def test_a_task_that_stays_unknown_is_looked_at_all_the_same_and_says_what
     assert len(cluster.receipts()) == 1
 
 
+async def test_an_unknown_target_is_waited_for_once_and_again_under_another_configuration() -> None:
+    cluster = Cluster()
+    [task] = targets(1)
+    later = [task_of(*services, target=task.target) for services in (("sqs",), ("ec2", "sqs"))]
+    settings = Waited(config_of())
+    settings.news.set()
+    one, _ = cluster.shard(settings=settings)
+    async with cluster.running(one):
+        cluster.announce(task)
+        await becomes(lambda: cluster.committed() == 1)
+        cluster.announce(later[0])
+        await becomes(lambda: cluster.committed() == 2)
+        assert settings.waiting == 1
+        one.configure(config_of())
+        cluster.announce(later[1])
+        await becomes(lambda: cluster.committed() == 3)
+    assert settings.waiting == 2
+
+
 async def test_a_replay_waits_for_no_configuration() -> None:
     cluster = Cluster()
     [task] = targets(1)

@@ -275,7 +275,8 @@ async def serve(config: Config, name: str, lifecycle: Lifecycle, path: Path | No
 
         async def apply(changed: Config) -> None:
             landing.configure(changed.landing_limits, {str(target) for target in grids_of(changed)})
-            projected.settling_s = kept.settling_s = settling_of(changed)
+            # Receipts of what was removed may still come.
+            projected.settling_s = kept.settling_s = {**kept.settling_s, **settling_of(changed)}
             upkeep.configure(changed, whole=settings.whole)
 
         await apply(config)

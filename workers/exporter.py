@@ -31,7 +31,7 @@ from ingest.collect import Answer, Collector, Topics
 from ingest.errors import Fatal, Rejected, Transient
 from ingest.group import Consumer
 from ingest.log import Producer
-from ingest.model import LookStatus, RecordPosition, SourceName, Task, TaskKind
+from ingest.model import LookStatus, RecordPosition, SourceName, Target, Task, TaskKind
 from ingest.offsets import OffsetTracker
 from ingest.ports import Record
 from ingest.sources.cloudwatch import CloudWatchSource
@@ -96,6 +96,8 @@ class Exporter:
         self._collector = collector
         self._clock = clock
         self._settings = settings
+        self._waited_for: set[Target] = set()
+        """Targets that this configuration did not come to know in time."""
         self._taken_max = tasks_in_flight + WAITING_MAX
         self._turns = Turns(tasks_in_flight)
         self._begun: set[asyncio.Task[None]] = set()
@@ -108,6 +110,7 @@ class Exporter:
 
     def configure(self, config: Config) -> None:
         """Go by this configuration from now on; tasks that have begun end as they began."""
+        self._waited_for.clear()
         self._taken_max = config.tasks_in_flight + WAITING_MAX
         self._turns.resize(config.tasks_in_flight)
         self._collector.deadline_s = config.task_deadline_s
@@ -219,9 +222,11 @@ class Exporter:
 
     async def _get_to_know(self, task: Task) -> None:
         """The coordinator may have read a newer file, or list. Without a turn: others do not wait for this."""
-        if self._settings is None or task.kind == TaskKind.REPLAY:
+        if self._settings is None or task.kind == TaskKind.REPLAY or task.target in self._waited_for:
             return
         if not await self._settings.until(partial(knows, task), UNKNOWN_WAIT_S):
+            # Once a target: a backlog of one that was removed goes by quickly.
+            self._waited_for.add(task.target)
             _log.warning("task_of_unknown_target", task=task.task_id, target=str(task.target))
 
     async def _answer(self, task: Task, at: RecordPosition) -> Answer:

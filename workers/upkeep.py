@@ -20,7 +20,7 @@ from ingest.gaps import open_windows
 from ingest.ledger import Ledger
 from ingest.overview import freshness
 from ingest.schedule import grids_of
-from ingest.seal import scopes_of, seal
+from ingest.seal import Scope, scopes_of, seal
 from ingest.sinks.partitions import drop_partitions
 from shard_config.model import Config
 from workers.lifecycle import Lifecycle
@@ -68,12 +68,14 @@ class Upkeep:
     def __init__(self, ledger: Ledger, config: Config, clock: Clock) -> None:
         self._ledger = ledger
         self._clock = clock
+        self._scopes: dict[tuple[str, str], Scope] = {}
         self.configure(config)
         self._turns = [_Turn(self.seal), _Turn(self.compact), _Turn(self.drop), _Turn(self.observe)]
 
     def configure(self, config: Config, *, whole: bool = True) -> None:
         """Go by this configuration from the next step on. `whole`: all accounts are known, an organization's too."""
-        self._scopes = scopes_of(config)
+        # What was removed is still sealed, where it has landed.
+        self._scopes = {**self._scopes, **scopes_of(config)}
         self._retention = timedelta(days=config.ledger_retention_days)
         self._samples_retention_days = config.samples_retention_days
         # What was removed is no reason for an alert.
