@@ -23,6 +23,9 @@ from shard_config.price import Prices
 WINDOWS_MAX = 200_000
 """Windows read for one answer, the oldest first."""
 
+NOT_POLLED_DAYS = 15
+"""So long CloudWatch keeps points of a minute."""
+
 LATE_SQL = late_sql("$1", "$2")
 
 REASON_SQL = """CASE
@@ -44,6 +47,15 @@ FROM windows AS w WHERE {OPEN_SQL} AND {LATE_SQL}
     AND ($5::text IS NULL OR split_part(target, '/', 2) = $5) AND ($6::text IS NULL OR split_part(target, '/', 3) = $6)
     AND ($7::text IS NULL OR service = $7)
 ORDER BY window_start LIMIT {WINDOWS_MAX}"""  # noqa: S608  # only constants
+
+_NOT_POLLED = """SELECT target, service, extract(epoch FROM start)::bigint AS start_s, extract(epoch FROM stop)::bigint AS end_s FROM (
+    SELECT target, service, window_start AS start, window_end AS stop FROM windows WHERE declared = 'budget'
+    UNION ALL SELECT target, service, lower(r), upper(r) FROM declared_days, unnest(covered) AS r
+        WHERE reason = 'budget' AND day > ($1 AT TIME ZONE 'UTC')::date - 2
+) AS w WHERE stop > $1 AND start < coalesce($2, 'infinity'::timestamptz)
+    AND ($3::text IS NULL OR split_part(target, '/', 2) = $3) AND ($4::text IS NULL OR split_part(target, '/', 3) = $4)
+    AND ($5::text IS NULL OR service = $5)
+ORDER BY start LIMIT $6"""
 
 _SERIES = """SELECT target, service, (SELECT series FROM looks AS l
     WHERE l.target = asked.target AND l.service = asked.service AND series > 0
@@ -185,6 +197,41 @@ async def gaps(
             g, by_name.get((g.target, g.service)), series[g.target, g.service], prices, now_s, kafka_keeps_s
         )
         for g in found
+    ]
+
+
+async def not_polled(
+    connection: asyncpg.Connection,
+    now: datetime,
+    grids: Mapping[Target, Sequence[Grid]],
+    prices: Prices,
+    *,
+    only: Filter = Filter(),
+) -> list[Gap]:
+    """Stretches that nobody was asked for, for want of money, by target, service and time: no gaps, and not healed. Raises Transient.
+
+    Without a time from which on, those of the last `NOT_POLLED_DAYS`.
+    """
+    since = _time(only.from_s) or now - timedelta(days=NOT_POLLED_DAYS)
+    which = (_time(only.to_s), only.account, only.region, only.service, WINDOWS_MAX)
+    with translated("ledger"):
+        async with connection.transaction(isolation="repeatable_read", readonly=True):
+            rows = await connection.fetch(_NOT_POLLED, since, *which)
+            pairs = sorted({(r["target"], r["service"]) for r in rows})
+            answer = await connection.fetch(_SERIES, [t for t, _ in pairs], [s for _, s in pairs])
+    series = {(row["target"], row["service"]): row["series"] for row in answer}
+    by_name = {(str(t), g.service): g for t, some in grids.items() for g in some}
+    found = []
+    for row in rows:
+        grid = by_name.get((row["target"], row["service"]))
+        windows = (row["end_s"] - row["start_s"]) // grid.poll_interval_s if grid else 1
+        found.append(
+            Gap(**row, windows=windows, reason="budget", detail="", attempts=0, last_finished_s=None)
+        )
+    now_s = int(now.timestamp())
+    return [
+        healable(g, by_name.get((g.target, g.service)), series[g.target, g.service], prices, now_s, 0)
+        for g in stretches(found)
     ]
 
 

@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Protocol
 
 import structlog
 from prometheus_client import Gauge
 
 from ingest import budget, spending
-from ingest.budget import Decision, Polling
+from ingest.budget import Day, Decision, Polling
 from ingest.clock import Clock
 from ingest.errors import HeadgateError, Transient
 from ingest.ledger import Ledger
@@ -71,7 +72,8 @@ class Budgeter:
         async with self._ledger.connected() as connection, connection.transaction():
             await connection.execute("SELECT pg_advisory_xact_lock($1)", spending.LOCK_ID)
             books = await spending.read(connection, self._config, now_s)
-            decision = budget.decide(spending.situation_of(books, self._config))
+            # In a thread: of 10,000 polls with budgets it takes a second.
+            decision = await asyncio.to_thread(budget.decide, spending.situation_of(books, self._config))
             await spending.keep(connection, decision.polling, books.polling, now_s)
         self._coordinator.polling = decision.polling
         self._report(decision, books.polling)
@@ -117,3 +119,56 @@ class Budgeter:
                 spent_usd=float(decision.all.spent_usd),
                 forecast_usd=float(decision.all.forecast_usd),
             )
+
+
+# --- for people and machines --------------------------------------------------------------------------------------
+
+
+def today(decision: Decision) -> str:
+    """Spent, forecast and budget of all accounts together, and which budgets do not hold: one line."""
+    day = decision.all
+    of_all = "" if day.budget_usd is None else f" of ${day.budget_usd:,.2f}"
+    text = f"${day.spent_usd:,.4f}{of_all}, ${day.forecast_usd:,.4f} by midnight UTC"
+    passed = [name for name, d in decision.days.items() if d.passed] + [ALL] * day.passed
+    short = [
+        n for n, d in decision.days.items() if d.budget_usd is not None and d.forecast_usd > d.budget_usd
+    ]
+    if passed:
+        return f"{text}; budget passed: {_some(passed)}"
+    return f"{text}; budget too small: {_some(short)}" if short else text
+
+
+def spoken(polling: Polling) -> str:
+    """Which polls are stretched or stopped: one line."""
+    by_what: dict[str, list[str]] = {}
+    for account, service in sorted(set(polling.stretch) | polling.stopped):
+        stopped = (account, service) in polling.stopped
+        what = "stopped" if stopped else f"×{polling.of(account, service)}"
+        by_what.setdefault(f"{service} {what}", []).append(account)
+    if not by_what:
+        return "as configured"
+    return "; ".join(f"{what} ({_some(accounts)})" for what, accounts in by_what.items())
+
+
+def _some(names: list[str], shown: int = 3) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def to_plain(decision: Decision) -> dict[str, object]:
+    """For JSON: dollars as numbers, by account and of all; stretched and stopped polls as account/service."""
+
+    def of(day: Day) -> dict[str, object]:
+        return {
+            "spent_usd": float(day.spent_usd),
+            "forecast_usd": float(day.forecast_usd),
+            "budget_usd": None if day.budget_usd is None else float(day.budget_usd),
+            "passed": day.passed,
+        }
+
+    polling = decision.polling
+    return {
+        "all": of(decision.all),
+        "accounts": {account: of(day) for account, day in decision.days.items()},
+        "stretch": {f"{a}/{s}": k for (a, s), k in sorted(polling.stretch.items())},
+        "stopped": [f"{a}/{s}" for a, s in sorted(polling.stopped)],
+    }

@@ -163,7 +163,8 @@ async def _status(of: _Sources) -> Any:
 
 
 async def _gaps(of: _Sources) -> Any:
-    return gaps.rows_of(await gaps.find(of.config, Filter()))[:ROWS_MAX]
+    found, unpolled = await gaps.find(of.config, Filter())
+    return gaps.rows_of([*found, *unpolled])[:ROWS_MAX]
 
 
 _FAILED = """SELECT target, service, shard, status, detail, window_start, window_end, finished_at, observed_at, series, points, requests

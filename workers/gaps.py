@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ingest.clock import SystemClock
-from ingest.gaps import Filter, Gap, gaps
+from ingest.gaps import Filter, Gap, gaps, not_polled
 from ingest.schedule import grids_of
 from ingest.sinks.connection import open_connection
 from shard_config.model import Config
@@ -36,15 +36,15 @@ COLUMNS = (
 )  # fmt: skip
 
 
-async def find(config: Config, only: Filter) -> list[Gap]:
-    """The gaps now. Raises Transient."""
+async def find(config: Config, only: Filter) -> tuple[list[Gap], list[Gap]]:
+    """The gaps now, and what was not polled for a budget. Raises Transient."""
     now = datetime.fromtimestamp(SystemClock(config.run.clock_offset_s).now_s(), UTC)
     connection = await open_connection(config.postgres, "headgate gaps")
     try:
         keeps_s = RETENTION_MS["raw"] // 1000
-        return await gaps(
-            connection, now, grids_of(config), Prices.of(config.aws), kafka_keeps_s=keeps_s, only=only
-        )
+        grids, prices = grids_of(config), Prices.of(config.aws)
+        found = await gaps(connection, now, grids, prices, kafka_keeps_s=keeps_s, only=only)
+        return found, await not_polled(connection, now, grids, prices, only=only)
     finally:
         connection.terminate()
 
@@ -65,8 +65,13 @@ def rows_of(found: Sequence[Gap]) -> list[dict[str, Any]]:
 
 def render(found: Sequence[Gap]) -> Table:
     """For a terminal."""
-    windows = sum(g.windows for g in found)
-    table = Table(title=f"{windows:,} windows in {len(found):,} stretches are open past their deadline")
+    unpolled = sum(g.windows for g in found if g.reason == "budget")
+    stretches = sum(g.reason != "budget" for g in found)
+    windows = sum(g.windows for g in found) - unpolled
+    title = f"{windows:,} windows in {stretches:,} stretches are open past their deadline"
+    if unpolled:
+        title += f"; {unpolled:,} were not polled for a budget: no gaps, `headgate backfill` asks for them"
+    table = Table(title=title)
     for name in ("target", "service", "from", "to", "windows", "why", "attempts", "heal from", "dollars"):
         table.add_column(name, justify="right" if name in ("windows", "attempts", "dollars") else "left")
     for gap, row in list(zip(found, rows_of(found), strict=True))[:ROWS_MAX]:
@@ -111,7 +116,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="windows that are not sealed by their deadline, why, and from where they could be healed",
         description="Lists windows that are neither sealed nor declared past their deadline (end, settling time, one poll interval, two minutes), "
         "neighbours with one story as a line: why, and the cheapest place that still has the data, with what CloudWatch would bill. "
-        "Exit code 1 where there are gaps.",
+        "Windows that were not polled for a budget are listed too, as budget, and are no gaps. Exit code 1 where there are gaps.",
     )
     parser.add_argument(
         "--from", dest="from_s", type=parse_time, metavar="TIME", help="as 2026-11-24T05:00:00Z"
@@ -127,6 +132,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(args: argparse.Namespace) -> int:
     config = local.find_config(args.config)
     only = Filter(args.from_s, args.to_s, args.account, args.region, args.service)
-    found = asyncio.run(find(config, only))
-    write(found, args.format, Console(soft_wrap=not sys.stdout.isatty()))
+    found, unpolled = asyncio.run(find(config, only))
+    write([*found, *unpolled], args.format, Console(soft_wrap=not sys.stdout.isatty()))
     return 1 if found else 0

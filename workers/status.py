@@ -10,7 +10,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ingest import budget, spending
+from ingest.budget import Decision
 from ingest.clock import Clock, SystemClock
 from ingest.errors import HeadgateError, Transient
 from ingest.overview import Overview, overview
@@ -30,6 +32,7 @@ from ingest.sinks.connection import open_connection
 from shard_config.model import Config, Kafka
 from shard_config.price import Prices
 from workers import local
+from workers.budgets import spoken, to_plain, today
 from workers.names import exporter_group, landing_group, ledger_group
 
 SINCE_S = 24 * 3600
@@ -63,11 +66,14 @@ class Status:
     dollars: float | None
     """What the receipts say was billed; ListMetrics as if the month's free million were used up."""
     prices: Prices
+    budget: Decision | None
+    """The UTC day's dollars against the budgets, and how polls are stretched for them now."""
     errors: tuple[str, ...]
 
     @property
     def healthy(self) -> bool:
-        return not self.errors and (self.ledger is None or not self.ledger.gaps)
+        passed = self.budget is not None and self.budget.passed
+        return not self.errors and not passed and (self.ledger is None or not self.ledger.gaps)
 
 
 async def status(config: Config, clock: Clock, since_s: int = SINCE_S) -> Status:
@@ -76,10 +82,11 @@ async def status(config: Config, clock: Clock, since_s: int = SINCE_S) -> Status
     prices = Prices.of(config.aws)
     errors: list[str] = []
     ledger: Overview | None = None
+    decision: Decision | None = None
     groups: dict[str, GroupStatus] = {}
     dead: int | None = None
     try:
-        ledger = await _ledger(config, now, now - timedelta(seconds=since_s))
+        ledger, decision = await _ledger(config, now, now - timedelta(seconds=since_s))
     except HeadgateError as error:
         errors.append(str(error))
     try:
@@ -95,6 +102,7 @@ async def status(config: Config, clock: Clock, since_s: int = SINCE_S) -> Status
         projection=groups.get(ledger_group(config.kafka)),
         dead_letters=dead,
         prices=prices,
+        budget=decision,
         dollars=float(prices.look_usd(ledger.metrics_billed, {"ListMetrics": ledger.list_metrics}))
         if ledger
         else None,
@@ -102,11 +110,16 @@ async def status(config: Config, clock: Clock, since_s: int = SINCE_S) -> Status
     )
 
 
-async def _ledger(config: Config, now: datetime, since: datetime) -> Overview:
+async def _ledger(config: Config, now: datetime, since: datetime) -> tuple[Overview, Decision]:
     connection = await open_connection(config.postgres, "headgate status")
     try:
         async with asyncio.timeout(30):
-            return await overview(connection, now, since)
+            seen = await overview(connection, now, since)
+            async with connection.transaction(isolation="repeatable_read", readonly=True):
+                books = await spending.read(connection, config, int(now.timestamp()))
+            decision = budget.decide(spending.situation_of(books, config))
+            # What holds now is what the coordinator has decided.
+            return seen, replace(decision, polling=books.polling)
     except TimeoutError as error:
         raise Transient("ledger", "no answer within 30 s") from error
     finally:
@@ -197,6 +210,8 @@ def _summary(status: Status, ledger: Overview) -> Table:
             f"${status.dollars:,.4f}" if status.dollars is not None else "?",
         ),
     ]
+    if status.budget is not None:
+        rows.append(("dollars today", today(status.budget), "polls", spoken(status.budget.polling)))
     for row in rows:
         table.add_row(*(c if isinstance(c, Text) else str(c) for c in row))
     return table
@@ -288,6 +303,7 @@ def to_json(status: Status) -> str:
     """The same for machines. Times are RFC 3339."""
     raw = asdict(status)
     del raw["prices"]
+    raw["budget"] = None if status.budget is None else to_plain(status.budget)
     raw["healthy"] = status.healthy
     if status.ledger is not None:
         raw["ledger"] |= {
