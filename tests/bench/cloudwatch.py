@@ -30,7 +30,7 @@ from aiobotocore.session import AioSession
 
 from ingest.changed import Changed
 from ingest.clock import SystemClock
-from ingest.model import Batch, Outcome, Series, SeriesKey, Target, Task, TaskItem, TaskKind
+from ingest.model import Batch, LookStatus, Outcome, Series, SeriesKey, Target, Task, TaskItem, TaskKind
 from ingest.sources.aws import Access, Aws, Tally
 from ingest.sources.cloudwatch import CloudWatchSource
 from ingest.sources.columns import SeriesTable, columns_of
@@ -48,7 +48,7 @@ ACCOUNT = account_ids(1)[0]
 REGION = "eu-west-1"
 ROUNDS, CALLS, BOTOCORE_CALLS = 7, 40, 6
 CPU_GOAL = ">= 15"
-FEW, MANY = 10_000, 1_000_000
+FEW, MANY = 250_000, 1_000_000
 BYTES_A_WINDOW = 16
 """Of memory that a series may take for each unsettled window, beyond what the process takes with a few."""
 UNSETTLED = 3
@@ -59,8 +59,8 @@ MEMORY_TIMEOUT_S = 600.0
 # --- a server that says the same to everybody -----------------------------------------------------------------
 
 
-def _said(points: int) -> bytes:
-    start_s = int(time.time()) // 300 * 300 - 3600
+def _said(points: int, end_s: int) -> bytes:
+    start_s = end_s - points * PERIOD_S
     results = [
         {
             "Id": f"q{row}",
@@ -121,11 +121,11 @@ class _Said(asyncio.Protocol):
         self._transport.write(head % (date, len(answer)) + answer)
 
 
-def _say(pipe: Connection, points: int, pages: int) -> None:
+def _say(pipe: Connection, points: int, end_s: int, pages: int) -> None:
     """The server's process: sends its URL, and ends when it is sent anything."""
 
     async def serve() -> None:
-        _Said.data, _Said.pages = _said(points), pages
+        _Said.data, _Said.pages = _said(points, end_s), pages
         server = await asyncio.get_running_loop().create_server(_Said, "127.0.0.1", 0)
         pipe.send("http://{}:{}".format(*server.sockets[0].getsockname()[:2]))
         await asyncio.to_thread(pipe.recv)
@@ -151,6 +151,11 @@ def _running(target: Callable[..., None], *args: object) -> Iterator[tuple[Spawn
         if process.is_alive():
             process.kill()
             process.join()
+
+
+def _now_s() -> int:
+    """The end of the last whole window."""
+    return int(time.time()) // 300 * 300
 
 
 def _receive(pipe: Connection, timeout_s: float) -> Any:
@@ -253,19 +258,18 @@ async def _calls(url: str, report: Report) -> None:
 # --- a million series -----------------------------------------------------------------------------------------
 
 
-def _look(pipe: Connection, url: str) -> None:
+def _look(pipe: Connection, url: str, end_s: int) -> None:
     """A process that looks once at all that there is, and sends its points and its peak."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
-    pipe.send(uvloop.run(_look_once(url)))
+    pipe.send(uvloop.run(_look_once(url, end_s)))
     pipe.recv()
 
 
-async def _look_once(url: str) -> tuple[int, float, float]:
+async def _look_once(url: str, end_s: int) -> tuple[int, float, float]:
     """Points, the peak in MB, CPU seconds."""
     clock, config = SystemClock(), _config(url)
     source = CloudWatchSource(config, clock)
     changed = Changed({"ec2": (UNSETTLED - 1) * 300})
-    end_s = clock.now_s() // 300 * 300
     item = TaskItem("ec2", end_s - UNSETTLED * 300, end_s, 300)
     target = Target("cloudwatch", ACCOUNT, REGION)
     task = Task("0" * 32, target, "r", end_s, 0, TaskKind.LIVE, 0, (item,))
@@ -278,20 +282,22 @@ async def _look_once(url: str) -> tuple[int, float, float]:
                 look.split(answer)
         else:
             outcome = answer
-    assert isinstance(outcome, Outcome)
     await source.close()
-    return points if outcome.status == "complete" else 0, peak_mb(getpid()), time.process_time()
+    if not isinstance(outcome, Outcome) or outcome.status != LookStatus.COMPLETE:
+        raise RuntimeError(f"the look was not complete: {outcome}")
+    return points, peak_mb(getpid()), time.process_time()
 
 
 def _memory(report: Report) -> None:
     peaks: dict[int, float] = {}
     for series in (FEW, MANY):
-        with _running(_say, POINTS * UNSETTLED, series // QUERIES) as (_, server):
+        end_s = _now_s()
+        with _running(_say, POINTS * UNSETTLED, end_s, series // QUERIES) as (_, server):
             url = _receive(server, 60)
-            with _running(_look, url) as (_, pipe):
+            with _running(_look, url, end_s) as (_, pipe):
                 points, peaks[series], cpu_s = _receive(pipe, MEMORY_TIMEOUT_S)
-        if not points:
-            raise RuntimeError(f"the look at {series:,} series was not complete")
+        if points < series * POINTS:
+            raise RuntimeError(f"the look at {series:,} series brought {points:,} points")
     beyond = (peaks[MANY] - peaks[FEW]) * 1e6 / (MANY - FEW)
     report.add(f"a look at {FEW:,} series, peak", peaks[FEW], "MB")
     report.add(f"a look at {MANY:,} series, peak", peaks[MANY], "MB")
@@ -302,7 +308,7 @@ def _memory(report: Report) -> None:
 
 def run(report: Report) -> None:
     """Measure a call, a whole exporter beside YACE, and memory."""
-    with _running(_say, POINTS, 1) as (_, pipe):
+    with _running(_say, POINTS, _now_s(), 1) as (_, pipe):
         asyncio.run(_calls(_receive(pipe, 60), report))
     yace.run(report)
     if PEAKS_KNOWN:
