@@ -6,6 +6,7 @@ import asyncio
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+import yaml
 from prometheus_client import REGISTRY
 from rich.console import Console
 
@@ -30,12 +32,13 @@ from shard_config.price import Prices
 from tests.test_charges import CONFIG, billed
 from tests.test_gaps import found
 from tests.test_ledger import NOON_S, TARGET, Store, ledger_database, receipt_of, store, task_of
-from workers.budgets import Budgeter, spoken, to_plain, today
+from workers.budgets import BUDGET, FORECAST, SPEND, STRETCH, Budgeter, spoken, to_plain, today
 from workers.cli import main
 from workers.gaps import render, rows_of
 
 __all__ = ["ledger_database", "store"]  # the fixtures
 
+ROOT = Path(__file__).resolve().parent.parent
 ACCOUNT = "123456789012"
 FILE = """
 accounts:
@@ -225,3 +228,13 @@ async def test_while_the_database_is_away_polls_stay_as_they_are() -> None:
     budgeter = Budgeter(away, planner, Ledger(away.postgres, "test", {}), ManualClock(NOON_S))
     assert not await budgeter.try_step()
     assert planner.polling.stretch == {(ACCOUNT, "ec2"): 3}
+
+
+def test_alerts_about_money_ask_for_metrics_that_there_are_and_say_how_to_see_again() -> None:
+    groups = yaml.safe_load((ROOT / "docs/alerts.yml").read_text())["groups"]
+    [money] = [g["rules"] for g in groups if g["name"] == "headgate-money"]
+    asked = {name for rule in money for name in re.findall(r"headgate_\w+", rule["expr"])}
+    assert asked == {g._name for g in (SPEND, FORECAST, BUDGET, STRETCH)}
+    for rule in money[:2]:
+        assert "critical: true" in rule["annotations"]["runbook"]
+        assert "without a restart" in rule["annotations"]["runbook"]
