@@ -41,6 +41,7 @@ from tests.simulated_scene import (
     running,
 )
 from workers import simulator
+from workers.simulated.protocols import CBOR
 from workers.world import World, account_ids
 
 # --- over HTTP, by AWS's own client ---------------------------------------------------------------------------
@@ -191,6 +192,24 @@ async def test_cbor_answers_as_json_does_with_tagged_timestamps() -> None:
         result["Timestamps"] = [int(t.timestamp()) for t in result["Timestamps"]]
     assert content == ("application/cbor", "rpc-v2-cbor")
     assert answer == {"MetricDataResults": ask(body)[0]}
+
+
+@pytest.mark.parametrize("points", [0, 1, 23, 24, 255, 256, 70_000])
+def test_cbor_of_any_length_is_read_back(points: int) -> None:
+    result = {
+        "Id": "q1",
+        "Label": "é" * 30,
+        "Timestamps": [NOW_S + 60 * n for n in range(points)],
+        "Values": [n / 3 for n in range(points)],
+        "StatusCode": "Complete",
+        "Messages": [{"Code": "a", "Value": "b"}],
+    }
+    body = {"MetricDataResults": [result] * (25 if points < 1000 else 1), "NextToken": "x", "Messages": []}
+    back = cbor2.loads(CBOR.dumps(body))
+    for one in back["MetricDataResults"]:
+        one["Timestamps"] = [int(t.timestamp()) for t in one["Timestamps"]]
+
+    assert back == body
 
 
 async def test_an_error_in_cbor_has_its_code_in_body_and_header() -> None:

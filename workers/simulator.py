@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -145,7 +146,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT. Prints the URL, one line, once it answers. Raises Fatal where it cannot."""
-    asyncio.run(_serve(truth_of(args), args))
+    truth = truth_of(args)
+    collect_garbage_rarely()
+    asyncio.run(_serve(truth, args))
     return 0
 
 
@@ -179,6 +182,15 @@ def links_of(words: Sequence[str], accounts: Sequence[str]) -> dict[str, tuple[s
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def collect_garbage_rarely() -> None:
+    """For a process that does nothing but simulate: a call makes thousands of objects that die with it, and none in cycles.
+
+    Measured: a third of the CPU of a GetMetricData call of 500 queries goes into looking at them.
+    """
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 async def _serve(truth: Truth, args: argparse.Namespace) -> None:

@@ -39,6 +39,7 @@ def _serve(pipe: Connection) -> None:
     """The server's process: sends its URL, then its CPU seconds each time it is asked, until it is sent None."""
 
     async def serve() -> None:
+        simulator.collect_garbage_rarely()
         running = await simulator.start(_world(), calls_per_s=0)
         pipe.send(running.url)
         try:

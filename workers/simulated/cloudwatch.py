@@ -132,40 +132,55 @@ def parse_data_request(body: Mapping[str, Any]) -> DataRequest:
     )
 
 
+_PERIODS: Final = frozenset({1, 5, 10, 20, 30})
+
+
 def _query(number: int, raw: Mapping[str, Any]) -> Query:
+    """One of MetricDataQueries. The hottest loop of the simulator: a call has 500, and what is good is looked at once."""
+    name, stat = raw.get("Id") or "", raw.get("MetricStat")
+    if not isinstance(stat, dict) or "Expression" in raw or not _ID.fullmatch(name):
+        raise _refused_query(number, raw)
+    metric, period_s, statistic = stat.get("Metric") or {}, stat.get("Period"), stat.get("Stat") or ""
+    namespace, metric_name = metric.get("Namespace"), metric.get("MetricName")
+    if (
+        not isinstance(period_s, int)
+        or not (period_s in _PERIODS or (period_s > 0 and period_s % 60 == 0))
+        or not known_statistic(statistic)
+        or not namespace
+        or not metric_name
+    ):
+        raise _refused_query(number, raw)
+    dimensions = [(d["Name"], d["Value"]) for d in metric.get("Dimensions") or ()]
+    if len(dimensions) > 1:
+        dimensions.sort()
+    return Query(
+        name,
+        raw.get("Label") or metric_name,
+        Question(namespace, metric_name, tuple(dimensions), statistic, period_s, stat.get("Unit") or ""),
+        raw.get("ReturnData") is not False,
+        raw.get("AccountId") or "",
+    )
+
+
+def _refused_query(number: int, raw: Mapping[str, Any]) -> AwsError:
+    """What AWS says of a query that `_query` does not take."""
     at = f"MetricDataQueries.member.{number}"
-    name = raw.get("Id") or ""
+    name, stat = raw.get("Id") or "", raw.get("MetricStat")
     if not _ID.fullmatch(name):
-        raise invalid(
+        return invalid(
             f'The value "{name}" for parameter {at}.Id is not matching the expected pattern ^[a-z][a-zA-Z0-9_]*$.'
         )
-    stat = raw.get("MetricStat")
-    if not isinstance(stat, dict) or raw.get("Expression"):
-        raise invalid(f"{at}: this simulation knows MetricStat only, no metric math and no Metrics Insights.")
-    metric, period_s, statistic = stat.get("Metric") or {}, stat.get("Period"), stat.get("Stat") or ""
-    if not isinstance(period_s, int) or not (
-        period_s in (1, 5, 10, 20, 30) or (period_s > 0 and period_s % 60 == 0)
-    ):
-        raise invalid(
-            f"The value {period_s} for parameter {at}.MetricStat.Period is not 1, 5, 10, 20, 30 or a multiple of 60."
+    if not isinstance(stat, dict) or "Expression" in raw:
+        return invalid(
+            f"{at}: this simulation knows MetricStat only, no metric math and no Metrics Insights."
         )
+    metric, period_s, statistic = stat.get("Metric") or {}, stat.get("Period"), stat.get("Stat") or ""
     if not known_statistic(statistic):
-        raise invalid(f"The value {statistic} for parameter {at}.MetricStat.Stat is not supported.")
+        return invalid(f"The value {statistic} for parameter {at}.MetricStat.Stat is not supported.")
     if not metric.get("Namespace") or not metric.get("MetricName"):
-        raise invalid(f"The parameters {at}.MetricStat.Metric.Namespace and MetricName are required.")
-    return Query(
-        id=name,
-        label=raw.get("Label") or metric["MetricName"],
-        question=Question(
-            metric["Namespace"],
-            metric["MetricName"],
-            tuple(sorted([(d["Name"], d["Value"]) for d in metric.get("Dimensions") or ()])),
-            statistic,
-            period_s,
-            stat.get("Unit") or "",
-        ),
-        return_data=raw.get("ReturnData") is not False,
-        owner=raw.get("AccountId") or "",
+        return invalid(f"The parameters {at}.MetricStat.Metric.Namespace and MetricName are required.")
+    return invalid(
+        f"The value {period_s} for parameter {at}.MetricStat.Period is not 1, 5, 10, 20, 30 or a multiple of 60."
     )
 
 
@@ -288,8 +303,9 @@ def _answered(
         indices = [n for n in range(i, min(i + step, len(request.queries))) if request.queries[n].return_data]
         by_owner: dict[str, list[int]] = {}
         for n in indices:
-            if _is_kept(request.queries[n].question.period_s, age_s):
-                by_owner.setdefault(request.queries[n].owner or account, []).append(n)
+            query = request.queries[n]
+            if _is_kept(query.question.period_s, age_s):
+                by_owner.setdefault(query.owner or account, []).append(n)
         found: dict[int, Answer] = {}
         for owner, of_owner in by_owner.items():
             questions = [request.queries[n].question for n in of_owner]
