@@ -122,7 +122,7 @@ def test_what_preflight_tells_to_paste_is_what_is_shipped() -> None:
 
 
 async def test_a_run_uses_exactly_what_the_policies_allow() -> None:
-    accounts = account_ids(1)
+    accounts = account_ids(3)
     world = World(1, accounts, ["eu-west-1"], 20, [shipped_services()["ec2"]])
     simulator = await start(world, calls_per_s=0)
     document = {
