@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from ingest.clock import SystemClock
+from ingest.clock import ManualClock, SystemClock
 from ingest.sources import aws as aws_module
 from ingest.sources.aws import Access, Aws, Tally
 from ingest.sources.aws_errors import Denied
@@ -34,8 +34,9 @@ class Ahead(SystemClock):
 class Identity:
     """An `Aws` on a simulated one."""
 
-    def __init__(self, sim: Simulator) -> None:
+    def __init__(self, sim: Simulator, at_aws: ManualClock) -> None:
         self.sim = sim
+        self.at_aws = at_aws
         self.clock = Ahead()
         self.account = Account(id=OURS, regions=(REGION,), services=("ec2",))
         template = "arn:aws:iam::{account}:role/Headgate"
@@ -52,8 +53,9 @@ class Identity:
 @pytest.fixture
 async def identity() -> AsyncIterator[Identity]:
     world = World(7, [OURS, THEIRS], [REGION], 1, [ServiceProfile(service="ec2", namespace="AWS/EC2")])
-    sim = await simulator.start(world)
-    made = Identity(sim)
+    at_aws = ManualClock(1_795_500_000)
+    sim = await simulator.start(world, credential_clock=at_aws)
+    made = Identity(sim, at_aws)
     try:
         yield made
     finally:
@@ -68,7 +70,7 @@ async def test_every_new_credentials_are_verified_and_kept_ones_are_not_asked_ab
     await identity.key()
     assert identity.tally.requests == {"AssumeRole": 1, "GetCallerIdentity": 1}
     identity.clock.ahead_s = RENEWAL_S
-    await asyncio.sleep(1.1)  # the simulated STS makes the same keys within a second
+    identity.at_aws.advance(1)  # within a second the simulated STS makes the same keys again
     await identity.key()
     assert identity.tally.requests == {"AssumeRole": 2, "GetCallerIdentity": 2}
 
@@ -81,7 +83,7 @@ async def test_credentials_that_turn_out_to_be_another_accounts_are_given_to_nob
 
     await identity.key()
     identity.clock.ahead_s = RENEWAL_S
-    await asyncio.sleep(1.1)
+    identity.at_aws.advance(1)
     monkeypatch.setattr(identity.aws, "_identity", theirs)
     for _ in range(2):
         with pytest.raises(Denied, match=f"belong to account {THEIRS}, not to {OURS}"):

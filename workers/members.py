@@ -30,6 +30,8 @@ KEY = ("organization",)
 BYTES_MAX = 8 * 1024 * 1024
 """Of 20,000 accounts, 400 bytes each."""
 READ_INTERVAL_S = 60.0
+DEADLINE_S = 15.0
+"""Of one reading or writing: the configuration file waits for it."""
 RETRY_S = 30.0
 """After the first failure; twice as long each time, up to refresh_s."""
 TURN_S = 5.0
@@ -61,7 +63,7 @@ class Members:
             return
         self._read_s = self._clock.monotonic_s()
         try:
-            async with open_archive(self._s3, self._clock, self._session) as archive:
+            async with open_archive(self._s3, self._clock, self._session, DEADLINE_S) as archive:
                 body = await archive.cached(KEY, BYTES_MAX)
             if body is not None:
                 self.take(decode(body))
@@ -119,7 +121,7 @@ class Lister(Members):
         self._hurried.clear()
         try:
             listing = await list_organization(config, self._clock, self._tags)
-            async with open_archive(self._s3, self._clock, self._session) as archive:
+            async with open_archive(self._s3, self._clock, self._session, DEADLINE_S) as archive:
                 # Before anybody hears of its accounts: an exporter that gets a task of theirs finds them here.
                 await archive.cache(KEY, encode(listing))
         except HeadgateError as error:
