@@ -82,15 +82,15 @@ _OLD_LOOKS = """WITH gone AS (
                 AND w.window_start >= l.window_start AND w.window_start < l.window_end
                 AND w.sealed_at IS NULL AND w.declared IS NULL)
         ORDER BY finished_at LIMIT $2))
-    RETURNING target, service, (finished_at AT TIME ZONE 'UTC')::date AS day, status, points, metrics_billed, requests
+    RETURNING target, service, (finished_at AT TIME ZONE 'UTC')::date AS day, status, points, metrics_billed, metrics_in_doubt, requests
 ), days AS (
-    INSERT INTO look_days AS d (target, service, day, looks, complete, points, metrics_billed, list_metrics)
+    INSERT INTO look_days AS d (target, service, day, looks, complete, points, metrics_billed, metrics_in_doubt, list_metrics)
     SELECT target, service, day, count(*), count(*) FILTER (WHERE status = 'complete'), sum(points), sum(metrics_billed),
-        coalesce(sum((requests->>'ListMetrics')::bigint), 0)
+        sum(metrics_in_doubt), coalesce(sum((requests->>'ListMetrics')::bigint), 0)
     FROM gone GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
     ON CONFLICT (target, service, day) DO UPDATE SET looks = d.looks + excluded.looks, complete = d.complete + excluded.complete,
         points = d.points + excluded.points, metrics_billed = d.metrics_billed + excluded.metrics_billed,
-        list_metrics = d.list_metrics + excluded.list_metrics
+        metrics_in_doubt = d.metrics_in_doubt + excluded.metrics_in_doubt, list_metrics = d.list_metrics + excluded.list_metrics
 )
 SELECT count(*) FROM gone"""
 

@@ -20,13 +20,13 @@ from rich.console import Console
 
 from ingest.budget import Day, Decision, Polling
 from ingest.charges import Charge, Reason, put_down
-from ingest.clock import ManualClock
+from ingest.clock import ManualClock, SystemClock
 from ingest.gaps import Filter, not_polled
 from ingest.ledger import Ledger
 from ingest.model import Target, TaskKind
 from ingest.schedule import Grid
 from ingest.sinks.migrate import migrate
-from shard_config.load import loads
+from shard_config.load import load, loads
 from shard_config.model import Postgres
 from shard_config.price import Prices
 from tests.test_charges import CONFIG, billed
@@ -35,6 +35,8 @@ from tests.test_ledger import NOON_S, TARGET, Store, ledger_database, receipt_of
 from workers.budgets import BUDGET, FORECAST, SPEND, STRETCH, Budgeter, spoken, to_plain, today
 from workers.cli import main
 from workers.gaps import render, rows_of
+from workers.status import render as status_text
+from workers.status import status, to_json
 
 __all__ = ["ledger_database", "store"]  # the fixtures
 
@@ -44,6 +46,7 @@ FILE = """
 accounts:
   - {{id: "123456789012", regions: [eu-west-1], services: [ec2, rds], budget_usd_per_day: {budget}}}
 postgres: {{dsn: "{dsn}"}}
+kafka: {{bootstrap: "127.0.0.1:1"}}
 """
 EC2 = Target("cloudwatch", ACCOUNT, "eu-west-1")
 
@@ -187,6 +190,25 @@ async def test_what_was_not_polled_for_a_budget_is_listed_and_is_no_gap(store: S
         in console.file.getvalue()
     )
     assert [row["reason"] for row in rows_of([gap])] == ["budget"]
+
+
+async def test_status_has_a_line_of_todays_dollars_and_is_not_well_where_a_budget_is_passed(
+    headgate: Headgate,
+) -> None:
+    headgate.budget(1)
+    config = load(headgate.path, environ={})
+    seen = await status(config, SystemClock())
+    assert seen.budget is not None
+    assert seen.budget.passed
+    assert not replace(seen, errors=()).healthy
+    assert replace(seen, errors=(), budget=None).healthy
+    console = Console(width=250, file=io.StringIO())
+    console.print(status_text(seen))
+    assert isinstance(console.file, io.StringIO)
+    said = console.file.getvalue()
+    assert f"$1.2500, $1.2500 by midnight UTC; budget passed: {ACCOUNT}" in said
+    assert "as configured" in said
+    assert json.loads(to_json(seen))["budget"]["accounts"][ACCOUNT]["passed"] is True
 
 
 class Planner:

@@ -27,7 +27,9 @@ from ingest import budget, spending
 from ingest.budget import Decision
 from ingest.clock import Clock, SystemClock
 from ingest.errors import HeadgateError, Transient
+from ingest.gaps import Filter, not_polled
 from ingest.overview import Overview, overview
+from ingest.schedule import grids_of
 from ingest.sinks.connection import open_connection
 from shard_config.model import Config, Kafka
 from shard_config.price import Prices
@@ -68,6 +70,8 @@ class Status:
     prices: Prices
     budget: Decision | None
     """The UTC day's dollars against the budgets, and how polls are stretched for them now."""
+    unpolled_windows: int | None
+    """That nobody was asked for, for want of money: no gaps."""
     errors: tuple[str, ...]
 
     @property
@@ -83,10 +87,11 @@ async def status(config: Config, clock: Clock, since_s: int = SINCE_S) -> Status
     errors: list[str] = []
     ledger: Overview | None = None
     decision: Decision | None = None
+    unpolled: int | None = None
     groups: dict[str, GroupStatus] = {}
     dead: int | None = None
     try:
-        ledger, decision = await _ledger(config, now, now - timedelta(seconds=since_s))
+        ledger, decision, unpolled = await _ledger(config, now, now - timedelta(seconds=since_s))
     except HeadgateError as error:
         errors.append(str(error))
     try:
@@ -103,6 +108,7 @@ async def status(config: Config, clock: Clock, since_s: int = SINCE_S) -> Status
         dead_letters=dead,
         prices=prices,
         budget=decision,
+        unpolled_windows=unpolled,
         dollars=float(prices.look_usd(ledger.metrics_billed, {"ListMetrics": ledger.list_metrics}))
         if ledger
         else None,
@@ -110,7 +116,7 @@ async def status(config: Config, clock: Clock, since_s: int = SINCE_S) -> Status
     )
 
 
-async def _ledger(config: Config, now: datetime, since: datetime) -> tuple[Overview, Decision]:
+async def _ledger(config: Config, now: datetime, since: datetime) -> tuple[Overview, Decision, int]:
     connection = await open_connection(config.postgres, "headgate status")
     try:
         async with asyncio.timeout(30):
@@ -118,8 +124,11 @@ async def _ledger(config: Config, now: datetime, since: datetime) -> tuple[Overv
             async with connection.transaction(isolation="repeatable_read", readonly=True):
                 books = await spending.read(connection, config, int(now.timestamp()))
             decision = budget.decide(spending.situation_of(books, config))
+            only = Filter(from_s=since.timestamp())
+            unpolled = await not_polled(connection, now, grids_of(config), Prices.of(config.aws), only=only)
             # What holds now is what the coordinator has decided.
-            return seen, replace(decision, polling=books.polling)
+            decision = replace(decision, polling=books.polling)
+            return seen, decision, sum(gap.windows for gap in unpolled)
     except TimeoutError as error:
         raise Transient("ledger", "no answer within 30 s") from error
     finally:
@@ -211,7 +220,10 @@ def _summary(status: Status, ledger: Overview) -> Table:
         ),
     ]
     if status.budget is not None:
-        rows.append(("dollars today", today(status.budget), "polls", spoken(status.budget.polling)))
+        polls = spoken(status.budget.polling)
+        if status.unpolled_windows:
+            polls += f"; {status.unpolled_windows:,} windows not polled"
+        rows.append(("dollars today", today(status.budget), "polls", polls))
     for row in rows:
         table.add_row(*(c if isinstance(c, Text) else str(c) for c in row))
     return table
