@@ -338,16 +338,11 @@ def find_config(path: Path | None) -> Config:
     from shard_config.load import load
 
     config = load(config_path(path), environ=os.environ)
-    if config.organization is None:
-        return config
-    import structlog
+    if config.organization is not None:
+        from workers.members import known
 
-    from workers.lifecycle import configure_logs
-    from workers.members import with_known
-
-    if not structlog.is_configured():
-        configure_logs("headgate")  # on stderr: stdout is the command's own
-    return asyncio.run(with_known(config))
+        config = known(config)
+    return config
 
 
 def _prepare(servers: Sequence[Server]) -> None:

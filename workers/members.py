@@ -22,7 +22,7 @@ from ingest.errors import HeadgateError, Rejected
 from ingest.sources.organization import TagCache, list_organization
 from shard_config.model import S3, Config, Organization
 from shard_config.organization import Listing, question_of, with_accounts
-from workers.lifecycle import Lifecycle
+from workers.lifecycle import Lifecycle, configure_logs
 
 _log = structlog.get_logger()
 
@@ -151,8 +151,15 @@ class Lister(Members):
         return self._clock.now_s() - self.listing.listed_at_s >= organization.refresh_s
 
 
-async def with_known(config: Config) -> Config:
+def known(config: Config) -> Config:
     """The configuration with the accounts that were listed last, as far as anybody knows: for commands, which may not list."""
+    if not structlog.is_configured():
+        configure_logs("headgate")  # on stderr: stdout is the command's own
+    return asyncio.run(with_known(config))
+
+
+async def with_known(config: Config) -> Config:
+    """`known`, in an event loop."""
     members = Members(config.s3, SystemClock(config.run.clock_offset_s))
     await members.read()
     return with_accounts(config, members.listing)
