@@ -7,15 +7,15 @@ Guarantees:
   known look at the window, else the archive, which does.
 * *Same question, same tasks*: their ids are made from what the backfill asks for, so that one that was stopped asks nobody twice.
 
-A service is asked at its own period. What CloudWatch keeps only at a coarser one are other series: to have them, give the configuration a
-service with that period.
+* *As fine as it is kept*: CloudWatch is asked for each window at the finest period at which it still has it. A coarser one than the
+  service's makes series of their own: the period is part of a series' identity.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from enum import StrEnum
 from itertools import pairwise
@@ -76,7 +76,8 @@ class KnownLook:
 class Stretch:
     """Windows of one service of one target that lie together and take the same way.
 
-    `points` are estimated from other windows of the service; None where none is known. `usd` is the most that it may cost.
+    `points` are estimated from other windows of the service; None where none is known. `usd` is the most that it may cost. `period_s` is that
+    at which CloudWatch is asked, 0 where it is not.
     """
 
     target: Target
@@ -88,6 +89,7 @@ class Stretch:
     points: int | None
     usd: Decimal | None
     detail: str = ""
+    period_s: int = 0
 
 
 @dataclass(slots=True)
@@ -190,14 +192,16 @@ class Survey:
         """Stretches by target, service and time. `via` asks CloudWatch for every window; None takes the cheapest means for each."""
         stretches: list[Stretch] = []
         for (target, service), known in sorted(self._known.items(), key=lambda one: one[0]):
-            means = _means(known, via, 0 if self.keeps_all else now_s)
-            edges = [0, *(np.nonzero(np.diff(means))[0] + 1).tolist(), len(means)]
+            periods_s = _periods_s(known, 0 if self.keeps_all else now_s)
+            means = _means(known, via, periods_s)
+            periods_s[means != MEANS.index(Means.CLOUDWATCH)] = 0
+            changes = (np.diff(means) != 0) | (np.diff(periods_s) != 0)
+            edges = [0, *(np.nonzero(changes)[0] + 1).tolist(), len(means)]
             for first, end in pairwise(edges):
-                if MEANS[int(means[first])] is Means.NOWHERE and not known.grid.has_past:
+                how, period_s = MEANS[int(means[first])], int(periods_s[first])
+                if how is Means.NOWHERE and not known.grid.has_past:
                     continue  # nobody can help, and only the ledger knows whether it was ever planned
-                stretches.append(
-                    _stretch(target, service, known, MEANS[int(means[first])], first, end, now_s, prices)
-                )
+                stretches.append(_stretch(target, service, known, how, first, end, period_s, prices))
         return tuple(stretches)
 
 
@@ -208,19 +212,25 @@ def _within(known: _Known, start_s: int, end_s: int) -> slice:
     return slice(first, max(first, -(-(end_s - known.start_s) // step)))
 
 
-def _means(known: _Known, via: Means | None, now_s: int) -> NDArray[np.int8]:
+def _periods_s(known: _Known, now_s: int) -> NDArray[np.int32]:
+    """By window, the finest period that the source keeps of it; 0: none."""
+    starts_s = known.start_s + np.arange(len(known.flags)) * known.grid.poll_interval_s
+    periods_s = np.zeros(len(starts_s), np.int32)
+    for period_s in reversed(known.grid.periods_s if known.grid.has_past else ()):
+        periods_s[starts_s >= now_s - retention_s(period_s)] = period_s
+    return periods_s
+
+
+def _means(known: _Known, via: Means | None, periods_s: NDArray[np.int32]) -> NDArray[np.int8]:
     """By window, its index in MEANS."""
-    flags, grid = known.flags, known.grid
-    starts_s = known.start_s + np.arange(len(flags)) * grid.poll_interval_s
+    flags = known.flags
     means = np.full(len(flags), MEANS.index(Means.NOWHERE), np.int8)
-    if grid.has_past:
-        can_be_asked = starts_s >= now_s - retention_s(grid.period_s)
-        means[can_be_asked] = MEANS.index(Means.CLOUDWATCH)
+    means[periods_s > 0] = MEANS.index(Means.CLOUDWATCH)
     if via is Means.CLOUDWATCH:
         return means
     kept = flags & _KEPT != 0
-    # Where only a look that failed in part is kept, and the source can be asked, that brings more.
-    kept &= (flags & _COMPLETE != 0) | (means == MEANS.index(Means.NOWHERE))
+    # Where only a look that failed in part is kept, and the source can be asked as finely, that brings more.
+    kept &= (flags & _COMPLETE != 0) | (periods_s != known.grid.period_s)
     means[kept] = MEANS.index(Means.S3)
     means[kept & (flags & _NOT_IN_KAFKA == 0)] = MEANS.index(Means.KAFKA)
     means[flags & _LANDED != 0] = MEANS.index(Means.THERE)
@@ -234,27 +244,33 @@ def _stretch(
     means: Means,
     first: int,
     end: int,
-    now_s: int,
+    period_s: int,
     prices: Prices,
 ) -> Stretch:
-    step = known.grid.poll_interval_s
+    grid = known.grid
+    step = grid.poll_interval_s
     start_s, end_s = known.start_s + first * step, known.start_s + end * step
     usd: Decimal | None = Decimal(0)
     detail = ""
-    if means is Means.CLOUDWATCH:
-        calls = len(blocks(known.grid, start_s, end_s))
-        usd = None if known.billed is None else prices.get_metric_data_usd(calls * known.billed)
-        detail = f"at {known.grid.period_s} s"
-    elif means is Means.NOWHERE:
-        detail = _why_nowhere(known.grid, start_s, now_s)
     points = _points(known, end - first) if means is not Means.NOWHERE else 0
-    return Stretch(target, service, means, start_s, end_s, end - first, points, usd, detail)
+    if means is Means.CLOUDWATCH:
+        calls = len(_items(grid, start_s, end_s, period_s))
+        usd = None if known.billed is None else prices.get_metric_data_usd(calls * known.billed)
+        detail = f"at {period_s} s"
+        if period_s != grid.period_s:
+            detail += ", as series of their own: it no longer keeps a finer period"
+            points = None if points is None else points * grid.period_s // period_s
+    elif means is Means.NOWHERE:
+        coarsest_s = grid.periods_s[-1]
+        detail = f"CloudWatch keeps {coarsest_s} s for {retention_s(coarsest_s) // 86_400} days"
+    return Stretch(target, service, means, start_s, end_s, end - first, points, usd, detail, period_s)
 
 
-def _why_nowhere(grid: Grid, start_s: int, now_s: int) -> str:
-    coarser = [p for p in (300, 3600) if p > grid.period_s and start_s >= now_s - retention_s(p)]
-    older = f"CloudWatch keeps {grid.period_s} s for {retention_s(grid.period_s) // 86_400} days"
-    return older + (f"; at {coarser[0]} s it has it still, as other series" if coarser else "")
+def _items(grid: Grid, start_s: int, end_s: int, period_s: int) -> list[TaskItem]:
+    """[start_s, end_s) at a period, a call's worth each."""
+    whole = grid.item(start_s, end_s, period_s)
+    at = replace(grid, period_s=period_s)
+    return [replace(item, period_s=whole.period_s) for item in blocks(at, whole.start_s, whole.end_s)]
 
 
 def _points(known: _Known, windows: int) -> int | None:
@@ -288,7 +304,8 @@ def tasks_of(
     items: dict[tuple[int, Target], list[TaskItem]] = defaultdict(list)
     for one in stretches:
         if one.means is Means.CLOUDWATCH:
-            for item in blocks(grid_of[one.target, one.service], one.start_s, one.end_s):
+            grid = grid_of[one.target, one.service]
+            for item in _items(grid, one.start_s, one.end_s, one.period_s):
                 items[item.end_s, one.target].append(item)
     tasks = []
     for (end_s, target), some in sorted(items.items()):

@@ -152,16 +152,18 @@ def healable(
         return replace(gap, heal_from="nowhere", how="not in the configuration")
     if not grid.has_past:
         return replace(gap, heal_from="nowhere", how="an endpoint has no past")
-    if gap.start_s < now_s - retention_s(grid.period_s):
-        kept_days = retention_s(grid.period_s) // 86_400
+    period_s = grid.kept_period_s(gap.start_s, now_s)
+    if period_s is None:
+        coarsest_s = grid.periods_s[-1]
+        kept_days = retention_s(coarsest_s) // 86_400
         return replace(
             gap,
             heal_from="nowhere",
-            how=f"CloudWatch keeps periods of {grid.period_s} s for {kept_days} days",
+            how=f"CloudWatch keeps periods of {coarsest_s} s for {kept_days} days",
         )
     looks = len(blocks(grid, grid.floor(gap.start_s), grid.ceil(gap.end_s)))
     usd = None if series is None else prices.get_metric_data_usd(looks * series)
-    return replace(gap, heal_from="cloudwatch", how=f"at {grid.period_s} s", usd=usd)
+    return replace(gap, heal_from="cloudwatch", how=f"at {period_s} s", usd=usd)
 
 
 async def gaps(

@@ -8,7 +8,7 @@ Guarantees, each with a test of its name:
 * *Nothing is asked on stale knowledge*: the source is asked, and a window declared, only where a receipt of its target has come in
   since the deadline. Receipts of a target keep their order, so all earlier ones are known then.
 * *Bounded*: in attempts a window, in dollars a day, in tasks at once; between attempts at a block the time doubles, up to an hour.
-* *It ends*: sealed, or declared: unrecoverable where the source keeps it no longer, forbidden or abandoned where the attempts are used up,
+* *It ends*: sealed, or declared: unrecoverable where the source keeps it no longer at any period, forbidden or abandoned where the attempts are used up,
   removed where the configuration has not known it for a day past its deadline.
 * *What is paused is left alone*.
 
@@ -24,11 +24,11 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from enum import StrEnum
 
-from ingest.model import LookStatus, Target, Task, TaskItem, TaskKind, Window, task_id_of
+from ingest.model import LookStatus, Target, Task, TaskKind, Window, task_id_of
 from ingest.pauses import Pauses
 from ingest.schedule import Grid
 from ingest.spans import Spans
-from shard_config.model import Heal, retention_s
+from shard_config.model import Heal
 from shard_config.price import Prices
 
 REPLAYS_MAX = 3
@@ -318,11 +318,14 @@ class _Judge:
         return False
 
     def _gone(self, w: OpenWindow, grid: Grid) -> bool:
-        """Whether the source keeps it no longer. Series have a resolution of their own: no coarser one would be the same series."""
-        if not grid.has_past:
-            return True
-        kept_s = retention_s(grid.period_s)
-        return not self._rules.source_keeps_all and self._now_s - w.window.start_s > kept_s
+        """Whether the source keeps it no longer, not even at a coarser period."""
+        return not grid.has_past or self._period_s(grid, w.window) is None
+
+    def _period_s(self, grid: Grid, window: Window) -> int | None:
+        if self._rules.source_keeps_all:
+            return grid.period_s
+        grid = replace(grid, poll_interval_s=window.end_s - window.start_s)
+        return grid.kept_period_s(window.start_s, self._now_s)
 
     def _may_ask(self, w: OpenWindow) -> bool:
         if (w.target.account, w.service) in self._s.stopped:
@@ -377,10 +380,16 @@ class _Judge:
         return self._now_s < max(a.allocated_s for a in made) + rest_s
 
     def _ask(self, key: tuple[Target, str, int, int], windows: Sequence[Window]) -> Ask:
-        """From the first window to the last: what lies between costs nothing, for points are not billed."""
+        """From the first window to the last: what lies between costs nothing, for points are not billed.
+
+        At the finest period that is still kept: what it brings then are series of their own.
+        """
         target, service, length_s, block_start_s = key
         start_s, end_s = min(w.start_s for w in windows), max(w.end_s for w in windows)
-        items = (TaskItem(service, start_s, end_s, length_s),)
+        grid = replace(self._grids[target, service], poll_interval_s=length_s)
+        # Of the oldest window, which has the coarsest: a block is asked at one period.
+        period_s = self._period_s(grid, Window(start_s, start_s + length_s)) or grid.period_s
+        items = (grid.item(start_s, end_s, period_s),)
         made = (a.attempt for a in self._of_block[target, service, block_start_s])
         attempt = 1 + max(made, default=0)
         revision = self._rules.revision

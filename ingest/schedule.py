@@ -18,11 +18,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ingest.model import SourceName, Target, Task, TaskItem, TaskKind, task_id_of
-from shard_config.model import Config
+from shard_config.model import Config, retention_s
 
 BLOCK_POINTS_MAX = 201
 """500 series of 201 points are within GetMetricData's 100,800 datapoints a call."""
 
+KEPT_PERIODS_S = (60, 300, 3600)
+"""CloudWatch gathers older points up to these: see `shard_config.model.RETENTION_S`."""
 
 NO_STRETCH: Mapping[str, int] = {}
 
@@ -51,6 +53,32 @@ class Grid:
         """Length of a coalesced block: whole windows, at most BLOCK_POINTS_MAX points a series (one window at least)."""
         windows = BLOCK_POINTS_MAX * self.period_s // self.poll_interval_s
         return max(1, windows) * self.poll_interval_s
+
+    @property
+    def periods_s(self) -> tuple[int, ...]:
+        """At which it can be asked, the finest first: its own, and multiples that CloudWatch gathers older points up to.
+
+        A window is whole periods, or a period whole windows: only then do points belong to windows.
+        """
+        length_s = self.poll_interval_s
+        coarser = [p for p in KEPT_PERIODS_S if p > self.period_s and p % self.period_s == 0]
+        return (self.period_s, *(p for p in coarser if length_s % p == 0 or p % length_s == 0))
+
+    def kept_period_s(self, start_s: int, now_s: int) -> int | None:
+        """The finest period at which CloudWatch still keeps what begins then; None where there is none."""
+        return next((p for p in self.periods_s if start_s >= now_s - retention_s(p)), None)
+
+    def item(self, start_s: int, end_s: int, period_s: int) -> TaskItem:
+        """What asks for [start_s, end_s) at a period, widened to whole ones."""
+        whole_s = max(period_s, self.poll_interval_s)
+        coarser_s = period_s if period_s != self.period_s else 0
+        return TaskItem(
+            self.service,
+            start_s // whole_s * whole_s,
+            -(-end_s // whole_s) * whole_s,
+            self.poll_interval_s,
+            coarser_s,
+        )
 
     def floor(self, time_s: int) -> int:
         return time_s // self.poll_interval_s * self.poll_interval_s

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -120,16 +121,47 @@ def test_what_failed_in_part_is_asked_again_while_the_source_has_it_and_else_tak
     ]
 
 
-def test_past_cloudwatchs_retention_nobody_is_asked_and_the_plan_says_what_is_left() -> None:
-    edge_s = NOW_S - 15 * DAY_S
+def test_each_window_is_asked_at_the_finest_period_that_cloudwatch_still_keeps() -> None:
+    minutes_s, fives_s, hours_s = (NOW_S - days * DAY_S for days in (15, 63, 455))
     found = stretches(
-        landed=None, kept_since_ms=0, from_s=edge_s - 600, to_s=edge_s + 600, grid=EC2, via=None
-    )
-    assert [(s.means, s.start_s, s.end_s) for s in found] == [
-        (Means.NOWHERE, edge_s - 600, edge_s),
-        (Means.CLOUDWATCH, edge_s, edge_s + 600),
+        look(minutes_s + 600, minutes_s + 900),
+        landed=None, kept_since_ms=0, from_s=hours_s - 600, to_s=minutes_s + 900, grid=EC2, via=None,
+    )  # fmt: skip
+    assert [(s.means, s.start_s, s.end_s, s.period_s) for s in found] == [
+        (Means.NOWHERE, hours_s - 600, hours_s, 0),
+        (Means.CLOUDWATCH, hours_s, fives_s, 3600),
+        (Means.CLOUDWATCH, fives_s, minutes_s, 300),
+        (Means.CLOUDWATCH, minutes_s, minutes_s + 600, 60),
+        (Means.KAFKA, minutes_s + 600, minutes_s + 900, 0),
     ]
-    assert "at 300 s it has it still" in found[0].detail
+    assert "CloudWatch keeps 3600 s for 455 days" in found[0].detail
+    assert "at 300 s, as series of their own" in found[2].detail
+    # Ten points a window of 300 s at 60 s, two at 300 s, and a sixth of one at 3600 s; a call brings 201 points a series.
+    assert [s.points for s in found] == [0, 392 * DAY_S // 300 * 10 // 60, 48 * DAY_S // 300 * 2, 20, 10]
+    calls = [-(-48 * DAY_S // (201 * 300)), 1]
+    assert found[2].usd in {Decimal(40 * (calls[0] + more)) / 100_000 for more in (0, 1)}
+    assert found[3].usd == Decimal(40) / 100_000
+
+
+def test_the_tasks_of_a_coarser_period_say_so_and_are_whole_periods() -> None:
+    from_s = NOW_S - 100 * DAY_S + 600
+    found = stretches(
+        landed=None, kept_since_ms=0, from_s=from_s, to_s=from_s + 2 * DAY_S, grid=EC2, via=None
+    )
+    tasks = tasks_of(found, {TARGET: (EC2,)}, "r", "0" * 32, 0)
+    items = [i for task in tasks for i in task.items]
+    assert {i.period_s for i in items} == {3600}
+    assert all(i.start_s % 3600 == 0 and i.end_s % 3600 == 0 and i.grid_s == 300 for i in items)
+    assert (items[0].start_s, items[-1].end_s) == (from_s - 600, from_s + 2 * DAY_S + 3000)
+    assert all(a.end_s == b.start_s for a, b in pairwise(items))
+
+
+def test_a_window_that_no_coarser_period_fits_is_not_asked_past_its_own() -> None:
+    odd = Grid("odd", 420, 60, 0)
+    assert odd.periods_s == (60,)
+    assert odd.kept_period_s(NOW_S - 16 * DAY_S, NOW_S) is None
+    assert Grid("s3", DAY_S, DAY_S, 4 * DAY_S).periods_s == (DAY_S,)
+    assert Grid("fine", 60, 1, 0).periods_s == (1, 60, 300, 3600)
 
 
 def test_recorded_data_never_grows_too_old() -> None:

@@ -154,9 +154,10 @@ def test_the_source_is_priced_by_the_block_and_unknown_where_it_never_answered()
 
 def test_what_the_source_keeps_no_longer_or_has_no_past_is_healed_from_nowhere() -> None:
     assert heal(A_GAP, now_s=NOON_S + 14 * DAY_S).heal_from == "cloudwatch"
-    gone = heal(A_GAP, now_s=NOON_S + 16 * DAY_S)
-    assert (gone.heal_from, gone.how) == ("nowhere", "CloudWatch keeps periods of 60 s for 15 days")
-    assert heal(A_GAP, Grid("ec2", 300, 300, 600), now_s=NOON_S + 16 * DAY_S).heal_from == "cloudwatch"
+    older = heal(A_GAP, now_s=NOON_S + 16 * DAY_S)
+    assert (older.heal_from, older.how) == ("cloudwatch", "at 300 s")
+    gone = heal(A_GAP, now_s=NOON_S + 456 * DAY_S)
+    assert (gone.heal_from, gone.how) == ("nowhere", "CloudWatch keeps periods of 3600 s for 455 days")
     assert heal(A_GAP, Grid("node", 30, 30, 0, has_past=False)).how == "an endpoint has no past"
     assert heal(A_GAP, None).how == "not in the configuration"
 

@@ -346,11 +346,23 @@ def test_used_up_attempts_end_by_what_was_answered_last(status: str, reason: Rea
 
 def test_what_the_source_keeps_no_longer_is_unrecoverable() -> None:
     w = window()
-    for age_s, gone in ((15 * 86_400, False), (15 * 86_400 + 1, True)):
+    for age_s, gone in ((455 * 86_400, False), (455 * 86_400 + 1, True)):
         now_s = w.window.start_s + age_s
         decision = decide(replace(situation(w, heard_s={TARGET: now_s}), now_s=now_s), RULES)
         assert [d.reason for d in decision.declared] == [Reason.UNRECOVERABLE] * gone
         assert len(decision.asks) == int(not gone)
+
+
+@pytest.mark.parametrize(("days", "period_s"), [(15, 0), (16, 300), (63, 300), (64, 3600)])
+def test_what_is_old_is_asked_at_the_finest_period_that_is_kept(days: int, period_s: int) -> None:
+    w = window()
+    now_s = w.window.start_s + days * 86_400
+    (ask,) = decide(replace(situation(w, heard_s={TARGET: now_s}), now_s=now_s), RULES).asks
+    (item,) = ask.task.items
+    assert item.period_s == period_s
+    assert item.start_s <= w.window.start_s
+    assert w.window.end_s <= item.end_s
+    assert item.start_s % max(period_s, item.grid_s) == item.end_s % max(period_s, item.grid_s) == 0
 
 
 def test_recorded_data_is_never_too_old() -> None:
