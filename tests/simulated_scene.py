@@ -15,7 +15,8 @@ from botocore.exceptions import ClientError
 from ingest.clock import Clock, ManualClock
 from shard_config.model import MetricProfile, ServiceProfile
 from workers import simulator
-from workers.simulated.cloudwatch import AwsError, get_metric_data, parse_data_request
+from workers.simulated.cloudwatch import get_metric_data
+from workers.simulated.requests import AwsError, parse_data_request
 from workers.simulator import Simulator
 from workers.world import Metric, Truth, World, account_ids
 

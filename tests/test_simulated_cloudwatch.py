@@ -22,7 +22,8 @@ from tests.simulated_scene import (
     query,
     refusal,
 )
-from workers.simulated.cloudwatch import AwsError, list_metrics
+from workers.simulated.cloudwatch import list_metrics
+from workers.simulated.requests import AwsError
 from workers.world import Question, Truth, World
 
 # --- GetMetricData --------------------------------------------------------------------------------------------

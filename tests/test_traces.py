@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from ingest.errors import Fatal
-from workers.simulated.cloudwatch import get_metric_data, parse_data_request
+from workers.simulated.cloudwatch import get_metric_data
+from workers.simulated.requests import parse_data_request
 from workers.traces import TraceWorld, series_of
 from workers.world import SETTLED, Dimensions, Metric
 

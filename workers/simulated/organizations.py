@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final
 
-from workers.simulated.cloudwatch import AwsError
 from workers.simulated.paging import page_of
+from workers.simulated.requests import AwsError
 from workers.simulated.resources import TEAMS
 
 TARGET: Final = "AWSOrganizationsV20161128"

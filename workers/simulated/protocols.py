@@ -15,7 +15,7 @@ from xml.sax.saxutils import escape
 
 import orjson
 
-from workers.simulated.cloudwatch import AwsError
+from workers.simulated.requests import AwsError
 
 
 @dataclass(frozen=True, slots=True)

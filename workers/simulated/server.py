@@ -19,11 +19,12 @@ from aiohttp import web
 
 from ingest.clock import Clock
 from workers.simulated import organizations, sts, tagging
-from workers.simulated.cloudwatch import AwsError, Page, get_metric_data, list_metrics, parse_data_request
+from workers.simulated.cloudwatch import Page, get_metric_data, list_metrics
 from workers.simulated.faults import SPARED, Asked, Fate, Faults, Flood, fate_of, spoil_results
 from workers.simulated.metering import Bill, Quotas
 from workers.simulated.organizations import Organization
 from workers.simulated.protocols import CBOR, JSON, JSON_1_1, Protocol, answer_headers, xml
+from workers.simulated.requests import AwsError, parse_data_request
 from workers.simulated.resources import resources_of
 from workers.simulated.sts import Caller
 from workers.world import Metric, Truth, World

@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from workers.simulated.cloudwatch import AwsError
+from workers.simulated.requests import AwsError
 
 _CREDENTIAL = re.compile(r"Credential=([A-Za-z0-9_-]+)/\d+/([a-z0-9-]+)/")
 _ROLE = re.compile(r"arn:aws[a-z-]*:iam::(\d{12}):role/(?:[\w+=,.@/-]*/)?([\w+=,.@-]+)")

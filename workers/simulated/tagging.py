@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from workers.simulated.cloudwatch import AwsError
 from workers.simulated.paging import page_of
+from workers.simulated.requests import AwsError
 from workers.simulated.resources import Resource
 
 TARGET: Final = "ResourceGroupsTaggingAPI_20170126"
