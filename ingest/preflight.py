@@ -57,6 +57,12 @@ def statement(*actions: str, resource: str | Sequence[str] = "*") -> str:
 
 TARGET_ACTIONS: Final = ("cloudwatch:GetMetricData", "cloudwatch:ListMetrics")
 TAG_ACTIONS: Final = ("tag:GetResources",)
+ORGANIZATION_ACTIONS: Final = (
+    "organizations:ListAccounts",
+    "organizations:ListAccountsForParent",
+    "organizations:ListOrganizationalUnitsForParent",
+    "organizations:ListTagsForResource",
+)
 
 _OWNERS: Final = (
     ("service control policy", "a service control policy (SCP) denies it; it is changed in AWS Organizations, not in the account"),
@@ -152,6 +158,17 @@ def remedy_of_action(error: HeadgateError, action: str, account: str, region: st
         return _remedy_of_weather(error)
     actions = TARGET_ACTIONS if action in TARGET_ACTIONS else (action,)
     return f"add to the role's policy: {statement(*actions)}"
+
+
+def remedy_of_organization(error: HeadgateError, role: str) -> str:
+    """What to do where the organization's accounts cannot be listed."""
+    if isinstance(error, Transient):
+        return _remedy_of_weather(error)
+    who = role or "the coordinator's own role"
+    return (
+        "only the organization's management account or a delegated administrator may list accounts: "
+        f"{who} has to be of one, trust the coordinator, and have {statement(*ORGANIZATION_ACTIONS)}"
+    )
 
 
 def _remedy_of_weather(error: HeadgateError) -> str:

@@ -15,7 +15,7 @@ import yaml
 
 from ingest.clock import SystemClock
 from ingest.model import Outcome, TaskItem
-from ingest.preflight import TAG_ACTIONS, TARGET_ACTIONS
+from ingest.preflight import ORGANIZATION_ACTIONS, TAG_ACTIONS, TARGET_ACTIONS
 from ingest.schedule import grids_of
 from ingest.sources.cloudwatch import CloudWatchSource
 from ingest.sources.organization import TagCache, list_organization
@@ -119,6 +119,7 @@ def test_the_terraform_module_is_formatted() -> None:
 
 def test_what_preflight_tells_to_paste_is_what_is_shipped() -> None:
     assert {*TARGET_ACTIONS, *TAG_ACTIONS} == actions(statements("target"))
+    assert set(ORGANIZATION_ACTIONS) < actions(statements("coordinator"))
 
 
 async def test_a_run_uses_exactly_what_the_policies_allow() -> None:

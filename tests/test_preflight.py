@@ -16,12 +16,11 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from ingest.clock import SystemClock
 from ingest.errors import HeadgateError, Rejected, Transient
 from ingest.preflight import Finding, State, caller_of, is_right, remedy_of_action, remedy_of_identity
-from ingest.sources.aws import Aws
 from ingest.sources.aws_preflight import AwsPreflight
 from shard_config.load import loads, shipped_services
 from shard_config.model import Config
 from workers import cli
-from workers.preflight import chosen, render
+from workers.preflight import chosen, render, with_members
 from workers.preflight_parts import check_kafka, check_postgres, check_s3
 from workers.setup import setup
 from workers.simulated.faults import Faults
@@ -35,7 +34,7 @@ REGIONS = ("eu-west-1", "us-east-1")
 @pytest.fixture
 async def aws_world() -> AsyncIterator[Simulator]:
     world = World(1, ACCOUNTS, REGIONS, 10, [shipped_services()["ec2"]])
-    simulator = await start(world, external_id="right", calls_per_s=0)
+    simulator = await start(world, external_id="right", calls_per_s=0, links={ACCOUNTS[0]: ACCOUNTS[1:2]})
     yield simulator
     await simulator.close()
 
@@ -52,13 +51,11 @@ def config_of(simulator: Simulator, accounts: int = len(ACCOUNTS), external_id: 
 async def asked(
     config: Config, *, paid: bool = False, deadline_s: float = 30
 ) -> tuple[list[Finding], AwsPreflight]:
-    clock = SystemClock()
-    aws = Aws(config, clock)
+    preflight = AwsPreflight(config, SystemClock(), paid=paid, deadline_s=deadline_s)
     try:
-        preflight = AwsPreflight(aws, config, clock, paid=paid, deadline_s=deadline_s)
         return sorted(await preflight.check(config.accounts, lambda: None)), preflight
     finally:
-        await aws.close()
+        await preflight.close()
 
 
 def states(found: list[Finding], check: str) -> dict[str, State]:
@@ -104,6 +101,62 @@ async def test_one_account_that_denies_spoils_no_other(aws_world: Simulator) -> 
     denied = next(f for f in wrong if f.check == "cloudwatch:GetMetricData")
     assert "cloudwatch:GetMetricData" in denied.remedy
     assert json.loads(denied.remedy.partition(": ")[2])["Effect"] == "Allow"
+
+
+async def test_tags_are_asked_for_where_a_service_is_selected_by_them_and_a_monitoring_account_has_none(
+    aws_world: Simulator,
+) -> None:
+    document = {
+        "aws": {"endpoint_url": aws_world.url, "role_template": "arn:aws:iam::{account}:role/headgate"},
+        "defaults": {"regions": ["eu-west-1"], "services": ["ec2"]},
+        "accounts": [
+            {"id": ACCOUNTS[0], "external_id": "right"},
+            {"id": ACCOUNTS[1], "external_id": "right", "via": ACCOUNTS[0]},
+        ],
+        "services": {"ec2": {"only": [{"tags": {"env": "prod"}}]}},
+    }
+    found, _ = await asked(loads(yaml.safe_dump(document), "test", environ={}))
+    assert states(found, "tag:GetResources")[f"{ACCOUNTS[0]}/eu-west-1"] is State.OK
+    [wrong] = [f for f in found if f.state is State.WRONG]
+    assert (wrong.subject, wrong.check) == (f"{ACCOUNTS[1]}/eu-west-1", "tags of ec2")
+
+
+async def test_an_account_that_is_not_linked_to_its_monitoring_account_is_found_out(
+    aws_world: Simulator,
+) -> None:
+    config = config_of(aws_world, accounts=3)
+    accounts = tuple(a.model_copy(update={"via": ACCOUNTS[0]}) for a in config.accounts[1:])
+    config = config.model_copy(update={"accounts": (config.accounts[0], *accounts)})
+    found, preflight = await asked(config, paid=True)
+    wrong = [f for f in found if f.state is State.WRONG]
+    assert {f.subject for f in wrong} == {f"{ACCOUNTS[2]}/{region}" for region in REGIONS}
+    assert {f.check for f in wrong} == {"cloudwatch:ListMetrics", "cloudwatch:GetMetricData"}
+    assert all(f"link {ACCOUNTS[2]} to monitoring account {ACCOUNTS[0]}" in f.remedy for f in wrong)
+    assert set(preflight.asked.requests) == {
+        "AssumeRole",
+        "GetCallerIdentity",
+        "ListMetrics",
+        "GetMetricData",
+    }
+
+
+async def test_the_accounts_of_an_organization_are_checked_with_those_of_the_file(
+    aws_world: Simulator,
+) -> None:
+    document = {
+        "aws": {"endpoint_url": aws_world.url, "role_template": "arn:aws:iam::{account}:role/headgate"},
+        "defaults": {"regions": ["eu-west-1"], "services": ["ec2"]},
+        "organization": {"external_id": "right"},
+    }
+    config = loads(yaml.safe_dump(document), "test", environ={})
+    whole, [finding] = await with_members(config, SystemClock())
+    assert finding.state is State.OK
+    assert [a.id for a in whole.accounts] == list(ACCOUNTS)
+    role = f"arn:aws:iam::{ACCOUNTS[1]}:role/headgate"  # of no management account
+    other = config.model_copy(update={"organization": config.organization.model_copy(update={"role_arn": role})})  # type: ignore[union-attr]  # fmt: skip
+    _, [finding] = await with_members(other, SystemClock())
+    assert finding.state is State.WRONG
+    assert "organizations:ListAccounts" in finding.remedy
 
 
 async def test_an_endpoint_that_is_away_is_a_finding_and_no_exception(aws_world: Simulator) -> None:

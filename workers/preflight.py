@@ -14,13 +14,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ingest.clock import SystemClock
+from ingest.clock import Clock, SystemClock
 from ingest.errors import HeadgateError
-from ingest.preflight import Finding, State, is_right
-from ingest.sources.aws import Aws
+from ingest.preflight import Finding, State, is_right, remedy_of_organization
 from ingest.sources.aws_preflight import Asked, AwsPreflight
+from ingest.sources.organization import TagCache, list_organization
 from shard_config.document import did_you_mean
 from shard_config.model import Account, Config
+from shard_config.organization import with_accounts
 from shard_config.price import Prices
 from workers import local
 from workers.lifecycle import configure_logs
@@ -38,24 +39,51 @@ def chosen(config: Config, only: Sequence[str], limit: int | None) -> list[Accou
     return [account for account in config.accounts if not only or account.id in only][:limit]
 
 
+async def with_members(config: Config, clock: Clock) -> tuple[Config, list[Finding]]:
+    """The configuration with its organization's accounts, and how listing them went."""
+    organization = config.organization
+    if organization is None:
+        return config, []
+    subject, check = organization.role_arn or "ambient credentials", "organizations:ListAccounts"
+    try:
+        listing = await list_organization(config, clock, TagCache())
+    except HeadgateError as error:
+        remedy = remedy_of_organization(error, organization.role_arn)
+        return config, [Finding("aws", subject, check, State.WRONG, error.what, remedy)]
+    what = f"{len(listing.accounts):,} accounts"
+    return with_accounts(config, listing), [Finding("aws", subject, check, State.OK, what)]
+
+
 async def preflight(
-    config: Config, accounts: Sequence[Account], parts: Sequence[str], *, paid: bool, progress: Progress
+    config: Config,
+    only: Sequence[str],
+    limit: int | None,
+    parts: Sequence[str],
+    *,
+    paid: bool,
+    progress: Progress,
 ) -> tuple[list[Finding], Asked]:
-    """All findings, sorted, and what was asked of AWS for them. What is wrong with a part is a finding, never raised."""
+    """All findings, sorted, and what was asked of AWS for them. What is wrong with a part is a finding, never raised.
+
+    Raises HeadgateError for an account in `only` that is not configured.
+    """
     clock = SystemClock(config.run.clock_offset_s)
     found: list[Finding] = []
-    aws = Aws(config, clock)
-    try:
-        asking = AwsPreflight(aws, config, clock, paid=paid)
-        if "aws" in parts:
-            bar = progress.add_task("accounts", total=len(accounts))
+    asked = Asked({}, 0)
+    if "aws" in parts:
+        whole, found = await with_members(config, clock)
+        accounts = chosen(whole, only, limit)
+        asking = AwsPreflight(whole, clock, paid=paid)
+        bar = progress.add_task("accounts", total=len(accounts))
+        try:
             found += await asking.check(accounts, lambda: progress.advance(bar))
-    finally:
-        await aws.close()
+        finally:
+            await asking.close()
+        asked = asking.asked
     own = {"s3": check_s3, "kafka": check_kafka, "postgres": check_postgres}
     for of_part in await asyncio.gather(*(check(config) for name, check in own.items() if name in parts)):
         found += of_part
-    return sorted(found), asking.asked
+    return sorted(found), asked
 
 
 # --- for people -------------------------------------------------------------------------------------------------
@@ -143,13 +171,19 @@ def _count(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     configure_logs("preflight")
     config = local.find_config(args.config)
-    accounts = chosen(config, args.account, args.limit_accounts)
     columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(
         *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
     ) as progress:
         found, asked = asyncio.run(
-            preflight(config, accounts, args.only or PARTS, paid=args.paid, progress=progress)
+            preflight(
+                config,
+                args.account,
+                args.limit_accounts,
+                args.only or PARTS,
+                paid=args.paid,
+                progress=progress,
+            )
         )
     if args.format == "json":
         print(json.dumps([asdict(f) for f in found], indent=2))

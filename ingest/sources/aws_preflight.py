@@ -12,13 +12,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from ingest.clock import Clock
 from ingest.errors import HeadgateError, Rejected
 from ingest.preflight import Finding, State, remedy_of_action, remedy_of_identity
-from ingest.sources.aws import Access, Aws, Tally
+from ingest.sources.asking import Asking
+from ingest.sources.aws import Access, Tally
 from ingest.sources.aws_errors import Denied
+from ingest.sources.selection import asks_tags
 from shard_config.model import Account, Config
 
 ACCOUNTS_AT_ONCE: Final = 16
@@ -41,22 +44,26 @@ class Asked:
 
 
 class AwsPreflight:
-    """One preflight; `asked` counts while `check` runs."""
+    """One preflight; `asked` counts while `check` runs. `close` it."""
 
     def __init__(
-        self, aws: Aws, config: Config, clock: Clock, *, paid: bool, deadline_s: float = ACCOUNT_DEADLINE_S
+        self, config: Config, clock: Clock, *, paid: bool, deadline_s: float = ACCOUNT_DEADLINE_S
     ) -> None:
         """`deadline_s` is of each account."""
-        self._aws = aws
+        self._asking = Asking(config, clock)
         self._config = config
         self._clock = clock
         self._paid = paid
         self._deadline_s = deadline_s
         self._tally = Tally()
+        self._metrics_billed = 0
+
+    async def close(self) -> None:
+        await self._asking.close()
 
     @property
     def asked(self) -> Asked:
-        return Asked(dict(self._tally.requests), self._tally.metrics_billed)
+        return Asked(dict(self._tally.requests), self._metrics_billed)
 
     async def check(self, accounts: Sequence[Account], done: Callable[[], None]) -> list[Finding]:
         """The findings of all accounts, ACCOUNTS_AT_ONCE at a time; `done` is called after each."""
@@ -75,70 +82,101 @@ class AwsPreflight:
 
     async def account(self, account: Account) -> list[Finding]:
         """Who we are there, and what we may in each region; without an identity nothing else is asked."""
+        asked = self._asking.asked(account.id)
+        if asked is None:
+            return [Finding("aws", account.id, "configuration", State.WRONG, "is not in the configuration")]
+        caller = asked.account
         deadline_s = self._clock.monotonic_s() + self._deadline_s
-        role = account.role_arn or self._config.aws.role_template.replace("{account}", account.id)
+        role = caller.role_arn or self._config.aws.role_template.replace("{account}", caller.id)
         identity = "AssumeRole" if role else "GetCallerIdentity"
         try:
-            await self._aws.credentials(account, deadline_s, self._tally)
+            await self._asking.aws.credentials(caller, deadline_s, self._tally)
         except HeadgateError as error:
             check = next((api for api in ("AssumeRole", "GetCallerIdentity") if api in error.where), identity)
-            remedy = remedy_of_identity(error, account.id, role, account.external_id is not None)
+            remedy = remedy_of_identity(error, caller.id, role, caller.external_id is not None)
             return [Finding("aws", account.id, check, State.WRONG, error.what, remedy)]
         found = [
             Finding("aws", account.id, identity, State.OK, f"by {role}" if role else "ambient credentials")
         ]
         for region in account.regions:
-            for action, ask in self._questions(account):
-                found.append(await self._probe(account, region, action, ask, deadline_s))
+            found += self._tags_are_wrong(account, region)
+            for action, ask in self._questions(account, region, asked.linked):
+                found.append(await self._probe(account, caller, region, action, ask, deadline_s))
         return found
 
-    def _questions(self, account: Account) -> list[tuple[str, Ask]]:
+    def _questions(self, account: Account, region: str, linked: bool) -> list[tuple[str, Ask]]:
+        owner = account.id if linked else ""
         questions: list[tuple[str, Ask]] = [
-            ("cloudwatch:ListMetrics", self._list_metrics),
-            ("cloudwatch:GetMetricData", self._get_metric_data),
+            ("cloudwatch:ListMetrics", partial(self._list_metrics, owner)),
+            ("cloudwatch:GetMetricData", partial(self._get_metric_data, owner)),
         ]
-        profiles = self._config.service_by_name
-        if any(s.tags for name in account.services for s in profiles[name].only):
+        if any(asks_tags(profile) for profile in self._config.services_in(account, region)):
             questions.append(("tag:GetResources", self._get_resources))
         return questions
 
+    def _tags_are_wrong(self, account: Account, region: str) -> list[Finding]:
+        """What discovery would refuse of services that are selected by tags."""
+        found = []
+        for profile in self._config.services_in(account, region):
+            if not asks_tags(profile):
+                continue
+            where, check = f"{account.id}/{region}", f"tags of {profile.service}"
+            if profile.resources is None:
+                what, remedy = "`only` asks for tags, and nothing says whose", "give the service `resources`"
+                found.append(Finding("aws", where, check, State.WRONG, what, remedy))
+            elif account.via:
+                what = f"`only` asks for tags, and monitoring account {account.via} does not know those of others"
+                found.append(
+                    Finding(
+                        "aws", where, check, State.WRONG, what, "leave `via` out, or select by dimensions"
+                    )
+                )
+        return found
+
     async def _probe(
-        self, account: Account, region: str, action: str, ask: Ask, deadline_s: float
+        self, account: Account, caller: Account, region: str, action: str, ask: Ask, deadline_s: float
     ) -> Finding:
         subject, api = f"{account.id}/{region}", action.partition(":")[2]
         free = api == "GetMetricData" and not self._paid
         try:
-            await self._aws.call(
-                account, region, api, ask, cost_s=1 / CALLS_PER_S, deadline_s=deadline_s, tally=self._tally
+            await self._asking.aws.call(
+                caller, region, api, ask, cost_s=1 / CALLS_PER_S, deadline_s=deadline_s, tally=self._tally
             )
         except HeadgateError as error:
             if free and isinstance(error, Rejected) and not isinstance(error, Denied):
                 what = "not denied; whether it is allowed only a billed metric proves (--paid)"
                 return Finding("aws", subject, action, State.UNPROVED, what)
-            remedy = remedy_of_action(error, action, account.id, region)
+            remedy = remedy_of_action(error, action, caller.id, region)
+            if caller.id != account.id and isinstance(error, Rejected):
+                remedy = f"link {account.id} to monitoring account {caller.id} in {region}, sharing metrics; or: {remedy}"
             return Finding("aws", subject, action, State.WRONG, error.what, remedy)
-        self._tally.metrics_billed += api == "GetMetricData"
+        self._metrics_billed += api == "GetMetricData"
         return Finding("aws", subject, action, State.OK)
 
     # --- questions --------------------------------------------------------------------------------------------
 
-    async def _list_metrics(self, access: Access) -> object:
-        async with self._aws.client("cloudwatch", access) as client:
-            return await client.list_metrics(Namespace=NAMESPACE)
+    async def _list_metrics(self, owner: str, access: Access) -> object:
+        linked = {"IncludeLinkedAccounts": True, "OwningAccount": owner} if owner else {}
+        async with self._asking.aws.client("cloudwatch", access) as client:
+            return await client.list_metrics(Namespace=NAMESPACE, **linked)
 
-    async def _get_metric_data(self, access: Access) -> object:
+    async def _get_metric_data(self, owner: str, access: Access) -> object:
         now_s = self._clock.now_s() // 60 * 60
         start_s, end_s = (now_s - 300, now_s) if self._paid else (now_s, now_s - 300)
-        async with self._aws.client("cloudwatch", access) as client:
-            return await client.get_metric_data(
-                MetricDataQueries=[_one_query()], StartTime=start_s, EndTime=end_s
+        async with self._asking.aws.client("cloudwatch", access) as client:
+            answer = await client.get_metric_data(
+                MetricDataQueries=[_one_query(owner)], StartTime=start_s, EndTime=end_s
             )
+        if any(result.get("StatusCode") == "Forbidden" for result in answer.get("MetricDataResults", ())):
+            raise Denied("aws GetMetricData", f"its answer for account {owner or 'ours'} is Forbidden")
+        return answer
 
     async def _get_resources(self, access: Access) -> object:
-        async with self._aws.client("resourcegroupstaggingapi", access) as client:
+        async with self._asking.aws.client("resourcegroupstaggingapi", access) as client:
             return await client.get_resources(ResourcesPerPage=1)
 
 
-def _one_query() -> dict[str, Any]:
+def _one_query(owner: str) -> dict[str, Any]:
     metric = {"Namespace": NAMESPACE, "MetricName": "Probe"}
-    return {"Id": "q0", "MetricStat": {"Metric": metric, "Period": 60, "Stat": "Sum"}}
+    query: dict[str, Any] = {"Id": "q0", "MetricStat": {"Metric": metric, "Period": 60, "Stat": "Sum"}}
+    return query | ({"AccountId": owner} if owner else {})
