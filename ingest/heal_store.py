@@ -68,15 +68,15 @@ ORDER BY planned_at DESC LIMIT $3"""
 _UNLANDED = """SELECT coalesce(t.value, a.value) AS value, l.target, l.service, l.window_start, l.window_end, l.finished_at
 FROM looks l LEFT JOIN tasks t USING (task_id) LEFT JOIN attempts a USING (task_id)
 WHERE l.landed_at IS NULL AND l.archive_key <> '' AND cardinality(l.batch_ids) > 0 AND l.target = ANY($1)
-    AND l.finished_at < $2 AND coalesce(t.value, a.value) IS NOT NULL
-ORDER BY l.finished_at DESC LIMIT $3"""
+    AND coalesce(t.value, a.value) IS NOT NULL
+ORDER BY l.finished_at DESC LIMIT $2"""
 
 _UNBALANCED = """SELECT DISTINCT ON (w.target, w.service, w.start) coalesce(t.value, a.value) AS value, l.target, l.service,
-    l.window_start, l.window_end, l.look_id, l.landed_at IS NOT NULL AS landed
+    l.window_start, l.window_end, l.look_id
 FROM unnest($1::text[], $2::text[], $3::timestamptz[]) AS w (target, service, start)
 JOIN looks l ON l.target = w.target AND l.service = w.service AND l.window_start <= w.start AND l.window_end > w.start
 LEFT JOIN tasks t USING (task_id) LEFT JOIN attempts a USING (task_id)
-WHERE (l.landed_at IS NOT NULL OR l.finished_at >= $4) AND l.status = 'complete' AND l.archive_key <> ''
+WHERE l.landed_at IS NOT NULL AND l.status = 'complete' AND l.archive_key <> ''
     AND cardinality(l.batch_ids || l.held_ids) > 0 AND coalesce(t.value, a.value) IS NOT NULL
 ORDER BY w.target, w.service, w.start, l.observed_at DESC"""
 
@@ -195,10 +195,10 @@ class HealStore:
                 for r in await connection.fetch(_PENDING, targets, recent, PENDING_MAX)
             ],
             unlanded=[
-                _unlanded(r, heard[r["target"]]["landed"])
-                for r in await connection.fetch(_UNLANDED, targets, now - grace, UNLANDED_MAX)
+                _unlanded(r, heard[r["target"]]["landed"], now - grace)
+                for r in await connection.fetch(_UNLANDED, targets, UNLANDED_MAX)
             ]
-            + await _unbalanced(connection, windows, now - grace),
+            + await _unbalanced(connection, windows),
             heard_s={Target.parse(t): int(r["heard"].timestamp()) for t, r in heard.items() if r["heard"]},
             series={(Target.parse(r["target"]), r["service"]): r["series"] for r in series if r["series"]},
             pauses=Pauses.of(await pauses.read(connection)),
@@ -229,16 +229,13 @@ async def _declare(
     return tuple(by_key[key] for key in sorted(done))
 
 
-async def _unbalanced(
-    connection: asyncpg.Connection, windows: list[OpenWindow], since: datetime
-) -> list[Unlanded]:
-    """The newest looks at windows whose rows are not what those looks say; one that ended after `since` may be on its way."""
+async def _unbalanced(connection: asyncpg.Connection, windows: list[OpenWindow]) -> list[Unlanded]:
+    """The newest looks at windows whose rows are not what those looks say."""
     some = [w for w in windows if w.unbalanced][:UNBALANCED_MAX]
     if not some:
         return []
     rows = await connection.fetch(
         _UNBALANCED, [str(w.target) for w in some], [w.service for w in some], [_at(w.window.start_s) for w in some],
-        since,
     )  # fmt: skip
     looks = {r["look_id"]: r for r in rows}
     return [
@@ -247,8 +244,8 @@ async def _unbalanced(
             r["service"],
             int(r["window_start"].timestamp()),
             int(r["window_end"].timestamp()),
-            passed=r["landed"],
-            look_id=look_id if r["landed"] else 0,
+            passed=True,
+            look_id=look_id,
         )
         for look_id, r in looks.items()
     ]
@@ -288,13 +285,14 @@ def _attempt(row: asyncpg.Record) -> Attempt:
     )
 
 
-def _unlanded(row: asyncpg.Record, landed: datetime | None) -> Unlanded:
+def _unlanded(row: asyncpg.Record, landed: datetime | None, before: datetime) -> Unlanded:
+    """One that ended after `before` is on its way."""
     return Unlanded(
         wire.decode_task(row["value"]),
         row["service"],
         int(row["window_start"].timestamp()),
         int(row["window_end"].timestamp()),
-        passed=landed is not None and landed > row["finished_at"],
+        passed=landed is not None and landed > row["finished_at"] and row["finished_at"] < before,
     )
 
 
