@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ingest.errors import Rejected
 from ingest.model import Target
+from ingest.sources import selection
 from ingest.sources.discovery import request_of
-from ingest.sources.selection import Metric, TagIndex, series_of, tag_keys
+from ingest.sources.selection import Metric, Names, Selector, TagIndex, series_of, tag_keys
 from shard_config.load import shipped_services
-from shard_config.model import MetricProfile, Resources, Selection, ServiceProfile
+from shard_config.model import Limits, MetricProfile, Resources, Selection, ServiceProfile
 
 TARGET = Target("cloudwatch", "100000000001", "eu-west-1")
 METRICS: list[Metric] = [
@@ -174,3 +176,21 @@ def test_the_arns_of_aws_lead_to_the_dimensions_of_their_metrics(
 
 def test_every_shipped_profile_with_resources_has_an_arn_in_this_test() -> None:
     assert {service for service, _, found in ARNS if found} == set(shipped_services())
+
+
+def test_metrics_that_cannot_travel_are_counted_and_take_no_other_with_them() -> None:
+    names = Names(Selector(profile_of()), Limits(dimensions_max=2, label_bytes_max=10))
+    many = tuple((f"d{n}", "x") for n in range(3))
+    names.add(
+        [("good", ()), ("too-long-a-name", ()), ("many", many), ("long", (("d", "x" * 11),)), ("nul\0", ())]
+    )
+    assert [one.key.metric for one in names.series(TARGET)] == ["good"]
+    assert (len(names), names.refused) == (1, 4)
+
+
+def test_names_without_end_are_an_error_before_they_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "NAMES_BYTES_MAX", 1000)
+    names = Names(Selector(profile_of()), Limits())
+    names.add([("same", ())] * 1000)
+    with pytest.raises(Rejected, match="select fewer"):
+        names.add([(f"metric-{n}", ()) for n in range(100)])

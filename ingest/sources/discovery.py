@@ -13,7 +13,7 @@ Guarantees:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,22 +21,21 @@ import structlog
 
 from ingest.clock import Clock
 from ingest.errors import HeadgateError, Rejected, Transient
-from ingest.model import Series, Target
+from ingest.model import Target
 from ingest.sources.aws import Access, Aws, Tally
 from ingest.sources.listing import Cache, Late, Listing, Shared, depends_on
-from ingest.sources.packed import PackedTable, added, pack
+from ingest.sources.packed import added, pack
 from ingest.sources.selection import (
     Metric,
+    Names,
     Selector,
     TagIndex,
     asks_tags,
     dimensions_of_all,
-    keys_of,
     tag_keys,
 )
 from ingest.sources.tags import tagged_resources
 from ingest.sources.transport import ListPage
-from ingest.validate import series_problem
 from shard_config.model import Account, Limits, ServiceProfile
 
 log = structlog.get_logger()
@@ -215,10 +214,8 @@ class Discovery:
         index: TagIndex | None = None
         if asks_tags(profile):
             index = await self._tags(asked, target, profile, deadline_s, tally)
-        selector = Selector(profile, index)
+        names = Names(Selector(profile, index), self._limits)
         observed_at_ms = 0
-        taken: set[str] = set()
-        listed = 0
         request = request_of(profile, target.account if asked.linked else "")
         tokens: set[str] = set()
         for _ in range(PAGES_MAX):
@@ -228,8 +225,7 @@ class Discovery:
                 # Data must never be labelled with an account that it is not from.
                 what = f"account {asked.account.id} lists metrics that are not said to be of {target.account}"
                 raise Rejected(_where(target, profile), "refused", what)
-            listed += len(page.metrics)
-            taken.update(keys_of(metric for metric in page.metrics if selector.takes(*metric)))
+            names.add(page.metrics)
             if not page.next_token:
                 break
             if page.next_token in tokens:
@@ -241,25 +237,16 @@ class Discovery:
                 _where(target, profile), f"more than {PAGES_MAX} pages", "split the service's profile"
             )
         # In a thread, for 100,000 series take a second.
-        tables, refused = await asyncio.to_thread(self._pack, selector, taken, target)
-        log.info("discovered", target=str(target), service=profile.service, metrics=listed, refused=refused)
+        tables = await asyncio.to_thread(lambda: tuple(pack(names.series(target), self._limits)))
+        log.info(
+            "discovered",
+            target=str(target),
+            service=profile.service,
+            metrics=len(names),
+            series=sum(map(len, tables)),
+            refused=names.refused,
+        )
         return Listing(tables, observed_at_ms, depends)
-
-    def _pack(
-        self, selector: Selector, taken: set[str], target: Target
-    ) -> tuple[tuple[PackedTable, ...], int]:
-        """The tables, and how many series are left out since they could not travel."""
-        limits, refused = self._limits, 0
-
-        def travelling() -> Iterable[Series]:
-            nonlocal refused
-            for one in selector.series(sorted(taken), target):
-                if series_problem(one, limits) is None:
-                    yield one
-                else:
-                    refused += 1
-
-        return tuple(pack(travelling(), limits)), refused
 
     async def _page(
         self, asked: Asked, target: Target, request: dict[str, Any], deadline_s: float, tally: Tally

@@ -12,11 +12,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import chain
 
 import orjson
 
+from ingest.errors import Rejected
 from ingest.model import Series, SeriesKey, Target
-from shard_config.model import Resources, Selection, ServiceProfile
+from ingest.validate import dimensions_problem, text_problem
+from shard_config.model import Limits, Resources, Selection, ServiceProfile
+
+NAMES_BYTES_MAX = 512 * 1024 * 1024
+"""Of one listing: a million metrics of EC2's have 60 MB."""
 
 Dimensions = tuple[tuple[str, str], ...]
 """Sorted by name."""
@@ -122,6 +128,42 @@ def keys_of(metrics: Iterable[Metric]) -> Iterator[str]:
             yield bytes(memoryview(orjson.dumps((dimensions, name))))
         except orjson.JSONEncodeError:
             continue
+
+
+class Names:
+    """The metrics that a listing takes, gathered page by page. `refused` could not travel, and are left out."""
+
+    def __init__(self, selector: Selector, limits: Limits) -> None:
+        self._selector = selector
+        self._limits = limits
+        self._names: set[str] = set()
+        self._bytes = 0
+        self.refused = 0
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def add(self, metrics: Iterable[Metric]) -> None:
+        """Raises Rejected where all of them together are more than anybody can hold."""
+        taken = [metric for metric in metrics if self._selector.takes(*metric)]
+        found = list(keys_of(metric for metric in taken if self._travels(*metric)))
+        self.refused += len(taken) - len(found)
+        new = set(found) - self._names
+        self._names |= new
+        self._bytes += sum(map(len, new))
+        if self._bytes > NAMES_BYTES_MAX:
+            what = f"the names of {len(self):,} metrics take more than {NAMES_BYTES_MAX >> 20} MB"
+            raise Rejected("aws ListMetrics", "too_many", f"{what}: select fewer with `only`")
+
+    def _travels(self, name: str, dimensions: Dimensions) -> bool:
+        texts = (name, *chain.from_iterable(dimensions))
+        return dimensions_problem(dimensions, self._limits) is None and not any(
+            text_problem(text, self._limits) for text in texts
+        )
+
+    def series(self, target: Target) -> Iterator[Series]:
+        """All series of them, in one order."""
+        return self._selector.series(sorted(self._names), target)
 
 
 def series_of(
