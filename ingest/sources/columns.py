@@ -101,14 +101,15 @@ class Columns:
 
 def columns_of(points: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Columns:
     """Columns of one (timestamps in s, values) pair a series. Raises ValueError where the two differ in length."""
-    counts = [len(timestamps_s) for timestamps_s, _ in points]
-    if counts != [len(values) for _, values in points]:
+    timestamps_s, values = zip(*points, strict=True) if points else ((), ())
+    counts = [*map(len, timestamps_s)]
+    if counts != [*map(len, values)]:
         raise ValueError("a series has not as many values as timestamps")
     # By way of lists: of 2,500 numbers numpy makes an array in a third of the time that it takes from an iterator.
     return Columns(
         np.array(counts, np.int32),
-        np.array([*chain.from_iterable(timestamps_s for timestamps_s, _ in points)], np.int64),
-        np.array([*chain.from_iterable(values for _, values in points)], np.float64),
+        np.array([*chain.from_iterable(timestamps_s)], np.int64),
+        np.array([*chain.from_iterable(values)], np.float64),
     )
 
 

@@ -9,10 +9,11 @@ Guarantees:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol, overload
 
 import orjson
@@ -30,7 +31,8 @@ Points = tuple[Sequence[float], Sequence[float]]
 """Timestamps in s, values."""
 
 _ROWS = {f"q{row}": row for row in range(QUERIES_PER_CALL_MAX)}
-_NUMBERS = {int, float}
+_MEMBERS = itemgetter("Id", "StatusCode", "Timestamps", "Values")
+_ID, _STATUS, _TIMESTAMPS, _VALUES, _POINTS = map(itemgetter, (0, 1, 2, 3, slice(2, 4)))
 
 
 # --- what is asked --------------------------------------------------------------------------------------------
@@ -170,6 +172,10 @@ class Result(NamedTuple):
     values: Sequence[float]
 
 
+_RESULT: Callable[[Iterable[Any]], Result] = partial(tuple.__new__, Result)
+"""What `Result._make` does, without a function in Python for each."""
+
+
 @dataclass(frozen=True, slots=True)
 class Page:
     """One answer to GetMetricData. `date_ms` is None where the `Date` header is missing or unreadable."""
@@ -196,15 +202,7 @@ def page_of(answer: Any, date: str | None = None) -> Page:
     if not isinstance(answer, dict) or not isinstance(answer.get("MetricDataResults"), list):
         raise Malformed("aws GetMetricData", "an answer without a list of results")
     try:
-        results = [
-            Result(
-                str(one.get("Id") or ""),
-                str(one.get("StatusCode") or ""),
-                one.get("Timestamps") or (),
-                one.get("Values") or (),
-            )
-            for one in answer["MetricDataResults"]
-        ]
+        results = _results_of(answer["MetricDataResults"])
         messages = [f"{m.get('Code', '')}: {m.get('Value', '')}" for m in answer.get("Messages") or ()]
         _require_numbers(results)
     except (AttributeError, TypeError, ValueError) as error:
@@ -212,23 +210,57 @@ def page_of(answer: Any, date: str | None = None) -> Page:
     return Page(results, messages, str(answer.get("NextToken") or ""), date_ms(date))
 
 
+# Below, loops that run in C: a page has 500 results, and each of these steps in Python costs as much as the network.
+
+
+def _results_of(raw: list[Any]) -> list[Result]:
+    try:
+        results = [*map(_RESULT, map(_MEMBERS, raw))]
+    except KeyError:
+        results = []
+    texts = {*map(type, map(_ID, results)), *map(type, map(_STATUS, results))}
+    lists = {*map(type, map(_TIMESTAMPS, results)), *map(type, map(_VALUES, results))}
+    if len(results) == len(raw) and texts <= {str} and lists <= {list}:
+        return results
+    return [
+        Result(
+            str(one.get("Id") or ""),
+            str(one.get("StatusCode") or ""),
+            one.get("Timestamps") or (),
+            one.get("Values") or (),
+        )
+        for one in raw
+    ]
+
+
 def _require_numbers(results: list[Result]) -> None:
     """Make numbers of `"NaN"`, `"Infinity"` and dates, as botocore does. Raises TypeError or ValueError for what is none."""
-    if {*map(type, chain.from_iterable(one.timestamps_s for one in results))} - _NUMBERS:
+    if not _are_numbers(map(_TIMESTAMPS, results)):
         for at, one in enumerate(results):
             results[at] = one._replace(timestamps_s=[*map(epoch_s, one.timestamps_s)])
-    if {*map(type, chain.from_iterable(one.values for one in results))} - _NUMBERS:
+    if not _are_numbers(map(_VALUES, results)):
         for at, one in enumerate(results):
             results[at] = one._replace(values=[float(value) for value in one.values])
 
 
-def check(page: Page, asked: Collection[int]) -> Page:
+def _are_numbers(columns: Iterable[Iterable[Any]]) -> bool:
+    try:
+        sum(chain.from_iterable(columns))
+    except TypeError:
+        return False
+    return True
+
+
+def check(page: Page, asked: frozenset[int]) -> Page:
     """The page, whole. Raises Malformed where it contradicts itself or the question: none of it is used then."""
-    for id_, _, timestamps_s, values in page.results:
-        if _ROWS.get(id_, -1) not in asked:
-            raise Malformed("aws GetMetricData", f"an answer to Id {id_!r}, which was not asked")
-        if len(timestamps_s) != len(values):
-            raise Malformed("aws GetMetricData", f"Id {id_} has not as many values as timestamps")
+    results = page.results
+    if not asked.issuperset(map(_ROWS.get, map(_ID, results))):
+        id_ = next(one.id for one in results if _ROWS.get(one.id) not in asked)
+        raise Malformed("aws GetMetricData", f"an answer to Id {id_!r}, which was not asked")
+    counts = [*map(len, map(_TIMESTAMPS, results))], [*map(len, map(_VALUES, results))]
+    if counts[0] != counts[1]:
+        id_ = next(one.id for one in results if len(one.timestamps_s) != len(one.values))
+        raise Malformed("aws GetMetricData", f"Id {id_} has not as many values as timestamps")
     return page
 
 
@@ -245,6 +277,12 @@ class Answer:
     def add(self, page: Page) -> None:
         """Merge one more page, which has been through `check`."""
         points, statuses = self.points, self.statuses
+        if not statuses:  # the first page, which is most often the only one
+            rows = [*map(_ROWS.__getitem__, map(_ID, page.results))]
+            if len({*rows}) == len(rows):
+                points.update(zip(rows, map(_POINTS, page.results), strict=True))
+                statuses.update(zip(rows, map(_STATUS, page.results), strict=True))
+                return
         for id_, status, timestamps_s, values in page.results:
             row = _ROWS[id_]
             if row in points:
