@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import urllib.request
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -21,6 +22,7 @@ from tests.test_end_to_end import headgate, left_behind
 from workers.local import LocalStack, find_config
 from workers.scenes import made_up_scene
 from workers.stack import Endpoints, StackSpec
+from workers.world import SETTLED, Question
 
 SCENE = made_up_scene(accounts=2, metrics=40, seed=11, once=False)
 DENIED, GRANTED = SCENE.truth.accounts
@@ -49,9 +51,10 @@ def config_text(endpoints: Endpoints) -> str:
     return yaml.safe_dump(config | {"heal": HEAL})
 
 
-@pytest.fixture
-async def running(tmp_path: Path) -> AsyncIterator[Running]:
-    stack = LocalStack(tmp_path)
+@pytest.fixture(scope="module")
+async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
+    home = tmp_path_factory.mktemp("healing")
+    stack = LocalStack(home)
     started_at = datetime.now(UTC)
     await stack.start(StackSpec(config_text, shards=2, consumers=1, simulate_args=SCENE.simulate_args))
     try:
@@ -63,7 +66,7 @@ async def running(tmp_path: Path) -> AsyncIterator[Running]:
             await sql.close()
     finally:
         await stack.stop()
-    assert left_behind(tmp_path) == []
+    assert left_behind(home) == []
 
 
 def gaps(running: Running) -> list[dict[str, Any]]:
@@ -123,3 +126,41 @@ async def test_a_gap_appears_is_asked_again_with_rests_and_is_sealed_when_the_so
     bill = json.loads(ask(f"{running.stack.endpoints.aws_url}/billing"))["accounts"]
     billed = await running.sql.fetchval("SELECT sum(metrics_billed)::bigint FROM looks")
     assert billed == sum(account["metrics_requested"] for account in bill.values())
+
+
+@pytest.mark.parametrize(("days", "period_s"), [(20, 300), (70, 3600)])
+async def test_a_backfill_of_old_windows_lands_the_finest_period_that_cloudwatch_still_keeps(
+    running: Running, days: int, period_s: int
+) -> None:
+    from_s = (int(time.time()) - days * 86_400) // 3600 * 3600
+    to_s = from_s + 4 * 3600
+    region, stretch = SCENE.truth.regions[0], ("--from", str(from_s), "--to", str(to_s))
+    where = ("--account", GRANTED, "--region", region)
+
+    done = await asyncio.to_thread(
+        headgate, running.stack.home, "backfill", *stretch, *where, "--yes", "--json"
+    )
+
+    assert done.returncode == 0, done.stderr
+    rows = await running.sql.fetch(
+        "SELECT s.*, extract(epoch FROM ts)::bigint AS ts_s, value FROM samples JOIN series s ON s.id = series"
+        " WHERE ts >= to_timestamp($1) AND ts < to_timestamp($2)", from_s, to_s,
+    )  # fmt: skip
+    assert {r["period_s"] for r in rows} == {period_s}
+    found: dict[Question, dict[int, float]] = defaultdict(dict)
+    for r in rows:
+        dimensions = tuple(sorted(json.loads(r["dimensions"]).items()))
+        asked = Question(r["namespace"], r["metric"], dimensions, r["stat"], r["period_s"])
+        found[asked][r["ts_s"]] = r["value"]
+    truth = SCENE.truth.answers(GRANTED, region, list(found), from_s, to_s, SETTLED)
+    assert found == {q: dict(zip(*answer, strict=True)) for q, answer in zip(found, truth, strict=True)}
+    assert len(found) > 10
+
+    async def sealed() -> bool:
+        return not await running.sql.fetchval(
+            "SELECT count(*) FROM windows WHERE window_start < to_timestamp($1) AND sealed_at IS NULL", to_s
+        )
+
+    await eventually(sealed, timeout_s=30)
+    audit = await asyncio.to_thread(headgate, running.stack.home, "audit", *stretch)
+    assert audit.returncode == 0, audit.stdout
