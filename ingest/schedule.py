@@ -109,19 +109,21 @@ def due(
     config_revision: str,
     startup_lookback_s: int,
     stretch: Mapping[str, int] = NO_STRETCH,
+    stretch_max: int = 1,
 ) -> list[Task]:
     """The tasks that a target owes at `now_s`: the live one first, then overdue blocks, newest first.
 
     `planned_until_s` has, by service, the end of the newest window that is planned already; a service that is missing is planned for
-    the first time, `startup_lookback_s` back. `stretch` has, by service, how many poll intervals are one, where that is not 1.
+    the first time, `startup_lookback_s` back. `stretch` has, by service, how many poll intervals are one, where that is not 1;
+    `stretch_max` how many they may have been at the last poll: so many are one look, even where they are more than a call's worth.
     """
     live: list[TaskItem] = []
     others: dict[tuple[TaskKind, int, int], list[TaskItem]] = defaultdict(list)
     for grid in grids:
         until_s = planned_until_s.get(grid.service)
         if grid.has_past:
-            poll_s = grid.poll_interval_s * stretch.get(grid.service, 1)
-            here, overdue = _due_with_past(grid, until_s, now_s, startup_lookback_s, poll_s)
+            k = stretch.get(grid.service, 1)
+            here, overdue = _due_with_past(grid, until_s, now_s, startup_lookback_s, k, max(k, stretch_max))
             live += here
             for item in overdue:
                 others[(TaskKind.BACKLOG, item.end_s, 0)].append(item)
@@ -157,9 +159,15 @@ def blocks(grid: Grid, from_s: int, to_s: int) -> list[TaskItem]:
 
 
 def _due_with_past(
-    grid: Grid, planned_until_s: int | None, now_s: int, startup_lookback_s: int, poll_s: int
+    grid: Grid,
+    planned_until_s: int | None,
+    now_s: int,
+    startup_lookback_s: int,
+    stretch: int,
+    stretch_max: int,
 ) -> tuple[list[TaskItem], list[TaskItem]]:
-    """The live item, and overdue blocks before it. `poll_s` is a multiple of the grid's."""
+    """The live item, and overdue blocks before it."""
+    poll_s = grid.poll_interval_s * stretch
     tick = now_s // poll_s * poll_s
     if planned_until_s is not None and planned_until_s >= tick:
         return [], []
@@ -169,8 +177,9 @@ def _due_with_past(
     else:
         # What was planned last has not been looked at since it settled.
         resume_s = grid.floor(planned_until_s) - grid.lookback_s
-        if resume_s >= min(live_from, tick - grid.block_s):
-            # All since the last poll, however that was stretched, is a call's worth, and one look.
+        longest_s = max(grid.block_s, grid.poll_interval_s * stretch_max + grid.lookback_s)
+        if resume_s >= tick - longest_s:
+            # All since the last poll, however that was stretched, is one look.
             live_from = resume_s
     live = TaskItem(grid.service, live_from, tick, grid.poll_interval_s)
     return [live], blocks(grid, min(resume_s, live_from), live_from)

@@ -40,7 +40,7 @@ __all__ = ["ledger_database", "store"]  # the fixtures
 
 DAY_S = 86_400
 MIDNIGHT_S = 1_795_478_400
-TICK_S = 900
+TICK_S = 1800
 ACCOUNT = "100000000001"
 REGION = "eu-west-1"
 TARGET = Target("cloudwatch", ACCOUNT, REGION)
@@ -222,14 +222,14 @@ async def test_with_a_third_of_the_money_all_points_come_later_and_critical_ones
 
 
 async def test_a_hard_cap_stops_the_rest_shows_it_and_goes_on_after_midnight(store: Store) -> None:
-    async with days(store, usd_per_day=0.015, hard_cap=True, stretch_max=2) as two:
+    async with days(store, usd_per_day=0.006, hard_cap=True, stretch_max=2) as two:
         while two.clock.now_s() < MIDNIGHT_S + DAY_S:
             await two.tick()
         first = two.billed()
         while two.clock.now_s() < MIDNIGHT_S + DAY_S + 2 * 3600:
             await two.tick()
         stopped, live = two.tasks(TaskKind.BUDGET), two.tasks(TaskKind.LIVE)
-        assert Decimal(first) / 100_000 <= Decimal("0.015")
+        assert Decimal(first) / 100_000 <= Decimal("0.006")
         assert set(stopped) == {"ec2", "lambda", "rds", "sns"}
         assert stopped["ec2"][0] <= stopped["rds"][0]
         assert max(live["ec2"]) > DAY_S > max(t for t in live["ec2"] if t < DAY_S)

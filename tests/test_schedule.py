@@ -134,6 +134,14 @@ def test_stretched_polls_cover_every_window_of_the_same_grid_and_once_more_after
     assert all(look_s >= end_s + grid.settling_s for end_s, look_s in left.items())
 
 
+def test_relaxing_a_stretch_is_one_look_though_it_is_more_than_a_calls_worth() -> None:
+    grid = Grid("ec2", poll_interval_s=1800, period_s=60, settling_s=600)
+    until_s = {"ec2": NOON_S - 11 * 1800}
+    [live] = due(TARGET, [grid], until_s, NOON_S, REVISION, LOOKBACK_S, {}, 12)
+    assert (live.kind, live.items[0].start_s) == (TaskKind.LIVE, NOON_S - 12 * 1800)
+    assert len(due(TARGET, [grid], until_s, NOON_S, REVISION, LOOKBACK_S, {}, 1)) > 1
+
+
 def test_a_stretched_poll_is_one_look_at_all_since_the_last_one() -> None:
     until_s = {"ec2": NOON_S}
     looks = [

@@ -155,7 +155,10 @@ class Coordinator:
         config, until_s = self._config, self._until_s[target]
         if config.run.horizon_s is None:
             stretch = {g.service: self.polling.of(target.account, g.service) for g in grids if g.has_past}
-            return due(target, grids, until_s, now_s, self._revision, config.startup_lookback_s, stretch)
+            return due(
+                target, grids, until_s, now_s, self._revision, config.startup_lookback_s,
+                stretch, config.budget.stretch_max,
+            )  # fmt: skip
         # What has no past is polled as ever while the run lasts; the rest is looked at once.
         live = [g for g in grids if not g.has_past]
         once = [g for g in grids if g.has_past and g.service not in until_s]
