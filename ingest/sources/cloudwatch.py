@@ -249,7 +249,7 @@ class CloudWatchSource:
             run.tally.metrics_billed += self._price(run, request)
             return page
 
-        account, points = run.asked.account, call.points(run.period_s)
+        account, points = run.asked.account, call.points(run.period_s) * len(rows) // call.queries
         age_s = self._clock.now_s() - call.start_s
         # On average a page must bring a hundred points: AWS fills pages, and a source that does not must not hold us for ever.
         for number in range(10 + points // 100):
