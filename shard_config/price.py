@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, Decimal
+from decimal import Decimal
 from typing import Final, Self
 
 from shard_config.model import Aws
@@ -69,14 +69,3 @@ class Prices:
     def day_usd(self, metrics_billed: int, poll_interval_s: int) -> Decimal:
         """A day of looks that bill so many metrics each."""
         return self.get_metric_data_usd(metrics_billed) * DAY_S / poll_interval_s
-
-
-def stretched_poll_s(usd_per_look: Decimal, poll_interval_s: int, budget_usd_per_day: Decimal) -> int:
-    """The shortest multiple of a poll interval that stays within a budget: the grid itself does not change.
-
-    Raises ValueError where the budget is not positive.
-    """
-    if budget_usd_per_day <= 0:
-        raise ValueError(f"a budget of {budget_usd_per_day} dollars a day buys no look")
-    times = usd_per_look * DAY_S / poll_interval_s / budget_usd_per_day
-    return poll_interval_s * max(1, int(times.to_integral_value(ROUND_CEILING)))

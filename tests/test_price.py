@@ -7,7 +7,7 @@ from decimal import Decimal
 import pytest
 
 from shard_config.model import Aws
-from shard_config.price import Prices, stretched_poll_s
+from shard_config.price import Prices
 
 PRICES = Prices()
 
@@ -57,17 +57,3 @@ def test_a_configuration_states_its_prices() -> None:
     )
     assert Prices.of(aws) == expected
     assert Prices.of(Aws()) == Prices()
-
-
-@pytest.mark.parametrize(
-    ("budget", "poll_s"),
-    [("3", 300), ("2.88", 300), ("2.879", 600), ("0.5", 1800), ("0.0288", 30_000)],
-)
-def test_a_poll_stretches_by_whole_windows_until_the_budget_holds(budget: str, poll_s: int) -> None:
-    """A look at 1,000 metrics is a cent; 288 a day are $2.88."""
-    assert stretched_poll_s(Decimal("0.01"), 300, Decimal(budget)) == poll_s
-
-
-def test_no_budget_buys_no_look() -> None:
-    with pytest.raises(ValueError, match="buys no look"):
-        stretched_poll_s(Decimal("0.01"), 300, Decimal(0))

@@ -1,6 +1,7 @@
 """`headgate audit`: proves archive = ledger = store over a stretch of time, or names what differs. Changes nothing.
 
-`--recheck` asks the source itself again for a sample of sealed windows, which costs dollars; what it answers is compared and dropped.
+`--recheck` asks the source itself again for a sample of sealed windows, which costs dollars (`headgate cost` has them); what it answers is compared and
+dropped.
 """
 
 from __future__ import annotations
