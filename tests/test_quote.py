@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import csv
 import io
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from shard_config.known import shipped_services
 from shard_config.load import loads
 from shard_config.model import Config
 from shard_config.quote import (
@@ -24,8 +26,11 @@ from shard_config.quote import (
     quote,
     updates_per_metric,
 )
+from workers import simulator
 from workers.cli import main
 from workers.quote import metrics_of, verdict
+from workers.simulated.faults import Faults
+from workers.world import World, account_ids
 
 MONTH = Basis(days=Decimal(30))
 
@@ -228,3 +233,36 @@ def test_a_service_that_is_not_there_is_an_error_with_what_is(
 ) -> None:
     assert main(["quote", "--config", str(file_of(tmp_path)), "--metrics", "ec3=5"]) == 2
     assert "ec3 is not in the configuration, which has ec2, rds" in capsys.readouterr().err
+
+
+# --- live ---------------------------------------------------------------------------------------------------------
+
+
+async def test_live_counts_what_the_simulated_aws_lists_and_says_what_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accounts = account_ids(2)
+    ec2 = shipped_services()["ec2"]
+    world = World(1, accounts, ["eu-west-1"], 1_800, [ec2])
+    sim = await simulator.start(world, calls_per_s=0, faults=Faults(forbidden_accounts=(accounts[1],)))
+    path = tmp_path / "headgate.yaml"
+    listed = "".join(f'{{id: "{a}", regions: [eu-west-1], services: [ec2]}},' for a in accounts)
+    path.write_text(
+        f"accounts: [{listed}]\naws: {{endpoint_url: '{sim.url}', role_template: 'arn:aws:iam::{{account}}:role/R'}}"
+    )
+    words = ["quote", "--config", str(path), "--live", "--days", "30", "--format", "json"]
+    try:
+        assert await asyncio.to_thread(main, words) == 2
+        assert "ListMetrics requests, at most $" in capsys.readouterr().err
+        assert all(
+            "ListMetrics" not in of["calls"].get("eu-west-1", {}) for of in sim.billing()["accounts"].values()
+        )
+        assert await asyncio.to_thread(main, [*words, "--yes"]) == 1
+    finally:
+        await sim.close()
+    out = capsys.readouterr().out
+    found = json.loads(out[out.index("{\n") :])
+    # 1,800 metrics of 18 names, one of them with two statistics; the account that was refused is like the other.
+    assert found["counts"]["ec2"] == {"metrics": 3_600, "queries": 3_800, "once": 3_600, "listed": 4_000}
+    assert any(f"NOT COUNTED: cloudwatch/{accounts[1]}/eu-west-1 ec2" in note for note in found["notes"])
+    assert not any("ASSUMED" in note for note in found["notes"])

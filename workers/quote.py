@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import csv
 import json
 import os
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.prompt import Confirm
 from rich.table import Table
 
+from ingest.clock import SystemClock
 from ingest.errors import HeadgateError
 from shard_config.load import load
 from shard_config.model import Config
@@ -33,7 +36,7 @@ from shard_config.quote import (
     assumed,
     quote,
 )
-from workers import local
+from workers import local, quote_live
 from workers.setup import RETENTION_MS
 
 DAY_MS = 86_400_000
@@ -61,16 +64,28 @@ def _days(text: str) -> Decimal:
     return days
 
 
-def notes_of(config: Config, given: Mapping[str, int], basis: Basis, accounts: int | None) -> list[str]:
+def notes_of(
+    config: Config,
+    given: Mapping[str, int],
+    basis: Basis,
+    accounts: int | None,
+    live: quote_live.Live | None = None,
+) -> list[str]:
     """What the quote takes for granted."""
     notes = []
-    guessed = {n: assumed(p) for n, p in config.service_by_name.items() if n not in given}
+    listed = {service for _, _, service in live.counts} if live else set()
+    guessed = {n: assumed(p) for n, p in config.service_by_name.items() if n not in {*given, *listed}}
+    if live is not None:
+        notes.append(
+            f"counted by {live.requests:,} ListMetrics requests: {', '.join(sorted(listed)) or 'nothing'}"
+        )
+        notes += [f"NOT COUNTED: {line}" for line in live.failed]
     if guessed:
         some = ", ".join(f"{name} {metrics:,}" for name, metrics in guessed.items())
         notes.append(
             f"metrics of an account and region are ASSUMED: {some}; give --metrics service=n, or ask with --live"
         )
-    if any(p.metrics != "all" or p.only for p in config.services):
+    if any((p.metrics != "all" or p.only) and p.service not in listed for p in config.services):
         notes.append(f"a namespace is assumed to list {LISTED_PER_ASKED} times what is asked for")
     if config.organization is not None and accounts is None:
         notes.append("the organization's accounts are not counted: give --accounts")
@@ -246,6 +261,12 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="N",
         help="archive and store as full as after so many days (%(default)s)",
     )
+    add(
+        "--live",
+        action="store_true",
+        help="ask ListMetrics how many there are, for what --metrics leaves out; says what that costs first, and asks",
+    )
+    add("--yes", action="store_true", help="with --live: do not ask")
     add("--format", choices=("table", "csv", "json"), default="table")
     parser.set_defaults(run=run)
 
@@ -269,13 +290,34 @@ def run(args: argparse.Namespace) -> int:
         raise HeadgateError("quote", str(error)) from error
     counts: dict[Key, Count] = alike(config, accounts, args.metrics)
     given = dict(args.metrics)
+    live = None
+    if args.live:
+        if not _confirmed(config, args.yes):
+            return 2
+        live = asyncio.run(quote_live.ask(config, SystemClock(config.run.clock_offset_s)))
+        counts = quote_live.with_live(counts, live, frozenset(given))
     jobs = {
         j.name: given.get(j.name, SERIES_PER_ENDPOINT_ASSUMED * max(1, len(j.endpoints)))
         for j in config.exposition
     }
     found = quote(config, accounts, counts, jobs, basis)
-    write(found, notes_of(config, given, basis, args.accounts), args.format, config)
-    return 0
+    write(found, notes_of(config, given, basis, args.accounts, live), args.format, config)
+    return 1 if live is not None and live.failed else 0
+
+
+def _confirmed(config: Config, yes: bool) -> bool:
+    """Says what ListMetrics will cost, and asks whether to go on."""
+    requests, usd = quote_live.likely(config)
+    print(
+        f"about {requests:,} ListMetrics requests, at most ${usd:,.4f} (nothing within an account's free ones of the month)",
+        file=sys.stderr,
+    )
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        print("headgate: nobody is here to be asked; --yes does it without", file=sys.stderr)
+        return False
+    return Confirm.ask("go on?", console=Console(stderr=True), default=False)
 
 
 def write(found: Quote, notes: Sequence[str], form: str, config: Config) -> None:
