@@ -24,6 +24,7 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession
 from botocore.exceptions import BotoCoreError, ClientError
 
+from ingest.aws_session import new_session
 from ingest.clock import Clock
 from ingest.errors import Rejected, Transient
 from ingest.model import Receipt, Target, Task
@@ -242,7 +243,7 @@ async def open_archive(
         # Other servers than AWS's are rarely reached by a host name for each bucket.
         s3={"addressing_style": "path"} if s3.endpoint_url else {},
     )
-    async with (session or AioSession()).create_client(
+    async with (session or new_session()).create_client(
         "s3", region_name=s3.region, endpoint_url=s3.endpoint_url or None, config=config
     ) as client:
         yield S3Archive(client, s3, clock, deadline_s)

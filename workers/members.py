@@ -12,11 +12,11 @@ import asyncio
 from collections.abc import Callable
 
 import structlog
-from aiobotocore.session import AioSession
 from prometheus_client import Counter, Gauge
 from pydantic import ValidationError
 
 from ingest.archive import open_archive
+from ingest.aws_session import new_session
 from ingest.clock import Clock, SystemClock
 from ingest.errors import HeadgateError, Rejected
 from ingest.sources.organization import TagCache, list_organization
@@ -52,7 +52,7 @@ class Members:
     def __init__(self, s3: S3, clock: Clock) -> None:
         self._s3 = s3
         self._clock = clock
-        self._session = AioSession()
+        self._session = new_session()
         self._begun_s = clock.now_s()
         self.listing: Listing | None = None
         self._read_s = float("-inf")

@@ -17,14 +17,13 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any, TypeVar
 
 import structlog
 from aiobotocore.config import AioConfig
-from aiobotocore.session import AioSession
 from botocore.utils import parse_timestamp
 
+from ingest.aws_session import new_session
 from ingest.clock import Clock
 from ingest.errors import HeadgateError, Transient
 from ingest.sources.aws_errors import Denied, Expired, Throttled, may_be_billed, translate
@@ -113,12 +112,6 @@ def epoch_s(value: Any) -> float:
     return value if isinstance(value, int | float) else float(parse_timestamp(value).timestamp())
 
 
-@cache
-def _service_models() -> Any:
-    """botocore's loader: read-only, and by far the dearest part of a first client (0.3 s)."""
-    return AioSession().get_component("data_loader")
-
-
 class Aws:
     """All of AWS for one process. `close` it; after that nothing works."""
 
@@ -126,8 +119,7 @@ class Aws:
         self._config = config.aws
         self._clock = clock
         self.limiter = Limiter(clock)
-        self._session = AioSession()
-        self._session.register_component("data_loader", _service_models())
+        self._session = new_session()
         self._session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=epoch_s)
         # One attempt: botocore's own retries would go round the limiter, the deadline and the tally.
         self._client_config = AioConfig(
