@@ -157,19 +157,16 @@ class AwsPreflight:
 
     async def _list_metrics(self, owner: str, access: Access) -> object:
         linked = {"IncludeLinkedAccounts": True, "OwningAccount": owner} if owner else {}
-        async with self._asking.aws.client("cloudwatch", access) as client:
-            return await client.list_metrics(Namespace=NAMESPACE, **linked)
+        return await self._asking.calls.list_metrics(access, {"Namespace": NAMESPACE, **linked})
 
     async def _get_metric_data(self, owner: str, access: Access) -> object:
         now_s = self._clock.now_s() // 60 * 60
         start_s, end_s = (now_s - 300, now_s) if self._paid else (now_s, now_s - 300)
-        async with self._asking.aws.client("cloudwatch", access) as client:
-            answer = await client.get_metric_data(
-                MetricDataQueries=[_one_query(owner)], StartTime=start_s, EndTime=end_s
-            )
-        if any(result.get("StatusCode") == "Forbidden" for result in answer.get("MetricDataResults", ())):
+        request = {"MetricDataQueries": [_one_query(owner)], "StartTime": start_s, "EndTime": end_s}
+        page = await self._asking.calls.get_metric_data(access, request)
+        if any(status == "Forbidden" for _, status, *_ in page.results):
             raise Denied("aws GetMetricData", f"its answer for account {owner or 'ours'} is Forbidden")
-        return answer
+        return page
 
     async def _get_resources(self, access: Access) -> object:
         async with self._asking.aws.client("resourcegroupstaggingapi", access) as client:
