@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
@@ -19,10 +20,13 @@ from ingest.backfill import KnownLook, Means, Stretch, Survey, reach_s, tasks_of
 from ingest.clock import ManualClock
 from ingest.errors import HeadgateError
 from ingest.model import Target, TaskKind, Window
+from ingest.pauses import Pause, Pauses
 from ingest.replay import Scope
+from ingest.replay_cost import PAUSED, replay_cost, without_paused
 from ingest.schedule import Grid
 from shard_config.load import loads
 from shard_config.price import Prices
+from shard_config.price_list import PriceList
 from tests.replay_scene import config_text
 from workers.backfill import asked_of, register
 from workers.backfill_plan import Ask
@@ -362,3 +366,46 @@ def test_nothing_is_paid_for_where_nobody_can_be_asked(command: Command) -> None
     printed = json.loads(shown.stdout)
     assert {s["means"] for s in printed["stretches"]} == {"nowhere"}
     assert printed["done"] is None
+
+
+# --- what reading costs, and pauses -------------------------------------------------------------------------------
+
+
+def test_a_replay_of_s3_is_a_get_for_each_poll_and_a_list_for_each_day() -> None:
+    """30 days of 300 s are 8,640 objects a target, a day of them one page; of 60 s 43,200 and two pages a day."""
+    grids = {
+        TARGET: (EC2, replace(EC2, service="s3", poll_interval_s=DAY_S)),
+        Target("cloudwatch", "1" * 12, "r"): (replace(EC2, poll_interval_s=60),),
+    }
+    cost = replay_cost(grids, NOW_S - 30 * DAY_S, NOW_S, 0, PriceList())
+    assert NOW_S % DAY_S == 0
+    assert (cost.gets, cost.lists) == (8_640 + 43_200, 30 + 60)
+    assert cost.usd == Decimal(51_840) * Decimal("0.0000004") + 90 * Decimal("0.000005")
+    assert str(cost) == "about 51,840 GET and 90 LIST at S3: $0.0212"
+
+
+def test_what_kafka_sends_costs_where_it_has_a_price() -> None:
+    serverless = PriceList(kafka_usd_per_gb_out=0.05)
+    assert replay_cost({}, FROM_S, NOW_S, 2 * 10**9, serverless).usd == Decimal("0.55")
+    assert replay_cost({}, FROM_S, NOW_S, 2 * 10**9, PriceList()).usd == 0
+    unknown = replay_cost({}, FROM_S, NOW_S, None, serverless)
+    assert (unknown.kafka_bytes, unknown.usd, str(unknown)) == (None, 0, "")
+
+
+def test_windows_of_what_is_paused_are_replayed_where_they_are_kept_and_never_asked_for() -> None:
+    middle_s = NOW_S - 1800
+    found = stretches(
+        look(FROM_S, middle_s), landed=None, kept_since_ms=None, from_s=FROM_S, to_s=NOW_S, grid=EC2, via=None
+    )
+    assert [s.means for s in found] == [Means.S3, Means.CLOUDWATCH]
+    for account, service, paused in (
+        (TARGET.account, "*", True),
+        ("*", "ec2", True),
+        (TARGET.account, "rds", False),
+    ):
+        pauses = Pauses.of([Pause(account, service, datetime.now(UTC), "")])
+        kept, asked = without_paused(found, pauses)
+        assert kept == found[0]
+        assert (asked.means is Means.NOWHERE, asked.detail == PAUSED) == (paused, paused)
+        grids = {TARGET: (EC2,)}
+        assert bool(tasks_of((kept, asked), grids, "rev", "0" * 16, 0)) is not paused

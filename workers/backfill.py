@@ -242,6 +242,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="I/N",
         help="the I-th of N processes that share a replay",
     )
+    add(
+        "--even-paused",
+        action="store_true",
+        help="ask CloudWatch for windows of paused accounts and services, too",
+    )
     add("--dry-run", action="store_true", help="only show the plan")
     add("--yes", action="store_true", help="do not ask")
     add("--json", action="store_true", help="for machines")
@@ -264,7 +269,16 @@ def asked_of(args: argparse.Namespace, now_s: int) -> Ask:
         int(args.from_s), now_s if args.to_s is None else int(args.to_s),
         frozenset(args.account), frozenset(args.region), frozenset(args.service),
     )  # fmt: skip
-    asked = Ask(scope, args.via, args.into, args.rebuild, args.revision, max(0, args.rate), args.part)
+    asked = Ask(
+        scope,
+        args.via,
+        args.into,
+        args.rebuild,
+        args.revision,
+        max(0, args.rate),
+        args.part,
+        args.even_paused,
+    )
     where = "backfill"
     if scope.from_s >= scope.to_s:
         raise HeadgateError(where, "--from is not before --to")

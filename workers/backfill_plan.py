@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
@@ -13,6 +13,7 @@ from hashlib import blake2b
 
 import asyncpg
 
+from ingest import pauses
 from ingest.archive import S3Archive, open_archive
 from ingest.archive_replay import LANES, ArchiveReplay
 from ingest.backfill import Means, Stretch, Survey, reach_s, tasks_of, windows_by_service
@@ -20,10 +21,12 @@ from ingest.clock import Clock
 from ingest.errors import Transient
 from ingest.landing import Landing
 from ingest.log import Producer
-from ingest.model import Receipt, Task
+from ingest.model import Receipt, Target, Task
+from ingest.pauses import Pauses
 from ingest.replay import KafkaReplay, Replay, Scope, kept_since_ms
+from ingest.replay_cost import PAUSED, ReplayCost, replay_cost, without_paused
 from ingest.schedule import grids_of
-from ingest.sinks.connection import open_connection, server_of
+from ingest.sinks.connection import open_connection, server_of, translated
 from ingest.sinks.migrate import migrate
 from ingest.sinks.null import NullSink
 from ingest.sinks.postgres import PostgresSink
@@ -60,10 +63,12 @@ class Ask:
     revision: int
     rate_points_per_s: int
     part: tuple[int, int]
+    even_paused: bool = False
+    """Ask CloudWatch for windows of paused accounts and services, too."""
 
     @property
     def backfill_id(self) -> str:
-        """16 hexadecimal digits over what is asked for: not over how fast, nor by how many."""
+        """16 hexadecimal digits over what is asked for: not over how fast, nor by how many, nor whether pauses hold."""
         s = self.scope
         into = server_of(Postgres(dsn=self.into)) if "://" in self.into else self.into
         what = [s.from_s, s.to_s, sorted(s.accounts), sorted(s.regions), sorted(s.services)]
@@ -88,6 +93,8 @@ class Plan:
     notes: tuple[str, ...]
     tasks: tuple[Task, ...] = ()
     """For CloudWatch, without those that were answered when this backfill was run before."""
+    replay: ReplayCost = field(default_factory=ReplayCost)
+    """What reading Kafka and S3 costs."""
 
     def has(self, means: Means) -> bool:
         if means is Means.CLOUDWATCH:
@@ -106,7 +113,9 @@ class Plan:
 
     @property
     def usd(self) -> Decimal | None:
-        return total_usd(self.stretches)
+        """The most that it may cost: CloudWatch, S3's requests and what Kafka sends."""
+        asked = total_usd(self.stretches)
+        return None if asked is None else asked + self.replay.usd
 
 
 def total_points(stretches: Iterable[Stretch]) -> int | None:
@@ -151,10 +160,14 @@ class Backfill:
         survey = Survey(scope, in_kafka_since_ms, config.run.source_keeps_all)
         survey.expect(self._grids, self._clock.now_s())
         notes: list[str] = []
+        paused = Pauses()
         try:
             connection = await open_connection(config.postgres, "headgate backfill plan")
             try:
                 await read_ledger(connection, survey)
+                if not asked.even_paused:
+                    with translated("pauses"):
+                        paused = Pauses.of(await pauses.read(connection))
                 if await self._is_for_rebuilding(connection):
                     asked = self._asked = _rebuilding(asked)
                     notes.append(
@@ -173,6 +186,7 @@ class Backfill:
             receipts = await read_manifests(self._archive, survey, self._reach_s)
         via = Means.CLOUDWATCH if asked.via == Means.CLOUDWATCH else None
         stretches = survey.plan(via, self._clock.now_s(), Prices.of(config.aws))
+        stretches = without_paused(stretches, paused)
         tasks = tasks_of(stretches, self._grids, config.revision, asked.backfill_id, asked.revision)
         if tasks:
             answered = await self._answered(tasks)
@@ -182,7 +196,29 @@ class Backfill:
                     "a higher --revision asks anew"
                 )
             tasks = [t for t in tasks if t.task_id not in answered]
-        return Plan(stretches, None, None, kept_ms, tuple(receipts), tuple(notes), tuple(tasks)), asked
+        left = sum(s.windows for s in stretches if s.detail == PAUSED)
+        if left:
+            notes.append(
+                f"{left:,} windows of paused accounts and services are not asked from CloudWatch; --even-paused does"
+            )
+        cost = self._replay_cost(
+            {s.target for s in stretches if s.means is Means.S3},
+            total_points(s for s in stretches if s.means is Means.KAFKA),
+            notes,
+        )
+        plan = Plan(stretches, None, None, kept_ms, tuple(receipts), tuple(notes), tuple(tasks), cost)
+        return plan, asked
+
+    def _replay_cost(
+        self, from_s3: Collection[Target], kafka_points: int | None, notes: list[str]
+    ) -> ReplayCost:
+        scope = self._asked.scope
+        until_s = min(scope.to_s + self._reach_s, self._clock.now_s())
+        grids = {target: self._grids[target] for target in from_s3}
+        cost = replay_cost(grids, scope.from_s, until_s, kafka_points, self._config.prices)
+        if str(cost):
+            notes.append(f"reading what is kept takes {cost}")
+        return cost
 
     async def _answered(self, tasks: list[Task]) -> frozenset[str]:
         connection = await open_connection(self._config.postgres, "headgate backfill plan")
@@ -213,7 +249,13 @@ class Backfill:
             if self._asked.via == Means.KAFKA or (self._asked.via == "auto" and in_kafka)
             else Means.S3
         )
-        return Plan((), whole, survey.collected, kept_ms, (), tuple(notes))
+        scope = self._asked.scope
+        cost = self._replay_cost(
+            [t for t in self._grids if whole is Means.S3 and scope.has(t)],
+            survey.collected if whole is Means.KAFKA else 0,
+            notes,
+        )
+        return Plan((), whole, survey.collected, kept_ms, (), tuple(notes), replay=cost)
 
     async def execute(self, plan: Plan, tell: Tell) -> Done:
         """Do it. Raises Transient and Fatal: the same command goes on where it was."""
