@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -19,11 +18,10 @@ from pydantic import TypeAdapter, ValidationError
 from shard_config.document import ConfigError, ConfigErrors, Node, Path, did_you_mean, parse, render
 from shard_config.known import known_regions
 from shard_config.model import Statistic
-from shard_config.yace_facts import KEYS, KINDS, SAID, facts, literally, searched
+from shard_config.yace_facts import KEYS, KINDS, SAID, facts, is_of, literally, searched
 
 PERIOD_S: Final = 300
 LENGTH_S: Final = 300
-JOBS_MAX: Final = 10_000
 
 _ROLE: Final = re.compile(r"arn:aws[a-z-]*:iam::(\d{12}):role/.+")
 _STATISTIC: Final = TypeAdapter(Statistic)
@@ -128,7 +126,7 @@ class _Reader:
             self._error(
                 1, (), "no job in discovery, static or customNamespace", "there is nothing to collect"
             )
-        for kind, node, path in nodes[:JOBS_MAX]:
+        for kind, node, path in nodes:
             self._job(kind, node, path)
         if self._without_role:
             more = f" (and {len(self._without_role) - 1} more)" if len(self._without_role) > 1 else ""
@@ -387,7 +385,7 @@ class _Reader:
             if key not in known:
                 near = did_you_mean(key, known) or f"known are {', '.join(known)}"
                 self._error(node.keys[key], path, f'unknown key "{key}"', near)
-            elif not _is_of(value, known[key]):
+            elif not is_of(value, known[key]):
                 got = value.kind() if key == "externalId" else value.describe()
                 self._error(value.line, (*path, key), f"expected {KINDS[known[key]]}, got {got}")
                 node.mapping[key] = Node(value.line, None)
@@ -402,23 +400,3 @@ class _Reader:
 
     def _error(self, line: int, path: Path, what: str, suggestion: str = "") -> None:
         self._errors.append(ConfigError(self._file, line, render(path), what, suggestion))
-
-
-def _is_of(node: Node, kind: type) -> bool:
-    if node.value is None:
-        return True
-    if kind is str:
-        return not isinstance(node.value, dict | list)
-    if kind is int:
-        return isinstance(node.value, int) and not isinstance(node.value, bool)
-    return isinstance(node.value, kind)
-
-
-def lines_of(notes: Iterable[Note]) -> list[tuple[str, str, list[int]]]:
-    """(what, what to do, lines): equal notes once, in the order of their first line."""
-    found: dict[tuple[str, str], list[int]] = {}
-    for note in sorted(notes, key=lambda n: n.line):
-        lines = found.setdefault((note.what, note.todo), [])
-        if note.line not in lines:
-            lines.append(note.line)
-    return [(what, todo, lines) for (what, todo), lines in found.items()]

@@ -9,7 +9,7 @@ from functools import cache
 from importlib import resources
 from typing import Final
 
-from shard_config.document import ConfigError, ConfigErrors, parse
+from shard_config.document import ConfigError, ConfigErrors, Node, parse
 from shard_config.known import shipped_services
 from shard_config.model import Resources
 
@@ -98,6 +98,17 @@ SAID: Final[Mapping[str, tuple[str, str]]] = {
     "sts-region": ("sts-region: each account's first region is asked for its credentials", "nothing to do"),
     "static": ("static jobs ask for a metric whether it is listed or not; Headgate asks for it once ListMetrics has it", "nothing to do, unless the metric reports less than once in two weeks"),
 }  # fmt: skip
+
+
+def is_of(node: Node, kind: type) -> bool:
+    """Whether a value is of a kind in KEYS; nothing is of any."""
+    if node.value is None:
+        return True
+    if kind is str:
+        return not isinstance(node.value, dict | list)
+    if kind is int:
+        return isinstance(node.value, int) and not isinstance(node.value, bool)
+    return isinstance(node.value, kind)
 
 
 # --- patterns -------------------------------------------------------------------------------------------------

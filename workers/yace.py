@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from ingest.errors import HeadgateError
 from shard_config.document import SIZE_BYTES_MAX, ConfigError, ConfigErrors
 from shard_config.load import loads
-from shard_config.yace import lines_of, read
+from shard_config.yace import Note, read
 from shard_config.yace_plan import Plan, plan_of, render
 
 LINES_MAX = 8
@@ -29,6 +30,16 @@ def translated(path: Path, account: str) -> tuple[Plan, str]:
     written = render(plan)
     loads(written, f"translation of {path}", environ={})  # what is written loads
     return plan, written
+
+
+def lines_of(notes: Iterable[Note]) -> list[tuple[str, str, list[int]]]:
+    """(what, what to do, lines): equal notes once, in the order of their first line."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for note in sorted(notes, key=lambda n: n.line):
+        lines = found.setdefault((note.what, note.todo), [])
+        if note.line not in lines:
+            lines.append(note.line)
+    return [(what, todo, lines) for (what, todo), lines in found.items()]
 
 
 def report(plan: Plan) -> list[str]:
