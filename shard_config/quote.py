@@ -180,6 +180,8 @@ def accounts_of(config: Config, wanted: int | None) -> list[Account]:
     Raises ValueError where there is none to go by.
     """
     known = list(config.accounts)
+    if wanted is None and not known and config.organization is not None:
+        raise ValueError("how many accounts the organization has is not known: give --accounts")
     if wanted is None or wanted <= len(known):
         return known[:wanted]
     organization = config.organization

@@ -165,6 +165,18 @@ def test_more_accounts_are_like_the_organizations() -> None:
     assert len({a.id for a in found}) == 3
 
 
+def test_an_organization_alone_is_no_quote_of_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "headgate.yaml"
+    path.write_text(
+        "organization: {regions: [us-east-1], services: [ec2], role_template: 'arn:aws:iam::{account}:role/R'}"
+    )
+    assert main(["quote", "--config", str(path)]) == 1
+    assert "give --accounts" in capsys.readouterr().err
+    assert main(["quote", "--config", str(path), "--accounts", "500"]) == 0
+
+
 def test_fewer_accounts_are_the_first_and_others_like_the_last() -> None:
     config = config_of()
     assert [len(accounts_of(config, n)) for n in (None, 1, 500)] == [1, 1, 500]
