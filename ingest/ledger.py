@@ -27,7 +27,7 @@ from datetime import UTC, datetime, timedelta
 import asyncpg
 import orjson
 
-from ingest import charges, wire
+from ingest import charges, settling, wire
 from ingest.errors import Fatal, Rejected
 from ingest.fold import fold_landed
 from ingest.model import LookStatus, Receipt, ReceiptItem, SourceName, Task, TaskItem, TaskKind, WindowCount
@@ -342,6 +342,7 @@ async def _receipt(connection: asyncpg.Connection, receipt: Receipt, done: Recei
     if written == "INSERT 0 1":
         await connection.execute(_COUNTED, *span)
         await charges.add(connection, receipt, done)
+        await settling.learn(connection, receipt, done)
     await connection.execute(_ATTEMPTED, *span, outcome.status, outcome.detail, finished_at)
     if outcome.status is LookStatus.COMPLETE:
         await connection.execute(_COLLECTED, *span, observed_at)

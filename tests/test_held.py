@@ -18,12 +18,14 @@ from ingest.heal_store import HealStore
 from ingest.model import Receipt, Target
 from ingest.replay import Scope as ReplayScope
 from ingest.seal import scopes_of, seal
+from ingest.settling import Proposal
 from ingest.story import Story
 from ingest.trail import follow
 from tests.replay_scene import table_of
 from tests.way import NAN, NOON_S, TARGET, Answers, Points, Way, key_of, the_way
 from workers.backfill_plan import Ask, opened
 from workers.healing import rules_of
+from workers.settle import find
 
 SETTLING_S = {"ec2": 600}
 
@@ -209,3 +211,8 @@ async def test_another_store_is_rebuilt_from_one_source_alone(
     newer = {(version - live[k][0]) // 60_000 for k, (version, _) in table.items()}
     assert newer == ({0} if via == "kafka" else {14, 12})  # as of the last look, which held them
     assert await here.differences() == []
+
+
+async def test_settling_times_are_not_guessed_of_what_was_collected_long_ago(way: Way) -> None:
+    found = await find(way.config, None, 7, 0.999)
+    assert found == [Proposal("ec2", 600, 0, None, None, "too little data")]

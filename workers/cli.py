@@ -23,6 +23,7 @@ COMMANDS = {
     "cost": "cost",
     "audit": "audit",
     "why": "why",
+    "settle": "settle",
     "bundle": "bundle",
     "backfill": "backfill",
     "samples": "samples",

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 import structlog
 from prometheus_client import Counter, Gauge
 
-from ingest import compact
+from ingest import compact, settling
 from ingest.clock import Clock
 from ingest.errors import Transient
 from ingest.gaps import open_windows
@@ -23,6 +23,7 @@ from ingest.schedule import grids_of
 from ingest.seal import Scope, scopes_of, seal
 from ingest.sinks.partitions import drop_partitions
 from shard_config.model import Config
+from workers.lateness import DAYS, LATENESS
 from workers.lifecycle import Lifecycle
 
 _log = structlog.get_logger()
@@ -118,6 +119,7 @@ class Upkeep:
             folded = await compact.fold_days(connection, now - timedelta(seconds=compact.GRACE_S))
         async with self._ledger.connected() as connection:
             forgotten = await compact.forget(connection, now - self._retention)
+            await settling.forget(connection, now)
         if folded or forgotten:
             _log.info("ledger_compacted", windows=folded, forgotten=forgotten)
         return 1.0 if folded == compact.ROWS_MAX or forgotten >= compact.ROWS_MAX else COMPACT_INTERVAL_S
@@ -138,6 +140,7 @@ class Upkeep:
         async with self._ledger.connected() as connection:
             seen = await open_windows(connection, now, self._targets)
             fresh_until = await freshness(connection, now)
+            LATENESS.seen = await settling.observed(connection, now, DAYS)
         OPEN.clear()
         for reason, windows in seen.by_reason.items():
             OPEN.labels(reason=reason).set(windows)
