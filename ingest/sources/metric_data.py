@@ -26,7 +26,7 @@ from ingest.sources.look import date_ms
 QUERIES_PER_CALL_MAX = 500
 POINTS_PER_CALL_MAX = 100_800
 BODIES_MAX = 64
-"""Bodies of whole calls that are kept, 94 kB each for EC2's metrics: 32,000 series. Making one takes 0.6 ms, sending it 0.3 ms."""
+"""Bodies of whole calls that are kept, 94 kB each for EC2's metrics: 32,000 series. Making one takes about 1 ms."""
 Points = tuple[Sequence[float], Sequence[float]]
 """Timestamps in s, values."""
 

@@ -1,4 +1,4 @@
-"""GetMetricData and ListMetrics without botocore's serializer and parser, which cost 50 times what the rest of a call does.
+"""GetMetricData and ListMetrics without botocore's serializer and parser, which are nearly all that a call costs.
 
 Guarantees:
 
