@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import math
-import os
 import secrets
 import sys
 from dataclasses import asdict, replace
@@ -28,7 +27,6 @@ from shard_config.model import Config
 from workers import local
 from workers.lifecycle import configure_logs
 from workers.samples import parse_time
-from workers.servers import local_environment
 
 
 async def audit(
@@ -122,8 +120,6 @@ def run(args: argparse.Namespace) -> int:
         print("headgate audit: --from is not before --to", file=sys.stderr)
         return 2
     config = local.find_config(args.config)
-    if args.config is None:  # the local stack's servers take no other
-        os.environ.update(local_environment(os.environ))
     scope = Scope(math.floor(args.from_s), math.ceil(args.to_s), args.account, args.region, args.service)
     seed = args.seed if args.seed is not None else secrets.randbelow(2**32)
     clock = SystemClock(config.run.clock_offset_s)

@@ -38,7 +38,6 @@ from workers.backfill_plan import LIVE, NULL, Ask, Plan, Tell, opened, time_of, 
 from workers.backfilling import Done
 from workers.lifecycle import configure_logs
 from workers.samples import parse_time
-from workers.servers import local_environment
 
 RATE_POINTS_PER_S = 100_000
 LIKELY_POINTS_PER_S = 300_000
@@ -304,9 +303,6 @@ def asked_of(args: argparse.Namespace, now_s: int) -> Ask:
 
 def run(args: argparse.Namespace) -> int:
     configure_logs("backfill")
-    if args.config is None:
-        # The local stack's S3 wants some credentials, and no real ones shall reach it.
-        os.environ.update(local_environment(os.environ))
     config = local.find_config(args.config)
     clock = SystemClock(config.run.clock_offset_s)
     try:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +35,6 @@ from shard_config.model import Config
 from workers import local
 from workers.lifecycle import configure_logs
 from workers.samples import parse_time, rfc3339
-from workers.servers import local_environment
 
 LISTED = 50
 HEX_BYTES = 512
@@ -368,9 +366,6 @@ def run(args: argparse.Namespace) -> int:
         print("headgate: name letters: IDENTITY…, --reason, --account or --all", file=sys.stderr)
         return 2
     configure_logs("dead")
-    if args.config is None:
-        # The local stack's S3 wants some credentials, and no real ones shall reach it.
-        os.environ.update(local_environment(os.environ))
     config = local.find_config(args.config)
     code: int = asyncio.run(args.action(config, args, SystemClock(config.run.clock_offset_s)))
     return code

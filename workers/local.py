@@ -337,6 +337,9 @@ def find_config(path: Path | None) -> Config:
     """The configuration in `config_path`, with the organization's accounts as they are known. Raises HeadgateError, ConfigErrors."""
     from shard_config.load import load
 
+    if path is None:
+        # The local stack's S3 wants some credentials, and no real ones shall reach it.
+        os.environ.update(local_environment(os.environ))
     config = load(config_path(path), environ=os.environ)
     if config.organization is not None:
         from workers.members import known

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -40,7 +39,6 @@ from workers.samples import (
     parse_time,
     rfc3339,
 )
-from workers.servers import local_environment
 
 SERIES_MAX = 100
 ROWS_SHOWN_MAX = 20
@@ -255,8 +253,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(args: argparse.Namespace) -> int:
     configure_logs("why")
     config = local.find_config(args.config)
-    if args.config is None:  # the local stack's servers take no other
-        os.environ.update(local_environment(os.environ))
     wanted = Filter(args.account, args.region, args.namespace, args.metric, tuple(args.dim), args.stat)
     clock = SystemClock(config.run.clock_offset_s)
     try:
