@@ -16,6 +16,7 @@ from typing import Any
 
 import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.coordinator.assignors.abstract import AbstractPartitionAssignor
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import CommitFailedError, KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 
@@ -40,7 +41,8 @@ class Consumer:
 
     `assigned` is awaited with the partitions of each new assignment and returns where each starts (partition → next offset).
     `revoked` is awaited before all of them go (rebalancing is eager): drain there, within `drain_s`. With `instance_id` the
-    member is static: a restart within the session timeout keeps its partitions.
+    member is static: a restart within the session timeout keeps its partitions. `assignor` decides, where this member leads the group, who
+    gets what; None: round robin.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Consumer:
         session_timeout_s: int = 15,
         drain_s: int = 20,
         stall_s: float = 60.0,
+        assignor: AbstractPartitionAssignor | None = None,
     ) -> None:
         self.topic = topic
         self.group = group
@@ -87,7 +90,8 @@ class Consumer:
             "max_partition_fetch_bytes": 1024 * 1024,
             "fetch_max_wait_ms": 100,
             "metadata_max_age_ms": METADATA_MAX_AGE_S * 1000,
-            "partition_assignment_strategy": (RoundRobinPartitionAssignor,),
+            # Exactly one: a group whose members know different ones does not agree.
+            "partition_assignment_strategy": (assignor or RoundRobinPartitionAssignor,),
         }
         self._client: AIOKafkaConsumer | None = None
         self._started = False
@@ -207,6 +211,12 @@ class Consumer:
     def assignment(self) -> list[int]:
         """The partitions that this member owns now, and has opened."""
         return sorted(self._next)
+
+    def rejoin(self) -> None:
+        """Ask for a rebalance, for what the assignor would decide now. Nothing happens where the client is not there: it joins anyway."""
+        # aiokafka has no public way (tests/test_shards.py holds this one against a real broker).
+        if self._client is not None and (coordinator := self._client._coordinator) is not None:
+            coordinator.request_rejoin()
 
     async def bounds(self, partitions: Sequence[int]) -> dict[int, tuple[int, int]]:
         """Partition → (first offset that is still there, next offset to be written). Raises Transient."""

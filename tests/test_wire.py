@@ -21,6 +21,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingest import avro, series_table, wire
+from ingest.assign import (
+    Assignment,
+    Incarnation,
+    Member,
+    decode_assignment,
+    decode_incarnation,
+    decode_member,
+    encode_assignment,
+    encode_incarnation,
+    encode_member,
+)
 from ingest.batch import batch_message
 from ingest.errors import Rejected
 from ingest.model import (
@@ -870,7 +881,22 @@ def golden(name: str) -> bytes:
     return bytes.fromhex((GOLDEN / f"{name}.hex").read_text())
 
 
+ASSIGNMENT = Assignment(
+    7,
+    1_767_268_800_123,
+    "exporter-2 came",
+    ("exporter-1", "exporter-2", "exporter-3"),
+    ("exporter-2", "exporter-1", "exporter-2"),
+    (1.0, 2.5, 1.0),
+    {"cloudwatch/123456789012/eu-west-1": 2},
+)
+INCARNATION = Incarnation("exporter-1", 1_767_268_800_123, 0x1234_5678_9ABC, "host.example", 4242)
+MEMBER = Member("exporter-1", 7, ASSIGNMENT)
+
 GOLDEN_WRITERS: dict[str, Callable[[], bytes]] = {
+    "assignment.v1": lambda: encode_assignment(ASSIGNMENT),
+    "incarnation.v1": lambda: encode_incarnation(INCARNATION),
+    "member.v1": lambda: encode_member(MEMBER),
     "batch.v1": lambda: batch_message(SAMPLE),
     "series_table.v1": lambda: series_table.encode(SAMPLE.series, SAMPLE.ids, LIMITS),
     "task.v1": lambda: wire.encode_task(TASK),
@@ -904,6 +930,9 @@ def test_todays_decoder_reads_the_golden_bytes() -> None:
     assert wire.decode_receipt(golden("receipt.v2")) == RECEIPT_V2
     assert wire.decode_dead_letter(golden("dead_letter.v1")) == LETTER
     assert wire.decode_dead_letter(golden("dead_letter.v2")) == LETTER_V2
+    assert decode_assignment(golden("assignment.v1")) == ASSIGNMENT
+    assert decode_incarnation(golden("incarnation.v1")) == INCARNATION
+    assert decode_member(golden("member.v1")) == MEMBER
 
 
 def test_a_foreign_reader_needs_the_schemas_docs_and_nothing_of_ours() -> None:

@@ -1,0 +1,189 @@
+"""Slots × shards → who owns what. Pure: the group's leader and the coordinator compute the same, each by itself.
+
+* **Coverage**: every slot has exactly one owner, and that one is alive.
+* **One function**: an assignment that was published and the shards that are alive now decide, and nothing else. So what the group's leader falls
+  back to when a shard dies or comes is what the coordinator publishes next, and nothing moves twice.
+* **Balance, Stability, Determinism** are those of `shard_config.plan`, with slots as its targets and equal shards as its slots: a shard that is
+  gone loses its slots and no other moves more than balance asks for; a new one takes the least that balances.
+
+While nothing was ever published, slots weigh the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ingest import avro
+from ingest.errors import Rejected
+from ingest.validate import Reason
+from shard_config.plan import plan
+
+SLOT_WEIGHT_MIN = 1.0
+"""Of a slot without targets, so that those are spread, too: a new shard finds some, and is ready."""
+
+MEMBER_ASSIGNMENT_BYTES_MAX = 4096
+"""A larger assignment does not travel with each member (Kafka keeps all members' metadata in one record): the leader reads its own copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Which shard owns which slot, as of an epoch. `owners[slot]` is a shard's name, `weights[slot]` in the planner's unit."""
+
+    epoch: int
+    published_at_ms: int
+    reason: str
+    shards: tuple[str, ...]
+    """Those that were alive, with or without slots."""
+    owners: tuple[str, ...]
+    weights: tuple[float, ...]
+    parts: Mapping[str, int] = field(default_factory=dict)
+    """By target that more than one shard has a part of: how many have one."""
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """The greater is the newer: two coordinators may have published one epoch."""
+        return self.epoch, self.published_at_ms
+
+    def slots_of(self, shard: str) -> list[int]:
+        return [slot for slot, owner in enumerate(self.owners) if owner == shard]
+
+
+@dataclass(frozen=True, slots=True)
+class Incarnation:
+    """A process that took a shard's name."""
+
+    shard: str
+    started_at_ms: int
+    nonce: int
+    host: str
+    pid: int
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Of two with one name the greater has it."""
+        return self.started_at_ms, self.nonce
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What a shard says of itself when it joins. `epoch` is that of the newest assignment it has seen, 0 for none."""
+
+    shard: str
+    epoch: int = 0
+    assignment: Assignment | None = None
+    """That assignment, where it is small."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A slot that changed its owner; `before` is empty where it had none."""
+
+    slot: int
+    before: str
+    after: str
+
+
+def assign(
+    weights: Sequence[float], shards: Collection[str], previous: Mapping[int, str] | None = None
+) -> tuple[str, ...]:
+    """The owner of each slot. `previous` may name shards and slots that are no more.
+
+    Raises ValueError where no shard is alive, or for a weight that is none.
+    """
+    names = sorted(set(shards))
+    index = {name: i for i, name in enumerate(names)}
+    held = {_key(slot): index[shard] for slot, shard in (previous or {}).items() if shard in index}
+    found = plan({_key(slot): weight for slot, weight in enumerate(weights)}, len(names), held)
+    return tuple(names[found[_key(slot)]] for slot in range(len(weights)))
+
+
+def _key(slot: int) -> str:
+    return f"{slot:05}"
+
+
+def owners_of(published: Assignment | None, shards: Collection[str], slots: int) -> tuple[str, ...]:
+    """Who owns the slots while these shards are alive: what was published, but for those that died or came since."""
+    if published is None:
+        return assign([SLOT_WEIGHT_MIN] * slots, shards)
+    if set(shards) == set(published.shards) and len(published.owners) == slots:
+        return published.owners
+    missing = max(0, slots - len(published.weights))
+    weights = [*published.weights[:slots], *[SLOT_WEIGHT_MIN] * missing]
+    return assign(weights, shards, dict(enumerate(published.owners)))
+
+
+def newest(members: Collection[Member], own: Assignment | None) -> Assignment | None:
+    """The newest assignment that any of them has brought."""
+    seen = [a for a in (own, *(m.assignment for m in members)) if a is not None]
+    return max(seen, key=lambda a: a.order, default=None)
+
+
+def moves(before: Mapping[int, str], after: Mapping[int, str]) -> list[Move]:
+    """What changes its owner, by slot."""
+    return [
+        Move(slot, before.get(slot, ""), shard)
+        for slot, shard in sorted(after.items())
+        if before.get(slot) != shard
+    ]
+
+
+# --- on the wire ----------------------------------------------------------------------------------------------
+
+
+def encode_assignment(assignment: Assignment) -> bytes:
+    """The record value of key `assignment`. Raises Rejected."""
+    index = {name: i for i, name in enumerate(assignment.shards)}
+    fields = {
+        "epoch": assignment.epoch,
+        "published_at_ms": assignment.published_at_ms,
+        "reason": assignment.reason,
+        "shards": list(assignment.shards),
+        "owners": [index[owner] for owner in assignment.owners],
+        "weights": list(assignment.weights),
+        "parts": dict(assignment.parts),
+    }
+    return avro.write("assignment", fields)
+
+
+def decode_assignment(value: bytes) -> Assignment:
+    """The inverse of `encode_assignment`. Raises Rejected."""
+    _, datum = avro.read(value, ("assignment",))
+    shards, owners, weights = datum["shards"], datum["owners"], datum["weights"]
+    if len(owners) != len(weights) or not all(0 <= i < len(shards) for i in owners):
+        raise Rejected("read assignment", Reason.BAD_DATUM, "owners do not fit shards and weights")
+    return Assignment(
+        datum["epoch"],
+        datum["published_at_ms"],
+        datum["reason"],
+        tuple(shards),
+        tuple(shards[i] for i in owners),
+        tuple(weights),
+        datum["parts"],
+    )
+
+
+def encode_incarnation(incarnation: Incarnation) -> bytes:
+    """The record value of key `shard:<name>`. Raises Rejected."""
+    fields = {name: getattr(incarnation, name) for name in Incarnation.__slots__}
+    return avro.write("incarnation", fields)
+
+
+def decode_incarnation(value: bytes) -> Incarnation:
+    """The inverse of `encode_incarnation`. Raises Rejected."""
+    return Incarnation(**avro.read(value, ("incarnation",))[1])
+
+
+def encode_member(member: Member) -> bytes:
+    """A member's user data. Raises Rejected."""
+    value = b"" if member.assignment is None else encode_assignment(member.assignment)
+    if len(value) > MEMBER_ASSIGNMENT_BYTES_MAX:
+        value = b""
+    return avro.write("member", {"shard": member.shard, "epoch": member.epoch, "assignment": value})
+
+
+def decode_member(value: bytes) -> Member:
+    """The inverse of `encode_member`. Raises Rejected."""
+    _, datum = avro.read(value, ("member",))
+    assignment = decode_assignment(datum["assignment"]) if datum["assignment"] else None
+    return Member(datum["shard"], datum["epoch"], assignment)
