@@ -10,6 +10,8 @@ mean slot is the *level*, L = W_light / (k − heavy), and the *cap* is L + max(
 * **Determinism**: the result depends on the arguments' content alone: not on the order of a mapping, nor on machine, process or Python.
 * **Stability**: against `previous` it moves at most 1.1 of the least weight that any plan with this Balance has to move, whatever changed
   (targets, weights, slots, retirements). A target that is new moves nothing.
+* **Company**: a light target that has to be placed goes where its company is (`together`), if that slot stays within 1.05 · L. This costs
+  nothing of the others: it moves nothing, and exceeds no cap.
 
 Why Stability holds. Whatever a plan does, the targets of a slot that is gone move. A slot that is not to hold a heavy target keeps light
 ones up to the cap: it loses all heavy ones and the lightest set of light ones that reaches its excess. A slot that holds a heavy target
@@ -17,7 +19,8 @@ keeps that at best. As many slots as there are heavy targets become slots of the
 taking those where the second kind is cheapest against the first. That is a lower bound; and it is reached, since everything that was moved
 or is new finds a place without moving more: each heavy target an empty slot, and each light one the lightest slot, which is below the
 level, and so stays below the cap. The factor 1.1 is the lightest set's: finding that is a subset sum, which `_shed` approximates
-from above. A margin of 0.05 · L before anything moves keeps small changes of weights from moving anything.
+from above. A margin of 0.05 · L before anything moves keeps small changes of weights from moving anything. `least_moved` computes the bound
+with targets that could be cut anywhere, and so never more than it.
 """
 
 from __future__ import annotations
@@ -60,36 +63,68 @@ def plan(
     slots: int,
     previous: Mapping[str, int] | None = None,
     retired: Collection[int] = frozenset(),
+    together: Mapping[str, str] | None = None,
 ) -> dict[str, int]:
     """Slot by target, in the targets' order by name.
 
     `weights` may be in any unit; each is 0, or WEIGHT_MIN to WEIGHT_MAX. Targets that weigh nothing go where there is least.
-    Slots are numbered from 0; those in `retired` get nothing. `previous` may name targets and slots that are no more.
+    Slots are numbered from 0; those in `retired` get nothing. `previous` may name targets and slots that are no more. `together` has, by
+    target, the name of the company that it prefers; one that is not there has none.
     Raises ValueError for a weight that is none, and where no slot is in use.
     """
-    gone = frozenset(retired)
-    usable = [slot for slot in range(slots) if slot not in gone]
-    if not usable:
-        raise ValueError(f"none of {slots} slots is in use")
+    usable = _usable(slots, retired)
     for target, weight in weights.items():
         if weight != 0 and not WEIGHT_MIN <= weight <= WEIGHT_MAX:
             raise ValueError(f"the weight of {target} is {weight}, not 0 or {WEIGHT_MIN} to {WEIGHT_MAX}")
     order = _heaviest_first(weights)
-    heavy, cap = _heavy_and_cap([weights[target] for target in order], len(usable))
-    held: dict[int, list[str]] = {slot: [] for slot in usable}
-    for target in order if previous else ():
-        if (slot := (previous or {}).get(target, -1)) in held:
-            held[slot].append(target)
+    heavy, level, cap = _heavy_level_cap([weights[target] for target in order], len(usable))
     giants = frozenset(order[:heavy])
-    found = _keep(held, weights, giants, cap)
-    _place([t for t in order if t not in found], found, weights, giants, usable)
+    found = _keep(_held(order, usable, previous or {}), weights, giants, cap)
+    rest = [t for t in order if t not in found]
+    _place(rest, found, weights, giants, usable, together or {}, level * (1 + MARGIN))
     return {target: found[target] for target in sorted(found)}
+
+
+def least_moved(
+    weights: Mapping[str, float],
+    slots: int,
+    previous: Mapping[str, int],
+    retired: Collection[int] = frozenset(),
+) -> float:
+    """The weight that any plan in Balance moves at least, were targets divisible: a lower bound, in the weights' unit."""
+    usable = _usable(slots, retired)
+    order = _heaviest_first(weights)
+    heavy, _, cap = _heavy_level_cap([weights[target] for target in order], len(usable))
+    giants = frozenset(order[:heavy])
+    shared: list[float] = []
+    lost: list[float] = []
+    for targets in _held(order, usable, previous).values():
+        shared.append(min(cap, _sum((t for t in targets if t not in giants), weights)))
+        lost.append(shared[-1] - (weights[targets[0]] if targets and targets[0] in giants else 0.0))
+    kept = math.fsum(shared) - math.fsum(heapq.nsmallest(heavy, lost))
+    return max(0.0, _sum((t for t in order if t in previous), weights) - kept)
 
 
 def moves(before: Mapping[str, int], after: Mapping[str, int], weights: Mapping[str, float]) -> list[Move]:
     """What changes its slot from one plan to another, heaviest first. Targets that are new or gone do not move."""
     changed = {t: weights[t] for t, slot in after.items() if before.get(t, slot) != slot}
     return [Move(t, changed[t], before[t], after[t]) for t in _heaviest_first(changed)]
+
+
+def _usable(slots: int, retired: Collection[int]) -> list[int]:
+    gone = frozenset(retired)
+    if usable := [slot for slot in range(slots) if slot not in gone]:
+        return usable
+    raise ValueError(f"none of {slots} slots is in use")
+
+
+def _held(order: Sequence[str], usable: Sequence[int], previous: Mapping[str, int]) -> dict[int, list[str]]:
+    """What each usable slot held, in this order."""
+    held: dict[int, list[str]] = {slot: [] for slot in usable}
+    for target in order if previous else ():
+        if (slot := previous.get(target, -1)) in held:
+            held[slot].append(target)
+    return held
 
 
 def _heaviest_first(weights: Mapping[str, float]) -> list[str]:
@@ -101,8 +136,8 @@ def _heaviest_first(weights: Mapping[str, float]) -> list[str]:
     return sorted(weights, key=place)
 
 
-def _heavy_and_cap(descending: Sequence[float], slots: int) -> tuple[int, float]:
-    """(number of heavy targets, cap of the other slots), of weights from the heaviest down."""
+def _heavy_level_cap(descending: Sequence[float], slots: int) -> tuple[int, float, float]:
+    """(number of heavy targets, level and cap of the other slots), of weights from the heaviest down."""
     left = [*reversed(list(accumulate(reversed(descending)))), 0.0]
     heavy = 0
     for weight in descending[: slots - 1]:
@@ -111,7 +146,7 @@ def _heavy_and_cap(descending: Sequence[float], slots: int) -> tuple[int, float]
         heavy += 1
     level = left[heavy] / (slots - heavy)
     heaviest_light = descending[heavy] if heavy < len(descending) else 0.0
-    return heavy, level + max(MARGIN * level, heaviest_light)
+    return heavy, level, level + max(MARGIN * level, heaviest_light)
 
 
 def _keep(
@@ -185,22 +220,55 @@ def _place(
     weights: Mapping[str, float],
     heavy: Collection[str],
     usable: Sequence[int],
+    together: Mapping[str, str],
+    full: float,
 ) -> None:
-    """Give a slot to each target of `unplaced`, which is ordered heaviest first, and move nothing else."""
-    loads: dict[int, list[float]] = {slot: [] for slot in usable}
+    """Give a slot to each target of `unplaced`, which is ordered heaviest first, and move nothing else.
+
+    A slot takes more for the sake of company as long as it is not `full`.
+    """
+    held: dict[int, list[float]] = {slot: [] for slot in usable}
     for target, slot in found.items():
-        loads[slot].append(weights[target])
+        held[slot].append(weights[target])
     taken = {found[target] for target in heavy if target in found}
+    loads = {slot: (math.fsum(load), len(load)) for slot, load in held.items() if slot not in taken}
     # By number of targets where loads are equal, so that targets that weigh nothing are spread too.
-    queue = [(math.fsum(load), len(load), slot) for slot, load in loads.items() if slot not in taken]
+    queue = [(load, count, slot) for slot, (load, count) in loads.items()]
     heapq.heapify(queue)
+    homes = _homes(found, weights, together, loads) if together and unplaced else {}
     for target in unplaced:
-        load, count, slot = queue[0]
+        company, weight = together.get(target), weights[target]
+        home = homes.get(company, -1) if company is not None and target not in heavy else -1
+        if home in loads and loads[home][0] + weight <= full:
+            slot = home
+        else:
+            # Entries of before a slot took company.
+            while loads.get(slot := queue[0][2]) != queue[0][:2]:
+                heapq.heappop(queue)
+            heapq.heappop(queue)
         found[target] = slot
         if target in heavy:
-            heapq.heappop(queue)
-        else:
-            heapq.heapreplace(queue, (load + weights[target], count + 1, slot))
+            del loads[slot]
+            continue
+        loads[slot] = (loads[slot][0] + weight, loads[slot][1] + 1)
+        heapq.heappush(queue, (*loads[slot], slot))
+        if company is not None:
+            homes[company] = slot
+
+
+def _homes(
+    found: Mapping[str, int],
+    weights: Mapping[str, float],
+    together: Mapping[str, str],
+    among: Collection[int],
+) -> dict[str, int]:
+    """By company, the slot of `among` that holds the most of its weight; of equals the first."""
+    holds: dict[tuple[str, int], list[float]] = {}
+    for target, slot in found.items():
+        if (company := together.get(target)) is not None and slot in among:
+            holds.setdefault((company, slot), []).append(weights[target])
+    lightest_first = sorted((math.fsum(held), -slot, company) for (company, slot), held in holds.items())
+    return {company: -slot for _, slot, company in lightest_first}
 
 
 def _sum(targets: Iterable[str], weights: Mapping[str, float]) -> float:
