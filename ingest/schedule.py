@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ingest.model import SourceName, Target, Task, TaskItem, TaskKind, task_id_of
-from shard_config.model import Config, retention_s
+from shard_config.model import Config, ServiceProfile, retention_s
 
 BLOCK_POINTS_MAX = 201
 """500 series of 201 points are within GetMetricData's 100,800 datapoints a call."""
@@ -87,6 +87,11 @@ class Grid:
         return -(-time_s // self.poll_interval_s) * self.poll_interval_s
 
 
+def grid_of(profile: ServiceProfile) -> Grid:
+    """How a service of AWS's is polled."""
+    return Grid(profile.service, profile.poll_interval_s, profile.period_s, profile.settling_s)
+
+
 def grids_of(config: Config) -> dict[Target, tuple[Grid, ...]]:
     """Every target of a configuration with the grids of its services, both sorted."""
     found: dict[Target, list[Grid]] = defaultdict(list)
@@ -94,7 +99,7 @@ def grids_of(config: Config) -> dict[Target, tuple[Grid, ...]]:
         for region in account.regions:
             target = Target(SourceName.CLOUDWATCH.value, account.id, region)
             for p in config.services_in(account, region):
-                found[target].append(Grid(p.service, p.poll_interval_s, p.period_s, p.settling_s))
+                found[target].append(grid_of(p))
     for job in config.exposition:
         target = Target(SourceName.EXPOSITION.value, job.account, job.region)
         found[target].append(Grid(job.name, job.interval_s, job.interval_s, 0, has_past=False))

@@ -35,8 +35,9 @@ from numpy.typing import NDArray
 
 from ingest.balance import Claim, imbalance, signed
 from ingest.model import SourceName, Target, point_hashes
+from ingest.schedule import grid_of
 from ingest.sinks.rows_back import POSTGRES_EPOCH_S, RowsBack
-from shard_config.model import Config
+from shard_config.model import Config, ServiceProfile
 
 SINK = "postgres"
 """Whose rows these are, in `landed`."""
@@ -60,10 +61,10 @@ ORDER BY window_start, target, service LIMIT $4"""
 
 _ROWS = """SELECT of.n, s.ts, s.series, s.value, s.version FROM samples AS s JOIN (
     SELECT p.n, series.id FROM jsonb_to_recordset($1::jsonb)
-        AS p (n integer, account text, region text, namespace text, period_s integer, metrics text[])
+        AS p (n integer, account text, region text, namespace text, periods_s integer[], asked text[])
     JOIN series ON series.account = p.account AND series.region = p.region AND series.namespace = p.namespace
-        AND series.period_s = coalesce(p.period_s, series.period_s)
-        AND (p.metrics IS NULL OR series.metric = ANY(p.metrics))
+        AND (p.periods_s IS NULL OR series.period_s = ANY(p.periods_s))
+        AND (p.asked IS NULL OR series.metric || '/' || series.stat = ANY(p.asked) OR '*/' || series.stat = ANY(p.asked))
 ) AS of ON of.id = s.series WHERE """
 
 _CHECKED = """WITH found AS (
@@ -89,12 +90,15 @@ _WITHDRAWN = """DELETE FROM landed WHERE sink = $1 AND batch_id = ANY(ARRAY(
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Which series are a service's. `period_s` and `metrics` are given only where services share the namespace."""
+    """Which series are a service's. `periods_s` and `asked` are given only where services share the namespace.
+
+    `asked` has metric/statistic; */statistic is all metrics'.
+    """
 
     namespace: str
     grid_period_s: int
-    period_s: int | None = None
-    metrics: tuple[str, ...] | None = None
+    periods_s: tuple[int, ...] | None = None
+    asked: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +111,35 @@ class Sealing:
 
 
 def scopes_of(config: Config) -> dict[tuple[str, str], Scope]:
-    """By (source, service). Two profiles of one namespace are told apart by their period and their lists of metrics."""
-    names = [p.namespace for p in config.services]
+    """By (source, service). Profiles of one namespace are told apart by their periods, metrics and statistics.
+
+    The coarser periods at which old windows are asked for (`Grid.periods_s`) are a service's too, but for one at which another service
+    polls the same metrics: the live rows of that one would be taken for its own.
+    """
     found = {(SourceName.EXPOSITION.value, j.name): Scope(j.name, j.interval_s) for j in config.exposition}
     for p in config.services:
-        shared = names.count(p.namespace) > 1
-        metrics = None if p.metrics == "all" or not shared else tuple(m.name for m in p.metrics)
-        found[SourceName.CLOUDWATCH.value, p.service] = Scope(
-            p.namespace, p.period_s, p.period_s if shared else None, metrics
+        others = [o for o in config.services if o.namespace == p.namespace and o.service != p.service]
+        taken_s = {o.period_s for o in others if _overlap(p, o)}
+        periods_s = tuple(s for s in grid_of(p).periods_s if s == p.period_s or s not in taken_s)
+        found[SourceName.CLOUDWATCH.value, p.service] = (
+            Scope(p.namespace, p.period_s, periods_s, _asked(p)) if others else Scope(p.namespace, p.period_s)
         )
     return found
+
+
+def _asked(profile: ServiceProfile) -> tuple[str, ...]:
+    if profile.metrics == "all":
+        return tuple(f"*/{stat}" for stat in profile.statistics)
+    return tuple(f"{m.name}/{stat}" for m in profile.metrics for stat in m.statistics)
+
+
+def _overlap(one: ServiceProfile, other: ServiceProfile) -> bool:
+    """Whether some series of one metric and statistic may be both's."""
+    if "all" in (one.metrics, other.metrics):
+        return not {a.rpartition("/")[2] for a in _asked(one)}.isdisjoint(
+            a.rpartition("/")[2] for a in _asked(other)
+        )
+    return not set(_asked(one)).isdisjoint(_asked(other))
 
 
 class Tally:
@@ -230,8 +253,8 @@ async def _read(
                 "account": target.account,
                 "region": target.region,
                 "namespace": scope.namespace,
-                "period_s": scope.period_s,
-                "metrics": scope.metrics,
+                "periods_s": scope.periods_s,
+                "asked": scope.asked,
             }
         )
     start_s, end_s = min(c.start_s for c in claims), max(c.end_s for c in claims)

@@ -423,23 +423,76 @@ def test_a_tally_does_not_depend_on_how_the_rows_come() -> None:
     assert np.array_equal(whole.points, pieces.points)
 
 
-def test_services_that_share_a_namespace_are_told_apart_by_period_and_metrics() -> None:
-    def profile(name: str, namespace: str, period_s: int = 60, *metrics: str) -> ServiceProfile:
-        wanted = tuple(MetricProfile(name=m) for m in metrics) or "all"
-        return ServiceProfile(service=name, namespace=namespace, period_s=period_s, metrics=wanted)
+def profile_of(
+    name: str, namespace: str, period_s: int = 60, *metrics: str, stat: str = "Average"
+) -> ServiceProfile:
+    wanted = tuple(MetricProfile(name=m, statistics=(stat,)) for m in metrics) or "all"
+    return ServiceProfile(
+        service=name,
+        namespace=namespace,
+        period_s=period_s,
+        poll_interval_s=max(300, period_s),
+        metrics=wanted,
+        statistics=(stat,),
+    )
 
+
+def test_services_that_share_a_namespace_are_told_apart_by_period_metrics_and_statistics() -> None:
     config = Config(
         accounts=(Account(id="1" * 12, regions=("eu-west-1",), services=("ec2", "rds")),),
         exposition=(ExpositionJob(name="node", account="a", region="b", endpoints=("http://x:1/m",)),),
         services=(
-            profile("ec2", "N", 60, "cpu"),
-            profile("ec2-slow", "N", 300),
-            profile("rds", "R", 60, "x"),
+            profile_of("ec2", "N", 60, "cpu"),
+            profile_of("ec2-slow", "N", 300),
+            profile_of("rds", "R", 60, "x"),
         ),
     )
     assert scopes_of(config) == {
         ("exposition", "node"): Scope("node", 30),
-        ("cloudwatch", "ec2"): Scope("N", 60, 60, ("cpu",)),
-        ("cloudwatch", "ec2-slow"): Scope("N", 300, 300, None),
+        # At 300 s ec2-slow polls the same metric: those rows are its own.
+        ("cloudwatch", "ec2"): Scope("N", 60, (60, 3600), ("cpu/Average",)),
+        ("cloudwatch", "ec2-slow"): Scope("N", 300, (300, 3600), ("*/Average",)),
         ("cloudwatch", "rds"): Scope("R", 60),
     }
+
+
+@pytest.mark.parametrize(
+    ("other", "periods_s"),
+    [
+        (profile_of("slow", "N", 300, "mem"), (60, 300, 3600)),
+        (profile_of("slow", "N", 300, "cpu", stat="Sum"), (60, 300, 3600)),
+        (profile_of("slow", "N", 300, stat="Sum"), (60, 300, 3600)),
+        (profile_of("slow", "N", 300, "mem", "cpu"), (60, 3600)),
+        (profile_of("slow", "N", 3600), (60, 300)),
+    ],
+)
+def test_coarser_periods_are_a_services_own_unless_another_polls_the_same_metrics_at_them(
+    other: ServiceProfile, periods_s: tuple[int, ...]
+) -> None:
+    services = (profile_of("ec2", "N", 60, "cpu"), other)
+    account = Account(id="1" * 12, regions=("eu-west-1",), services=("ec2", "slow"))
+    scopes = scopes_of(Config(accounts=(account,), services=services))
+    assert scopes["cloudwatch", "ec2"].periods_s == periods_s
+
+
+async def test_two_services_of_one_namespace_both_backfilled_at_300_s_are_sealed_each_on_its_own_rows(
+    proof: Proof,
+) -> None:
+    """After 20 days CloudWatch has both at 300 s only, and "ec2", which is polled at 60 s, was asked at that."""
+    services = (
+        profile_of("ec2", "AWS/EC2", 60, "cpu"),
+        profile_of("rds", "AWS/EC2", 300, "disk", "cpu", stat="Sum"),
+    )
+    account = Account(id=TARGET.account, regions=(TARGET.region,), services=("ec2", "rds"))
+    scopes = scopes_of(Config(accounts=(account,), services=services))
+
+    def coarse(service: str, stat: str, points: dict[str, float]) -> Batch:
+        batch = batch_of({metric: {-300: value} for metric, value in points.items()})
+        series = tuple(replace(one, key=replace(one.key, stat=stat, period_s=300)) for one in batch.series)
+        return replace(batch, service=service, series=series, ids=series_ids(series))
+
+    await proof.look(coarse("ec2", "Average", {"cpu": 1.0}))
+    await proof.look(coarse("rds", "Sum", {"disk": 2.0, "cpu": 5.0}), service="rds")
+    done = await seal(proof.sql, scopes, datetime.fromtimestamp(SETTLED_S + 60, UTC))
+
+    assert (done.windows, done.sealed, done.rows) == (2, 2, 3)
