@@ -268,13 +268,13 @@ class Kafka(Strict):
         "127.0.0.1:9092"
     )
     prefix: Slug = "headgate"
-    """Topics are <prefix>.collect, <prefix>.raw, <prefix>.ledger, <prefix>.dead."""
+    """Topics are <prefix>.collect, <prefix>.raw, <prefix>.ledger, <prefix>.dead, <prefix>.shards."""
     raw_partitions: int = Field(8, ge=1)
     ledger_partitions: int = Field(4, ge=1)
     replication: int = Field(1, ge=1)
     session_timeout_s: int = Field(15, ge=6)
 
-    def topic(self, name: Literal["collect", "raw", "ledger", "dead"]) -> str:
+    def topic(self, name: Literal["collect", "raw", "ledger", "dead", "shards"]) -> str:
         return f"{self.prefix}.{name}"
 
 

@@ -40,6 +40,7 @@ from workers.healing import Healer, keep_pauses, read_pauses
 from workers.lifecycle import Lifecycle, add_worker_arguments, run_worker
 from workers.members import Lister
 from workers.reload import Settings
+from workers.shards import Board, Publisher
 
 _log = structlog.get_logger()
 
@@ -141,6 +142,11 @@ class Coordinator:
         asked = (t for t in (*tasks, *heals) if t.kind not in ASKED_OF_NOBODY)
         self._to_collect = _live_first([*self._to_collect, *asked])
         return len(planned)
+
+    @property
+    def planned(self) -> tuple[Mapping[str, int], Mapping[str, float], int]:
+        """Slot by target, weight by target, number of slots."""
+        return self.slots, self.weights, self._config.slots
 
     @property
     def behind(self) -> bool:
@@ -258,6 +264,7 @@ async def serve(config: Config, lifecycle: Lifecycle, path: Path | None = None) 
     watching = Ledger(config.postgres, "headgate coordinator's pauses", {})
     healing = Ledger(config.postgres, "headgate healing", {})
     spending = Ledger(config.postgres, "headgate budgets", {})
+    board = Board(config.kafka, "coordinator")
     try:
         memory = await _remember(ledger, clock, lifecycle)
         if lifecycle.stop.is_set():
@@ -279,8 +286,12 @@ async def serve(config: Config, lifecycle: Lifecycle, path: Path | None = None) 
             replanned.set()
 
         healer.configure(config, whole=settings.whole)
+        publisher = Publisher(config.kafka, producer, board, clock, lambda: coordinator.planned)
+        lifecycle.pages["shards"] = publisher.page
         async with asyncio.TaskGroup() as group:
             group.create_task(coordinator.run(lifecycle))
+            group.create_task(board.run(lifecycle))
+            group.create_task(publisher.run(lifecycle))
             group.create_task(keep_pauses(coordinator, pauses, lifecycle))
             group.create_task(settings.run(lifecycle, apply))
             group.create_task(lister.run(lifecycle, lambda: settings.file, settings.look_now))
@@ -298,6 +309,7 @@ async def serve(config: Config, lifecycle: Lifecycle, path: Path | None = None) 
         await watching.close()
         await healing.close()
         await spending.close()
+        await board.close()
         await ledger.close()
         await producer.close()
 

@@ -6,6 +6,8 @@
   where they are there already.
 * A receipt that cannot be written (Kafka is away) is written again until it can be, or until the slot goes away; nobody is asked
   again for that.
+* Its slots are what the group's leader makes of the assignment that the coordinator published (`workers.shards`). Its name is its own:
+  where a newer process takes it, this one ends with exit code 3.
 * Its configuration may change under way (`workers.reload`). A task that names what it does not know waits for it, for UNKNOWN_WAIT_S.
 """
 
@@ -31,6 +33,7 @@ from ingest.collect import Answer, Collector, Topics
 from ingest.errors import Fatal, Rejected, Transient
 from ingest.group import Consumer
 from ingest.log import Producer
+from ingest.membership import ShardAssignor
 from ingest.model import LookStatus, RecordPosition, SourceName, Target, Task, TaskKind
 from ingest.offsets import OffsetTracker
 from ingest.ports import Record
@@ -44,6 +47,7 @@ from workers.lifecycle import Lifecycle, add_worker_arguments, run_worker
 from workers.members import Members
 from workers.names import exporter_group
 from workers.reload import Settings
+from workers.shards import Board, follow, take_name
 
 _log = structlog.get_logger()
 
@@ -308,7 +312,12 @@ async def serve(config: Config, shard: str, lifecycle: Lifecycle, path: Path | N
     producer = Producer(kafka.bootstrap, shard)
     cloudwatch = CloudWatchSource(config, clock)
     exposition = ExpositionSource(config, clock)
+    board = Board(kafka, shard)
     try:
+        mine = await take_name(board, producer, shard, clock, lifecycle)
+        if mine is None:
+            return
+        assignor = ShardAssignor(shard, lambda: board.assignment)
         async with open_archive(config.s3, clock) as archive:
             cloudwatch.share_listings(archive)
             collector = Collector(
@@ -340,10 +349,13 @@ async def serve(config: Config, shard: str, lifecycle: Lifecycle, path: Path | N
                 drain_s=2 * DRAIN_S,
                 assigned=exporter.assigned,
                 revoked=exporter.revoked,
+                assignor=assignor,
             )
             await exporter.consumer.start()
             try:
                 async with asyncio.TaskGroup() as group:
+                    group.create_task(board.run(lifecycle))
+                    group.create_task(follow(board, exporter.consumer, assignor, mine, lifecycle))
                     group.create_task(exporter.run(lifecycle))
                     group.create_task(settings.run(lifecycle, apply))
             finally:
@@ -352,6 +364,7 @@ async def serve(config: Config, shard: str, lifecycle: Lifecycle, path: Path | N
         await producer.close()
         await cloudwatch.close()
         await exposition.close()
+        await board.close()
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

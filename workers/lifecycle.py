@@ -3,8 +3,8 @@
 * Logs are one JSON object a line on stderr (console form on a terminal).
 * SIGTERM and SIGINT set `stop`; a worker then drains and returns. A second signal ends it at once. SIGHUP sets `hangup`: read
   the configuration again (`workers.reload`).
-* `/healthz` answers while the event loop turns, `/readyz` when the worker has what it needs. Nothing else is served, and nothing
-  changes state.
+* `/healthz` answers while the event loop turns, `/readyz` when the worker has what it needs; a worker may have pages of its own, as JSON.
+  Nothing else is served, and nothing changes state.
 * An unexpected error ends the process with its traceback in the log and exit code 1; the process manager starts it again.
 """
 
@@ -37,6 +37,8 @@ class Lifecycle:
         self.stop = asyncio.Event()
         self.hangup = asyncio.Event()
         self.ready = False
+        self.pages: dict[str, Callable[[], object]] = {}
+        """By name (`shards` is served as /shards): gives what the page shows, fit for JSON."""
 
     async def pause(self, seconds: float, *events: asyncio.Event) -> bool:
         """Wait, or be woken by `stop` or one of the events; True where it is time to stop."""
@@ -128,8 +130,14 @@ def _application(lifecycle: Lifecycle) -> web.Application:
             web.Response(text="ready\n") if lifecycle.ready else web.Response(text="not ready\n", status=503)
         )
 
+    async def page(request: web.Request) -> web.Response:
+        # Looked up at each request: a worker adds its pages when it has something to show.
+        show = lifecycle.pages.get(request.match_info["page"])
+        return web.json_response(show()) if show else web.Response(text="no such page\n", status=404)
+
     app = web.Application()
     app.add_routes([web.get("/metrics", metrics), web.get("/healthz", healthz), web.get("/readyz", readyz)])
+    app.add_routes([web.get("/{page}", page)])
     return app
 
 

@@ -33,6 +33,8 @@ RETENTION_MS = {
     "dead": 30 * 86_400_000,
 }
 """How long Kafka keeps what. The archive keeps raw data for ever."""
+COMPACTED = frozenset({"shards"})
+"""Of these Kafka keeps the last record of each key, for ever."""
 MESSAGE_BYTES_MAX = 1_048_588
 """Of one record, in every topic."""
 
@@ -44,6 +46,7 @@ def partitions_of(config: Config) -> dict[str, int]:
         "raw": config.kafka.raw_partitions,
         "ledger": config.kafka.ledger_partitions,
         "dead": 1,
+        "shards": 1,
     }
 
 
@@ -54,7 +57,7 @@ async def setup(config: Config) -> list[str]:
     async with kafka_admin(config.kafka) as admin:
         for name, count in partitions_of(config).items():
             topic = f"{config.kafka.prefix}.{name}"
-            if await _create_topic(admin, topic, count, config.kafka.replication, RETENTION_MS[name]):
+            if await _create_topic(admin, topic, count, config.kafka.replication, _kept(name)):
                 done.append(f"topic {topic} with {count} partitions")
     kafka = config.kafka
     await commit_start(kafka.bootstrap, kafka.topic("collect"), exporter_group(kafka), config.slots)
@@ -85,15 +88,20 @@ async def kafka_admin(kafka: Kafka) -> AsyncIterator[AIOKafkaAdminClient]:
         await admin.close()
 
 
+def _kept(name: str) -> dict[str, str]:
+    """A topic's settings that say how long it is kept."""
+    return {"cleanup.policy": "compact"} if name in COMPACTED else {"retention.ms": str(RETENTION_MS[name])}
+
+
 async def _create_topic(
-    admin: AIOKafkaAdminClient, topic: str, partitions: int, replication: int, retention_ms: int
+    admin: AIOKafkaAdminClient, topic: str, partitions: int, replication: int, kept: dict[str, str]
 ) -> bool:
     """True where it was created. Raises Fatal where it is there with another number of partitions."""
     new = NewTopic(
         topic,
         partitions,
         replication,
-        topic_configs={"retention.ms": str(retention_ms), "max.message.bytes": str(MESSAGE_BYTES_MAX)},
+        topic_configs=kept | {"max.message.bytes": str(MESSAGE_BYTES_MAX)},
     )
     try:
         answer = await admin.create_topics([new])

@@ -1,0 +1,389 @@
+"""Living shards: the topic `shards`, who has a shard's name, and what the coordinator publishes.
+
+* **Followed**: every exporter and the coordinator read the topic from its start to its end before they act, and go on reading. A shard whose
+  group gave it other slots than a newer published assignment says asks for a rebalance: once an epoch.
+* **Identity**: whoever starts with a name writes down its incarnation, greater than any that was written. An older one that sees it ends, with
+  exit code 3, and does not join again.
+* **Published** is what the group's leader would compute (`ingest.assign`), and only where that is news: shards came or went, weights have
+  changed so that balance asks for moves, or the group did not follow for FOLLOW_S. At most once in PUBLISH_EVERY_S.
+* Two coordinators do no harm: they compute the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import structlog
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+from prometheus_client import Counter, Gauge
+
+from ingest.assign import (
+    SLOT_WEIGHT_MIN,
+    Assignment,
+    Incarnation,
+    assign,
+    decode_assignment,
+    decode_incarnation,
+    encode_assignment,
+    encode_incarnation,
+    moves,
+    owners_of,
+)
+from ingest.clock import Clock
+from ingest.errors import Fatal, Rejected, Transient
+from ingest.group import Consumer
+from ingest.log import Outgoing, Sender, quietly
+from ingest.membership import GroupLook, ShardAssignor, look_at_group
+from shard_config.model import Kafka
+from workers.lifecycle import Lifecycle
+from workers.names import exporter_group
+
+_log = structlog.get_logger()
+
+KEY = b"assignment"
+SHARD_KEY = b"shard:"
+READ_TIMEOUT_S = 30.0
+"""For reading the topic to its end; it is compacted, and small."""
+LOOK_EVERY_S = 1.0
+PUBLISH_EVERY_S = 3.0
+WEIGHTS_EVERY_S = 600.0
+"""A rebalance makes every shard drain, so drifting weights move slots seldom."""
+FOLLOW_S = 30.0
+"""A group that stands still with other owners for so long is told again."""
+MOVES_KEPT = 200
+
+EPOCH = Gauge("headgate_assignment_epoch", "Epoch of the newest assignment of slots to shards that was read.")
+MOVED = Counter("headgate_slots_moved_total", "Slots that a newer assignment gave to another shard.")
+REJOINS = Counter(
+    "headgate_rejoins_total", "Rebalances that this shard asked for, to follow a newer assignment."
+)
+
+
+class Board:
+    """What stands on the topic `shards`: the newest assignment, and by shard its newest incarnation."""
+
+    def __init__(self, kafka: Kafka, client_id: str) -> None:
+        self.assignment: Assignment | None = None
+        self.incarnations: dict[str, Incarnation] = {}
+        self.read = False
+        """Whether the topic was read to its end, at least once."""
+        self.changed = asyncio.Event()
+        """Set at each record; whoever waits for it clears it."""
+        self._kafka = kafka
+        self.topic = kafka.topic("shards")
+        self._client_id = client_id
+        self._client: AIOKafkaConsumer | None = None
+
+    async def open(self) -> None:
+        """Read the topic to its end. Raises Transient."""
+        partition = TopicPartition(self.topic, 0)
+        client = AIOKafkaConsumer(
+            bootstrap_servers=self._kafka.bootstrap,
+            client_id=self._client_id,
+            enable_auto_commit=False,
+            # What is compacted has no position that could be lost.
+            auto_offset_reset="earliest",
+            fetch_max_wait_ms=500,
+        )
+        try:
+            async with asyncio.timeout(READ_TIMEOUT_S):
+                await client.start()
+                if self.topic not in await client.topics():
+                    raise Transient(f"topic {self.topic}", "is not there", "run `headgate setup`")
+                client.assign([partition])
+                await client.seek_to_beginning(partition)
+                end = (await client.end_offsets([partition]))[partition]
+                while await client.position(partition) < end:
+                    self._take(await client.getmany(timeout_ms=500))
+        except (KafkaError, OSError, TimeoutError) as error:
+            await quietly(client.stop())
+            what = f"not read to its end: {type(error).__name__} {error}".rstrip()
+            raise Transient(f"topic {self.topic}", what) from error
+        except BaseException:
+            await quietly(client.stop())
+            raise
+        self._client = client
+        self.read = True
+
+    async def run(self, lifecycle: Lifecycle) -> None:
+        """Go on reading until told to stop. A client that fails is built anew."""
+        while not lifecycle.stop.is_set():
+            try:
+                if self._client is None:
+                    await self.open()
+                    continue
+                self._take(await self._client.getmany(timeout_ms=500))
+            except (Transient, KafkaError, OSError) as error:
+                _log.warning("shards_not_read", error=str(error))
+                await self.close()
+                await lifecycle.pause(1.0)
+
+    async def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await quietly(client.stop())
+
+    def _take(self, got: Mapping[TopicPartition, Sequence[Any]]) -> None:
+        for records in got.values():
+            for record in records:
+                try:
+                    self._put(record.key or b"", record.value)
+                except Rejected as error:
+                    # Of a newer version, perhaps: what was known before holds.
+                    _log.error("shards_record_not_readable", offset=record.offset, error=str(error))
+        if got:
+            self.changed.set()
+
+    def _put(self, key: bytes, value: bytes | None) -> None:
+        if value is None:
+            return
+        if key == KEY:
+            found = decode_assignment(value)
+            if self.assignment is None or found.order > self.assignment.order:
+                self.assignment = found
+                EPOCH.set(found.epoch)
+        elif key.startswith(SHARD_KEY):
+            one = decode_incarnation(value)
+            known = self.incarnations.get(one.shard)
+            if known is None or one.order > known.order:
+                self.incarnations[one.shard] = one
+
+
+# --- a shard --------------------------------------------------------------------------------------------------
+
+
+async def take_name(
+    board: Board, sender: Sender, shard: str, clock: Clock, lifecycle: Lifecycle
+) -> Incarnation | None:
+    """Read the topic, then write down that this process has the name now; None where it is time to stop before that could be done."""
+    while True:
+        try:
+            if not board.read:
+                await board.open()
+            before = board.incarnations.get(shard)
+            # Later than the last one, whatever its clock said.
+            started_at_ms = max(clock.now_ms(), before.started_at_ms + 1 if before else 0)
+            mine = Incarnation(shard, started_at_ms, secrets.randbits(62), socket.gethostname(), os.getpid())
+            await sender.send(
+                board.topic, [Outgoing(SHARD_KEY + shard.encode(), encode_incarnation(mine), 0)]
+            )
+        except Transient as error:
+            _log.warning("name_not_taken", error=str(error))
+            if await lifecycle.pause(error.retry_after_s):
+                return None
+        else:
+            return mine
+
+
+def check_name(board: Board, mine: Incarnation) -> None:
+    """Raise Fatal where a newer process has taken the name."""
+    other = board.incarnations.get(mine.shard)
+    if other is not None and other.order > mine.order:
+        raise Fatal(
+            f"shard {mine.shard}",
+            f"another process with the name {mine.shard} started at {_utc(other.started_at_ms)} (pid {other.pid} on {other.host})",
+            "give each its own name",
+        )
+
+
+async def follow(
+    board: Board, consumer: Consumer, assignor: ShardAssignor, mine: Incarnation, lifecycle: Lifecycle
+) -> None:
+    """Until told to stop: keep the name, or raise Fatal; and ask for a rebalance where a newer assignment gives other slots."""
+    asked = 0
+    while not lifecycle.stop.is_set():
+        board.changed.clear()
+        check_name(board, mine)
+        published = board.assignment
+        if published is not None and published.epoch > asked and assignor.differs(published):
+            asked = published.epoch
+            REJOINS.inc()
+            _log.info("rejoining_for_assignment", epoch=asked, reason=published.reason)
+            consumer.rejoin()
+        # Woken by news; by time because an assignment may have been read while the group was rebalancing.
+        await lifecycle.pause(0.5, board.changed)
+
+
+# --- the coordinator ------------------------------------------------------------------------------------------
+
+
+def slot_weights(slots: Mapping[str, int], weights: Mapping[str, float], count: int) -> tuple[float, ...]:
+    """By slot, the sum of its targets' weights, and at least SLOT_WEIGHT_MIN."""
+    found = [0.0] * count
+    for target, slot in slots.items():
+        found[slot] += weights.get(target, 0.0)
+    return tuple(max(SLOT_WEIGHT_MIN, weight) for weight in found)
+
+
+@dataclass(slots=True)
+class History:
+    """What the coordinator remembers between two looks, in seconds of a clock that never steps back."""
+
+    published_s: float = -PUBLISH_EVERY_S
+    moved_for_weights_s: float = -WEIGHTS_EVERY_S
+    astray_since_s: float | None = None
+    """Since when the group stands still with other owners than were published."""
+
+
+def next_assignment(
+    current: Assignment | None,
+    look: GroupLook,
+    weights: tuple[float, ...],
+    now_ms: int,
+    now_s: float,
+    history: History,
+) -> Assignment | None:
+    """What to publish now, or None; `history` is kept up to date.
+
+    Whoever came or went first, by the weights that the group's leader knew, so that the result is the same; new weights later.
+    """
+    owned = {slot: shard for shard, slots in look.members.items() for slot in slots}
+    if not look.stable or not look.members or now_s - history.published_s < PUBLISH_EVERY_S:
+        return None
+    live = tuple(sorted(look.members))
+    epoch = 1 + max(look.epoch, current.epoch if current else 0)
+    if current is None or len(current.owners) != len(weights):
+        before = owned if current is None else dict(enumerate(current.owners))
+        made = Assignment(epoch, now_ms, "the first assignment", live, assign(weights, live, before), weights)
+    elif (came := set(live) - set(current.shards)) | (went := set(current.shards) - set(live)):
+        owners = owners_of(current, live, len(weights))
+        reason = "; ".join(
+            f"{', '.join(sorted(who))} {what}" for who, what in ((came, "came"), (went, "went")) if who
+        )
+        made = Assignment(epoch, now_ms, reason, live, owners, current.weights)
+    elif current.weights != weights and now_s - history.moved_for_weights_s >= WEIGHTS_EVERY_S:
+        history.moved_for_weights_s = now_s
+        owners = assign(weights, live, dict(enumerate(current.owners)))
+        if owners == current.owners:
+            return None
+        made = Assignment(epoch, now_ms, "weights have changed", live, owners, weights)
+    elif owned != dict(enumerate(current.owners)):
+        history.astray_since_s = now_s if history.astray_since_s is None else history.astray_since_s
+        if now_s - history.astray_since_s < FOLLOW_S:
+            return None
+        made = replace(current, epoch=epoch, published_at_ms=now_ms, reason="the group did not follow")
+    else:
+        history.astray_since_s = None
+        return None
+    history.published_s, history.astray_since_s = now_s, None
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """A move that was published, for people."""
+
+    at_ms: int
+    slot: int
+    before: str
+    after: str
+    reason: str
+
+
+@dataclass(slots=True)
+class Publisher:
+    """The coordinator's hand: looks at the group, publishes, and tells (`page`)."""
+
+    kafka: Kafka
+    sender: Sender
+    board: Board
+    clock: Clock
+    plan: Callable[[], tuple[Mapping[str, int], Mapping[str, float], int]]
+    """Slot by target, weight by target, number of slots."""
+    look: GroupLook = field(default_factory=lambda: GroupLook(False, {}, {}))
+    history: History = field(default_factory=History)
+    noted: deque[Noted] = field(default_factory=lambda: deque(maxlen=MOVES_KEPT))
+
+    async def run(self, lifecycle: Lifecycle) -> None:
+        """Until told to stop. Kafka's failures are logged, and tried again."""
+        admin: AIOKafkaAdminClient | None = None
+        try:
+            while not lifecycle.stop.is_set():
+                try:
+                    if admin is None:
+                        admin = AIOKafkaAdminClient(bootstrap_servers=self.kafka.bootstrap)
+                        await admin.start()
+                    self.look = await look_at_group(admin, exporter_group(self.kafka))
+                    await self.step()
+                except (Transient, KafkaError, OSError) as error:
+                    _log.warning("shards_not_published", error=str(error))
+                    if admin is not None:
+                        await quietly(admin.close())
+                    admin = None
+                await lifecycle.pause(LOOK_EVERY_S)
+        finally:
+            if admin is not None:
+                await quietly(admin.close())
+
+    async def step(self) -> None:
+        """Publish what follows from the last look, if anything does. Raises Transient."""
+        if not self.board.read:
+            return
+        slots, weights, count = self.plan()
+        current = self.board.assignment
+        now_ms, now_s = self.clock.now_ms(), self.clock.monotonic_s()
+        by_slot = slot_weights(slots, weights, count)
+        made = next_assignment(current, self.look, by_slot, now_ms, now_s, self.history)
+        if made is None:
+            return
+        await self.sender.send(self.kafka.topic("shards"), [Outgoing(KEY, encode_assignment(made), 0)])
+        before = dict(enumerate(current.owners)) if current else {}
+        moved = moves(before, dict(enumerate(made.owners))) if current else []
+        MOVED.inc(len(moved))
+        self.noted += (Noted(made.published_at_ms, m.slot, m.before, m.after, made.reason) for m in moved)
+        _log.info("assignment_published", epoch=made.epoch, reason=made.reason, moves=len(moved))
+
+    def page(self) -> dict[str, Any]:
+        """`/shards`: who owns what now, by the group and as published. JSON-able; times are milliseconds since the epoch, UTC."""
+        slots, weights, count = self.plan()
+        assignment = self.board.assignment
+        owned = {slot: shard for shard, theirs in self.look.members.items() for slot in theirs}
+        by_slot = slot_weights(slots, weights, count)
+        targets: dict[int, list[str]] = {}
+        for target, slot in sorted(slots.items()):
+            targets.setdefault(slot, []).append(target)
+        wanted = dict(enumerate(assignment.owners)) if assignment else {}
+
+        def shard(name: str) -> dict[str, Any]:
+            incarnation = self.board.incarnations.get(name)
+            mine = self.look.members.get(name, ())
+            return {
+                "shard": name,
+                "alive": name in self.look.members,
+                "since_ms": incarnation.started_at_ms if incarnation else None,
+                "host": incarnation.host if incarnation else None,
+                "pid": incarnation.pid if incarnation else None,
+                "slots": list(mine),
+                "assigned": assignment.slots_of(name) if assignment else [],
+                "targets": [t for s in mine for t in targets.get(s, ())],
+                "weight": sum(by_slot[s] for s in mine if s < count),
+            }
+
+        names = self.look.members.keys() | (set(assignment.shards) if assignment else set())
+        return {
+            "epoch": assignment.epoch if assignment else 0,
+            "published_at_ms": assignment.published_at_ms if assignment else None,
+            "reason": assignment.reason if assignment else "",
+            "slots": count,
+            "settled": self.look.stable and bool(wanted) and owned == wanted and len(owned) == count,
+            "shards": [shard(name) for name in sorted(names)],
+            "moves": [
+                {"at_ms": n.at_ms, "slot": n.slot, "from": n.before, "to": n.after, "reason": n.reason}
+                for n in self.noted
+            ],
+        }
+
+
+def _utc(ms: int) -> str:
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
