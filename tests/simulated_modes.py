@@ -121,8 +121,8 @@ MODES: Final[Sequence[Mode]] = [
         "pages without end",
         {"token_endless_share": 1.0, "page_points_max": 200},
         PARTIAL,
-        ("GetMetricData", "pages without end"),
-        {"GetMetricData": (10 + 50 * 15 // 100) + (10 + 10 * 15 // 100)},
+        ("GetMetricData", "has more points after it was Complete"),
+        {"GetMetricData": 6},
     ),
     Mode("timestamps twice, Ids shuffled", {"repeat_share": 0.5, "shuffle_ids": True}, COMPLETE),
     Mode(

@@ -17,6 +17,7 @@ from ingest.sources import aws, cloudwatch
 from ingest.sources.aws import Access
 from ingest.sources.cloudwatch import CloudWatchSource
 from ingest.sources.metric_data import (
+    Malformed,
     Page,
     Result,
 )
@@ -135,7 +136,7 @@ async def test_a_series_without_a_whole_answer_leaves_the_look_partial_never_com
     fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cloudwatch, "ROUND_PAUSE_S", (0.01, 0.01))
-    async with rig(faults=Faults(**{fault: 0.8})) as (sim, source):
+    async with rig(faults=Faults.parse({fault: 0.8})) as (sim, source):
         item = item_of()
         batches, outcome = await looked(source, item)
         assert outcome.status is LookStatus.PARTIAL
@@ -308,6 +309,65 @@ async def test_pages_that_go_round_in_a_circle_end_the_look() -> None:
     assert outcome.status is LookStatus.PARTIAL
     assert "NextToken" in outcome.detail
     assert [len(b.series) for b in batches] == [1]
+
+
+async def test_pages_without_end_are_published_once_and_stop_where_they_contradict_themselves() -> None:
+    async with rig(World(7, ACCOUNTS[:1], [REGION], 40, [SQS]), profiles=[SQS]) as (sim, source):
+        await looked(source, item_of("sqs"))
+        sim.faults = Faults(token_endless_share=1)
+        batches, outcome = await looked(source, item_of("sqs"))
+        everything = truth_of(sim.truth, item_of("sqs"), SQS, outcome.observed_at_ms // 1000)
+    assert outcome.status is LookStatus.PARTIAL
+    assert outcome.requests["GetMetricData"] == 2
+    assert landed(batches) == everything
+
+
+@pytest.mark.parametrize(
+    ("status", "points", "pages", "says"),
+    [("PartialData", 20, 3, "more than"), ("PartialData", 0, 10, "pages without end")],
+)
+async def test_pages_are_bounded_by_the_points_of_the_request(
+    status: str, points: int, pages: int, says: str
+) -> None:
+    calls = 0
+
+    async def endless(access: Any, request: Mapping[str, Any]) -> Page:
+        nonlocal calls
+        calls += 1
+        times_s = [request["StartTime"] + 60 * n for n in range(points)]
+        results = [
+            Result(f"q{n}", status, times_s, [1.0] * points) for n in range(len(request["MetricDataQueries"]))
+        ]
+        return Page(results, (), f"token {calls}", 1_000)
+
+    async with rig(World(7, ACCOUNTS[:1], [REGION], 40, [SQS]), profiles=[SQS]) as (sim, _):
+        source = CloudWatchSource(config_of(sim, [SQS]), CLOCK, endless)
+        batches, outcome = await looked(source, item_of("sqs"))
+        await source.close()
+    # 15 points were asked for.
+    assert calls == pages - bool(points)
+    assert says in outcome.detail
+    assert sum(b.points for b in batches) <= 2 * 16 * outcome.series
+
+
+async def test_a_detail_names_its_target_once_says_a_failure_once_and_is_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(aws, "BACKOFF_S", (0.01,) * 2)
+
+    async def cut_off(access: Any, request: Mapping[str, Any]) -> Page:
+        at = len(request["MetricDataQueries"])
+        raise Malformed("aws GetMetricData", f"an answer that is not JSON: line 1 column {at} " + "x" * 300)
+
+    async with rig(World(7, ACCOUNTS[:1], [REGION], 1100, [SQS]), profiles=[SQS]) as (sim, _):
+        source = CloudWatchSource(config_of(sim, [SQS]), CLOCK, cut_off)
+        _, outcome = await looked(source, item_of("sqs"), wait_s=3)
+        await source.close()
+    assert outcome.detail.startswith(
+        f"{target_of()} sqs: 1100 of 1100 queries have no whole answer; aws GetMetricData: "
+    )
+    assert len(outcome.detail) == 300
+    assert (outcome.detail.count(ACCOUNTS[0]), outcome.detail.count("not JSON")) == (1, 1)
 
 
 async def test_messages_of_cloudwatch_are_in_the_detail_and_missing_ids_stay_missing(

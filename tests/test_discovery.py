@@ -435,7 +435,7 @@ async def test_a_look_in_flight_ends_with_the_configuration_that_it_began_with()
         answers = source.look("t", target_of(), s.item(), s.clock.monotonic_s() + 20)
         looking = asyncio.create_task(anext(answers))
         async with asyncio.timeout(5):
-            while not source._asking._connection.users:
+            while not source._asking._connection.users:  # noqa: ASYNC110 -- nothing announces that a look has begun
                 await asyncio.sleep(0)
         old = source._asking.aws
         source.configure(s.config.model_copy(update={"accounts": (), "aws": elsewhere.config.aws}))

@@ -162,6 +162,32 @@ def test_a_good_page_does_not_heal_a_failed_id() -> None:
     assert answer.rows("Complete") == []
 
 
+def test_points_after_complete_are_a_contradiction_and_no_points() -> None:
+    answer = Answer(frozenset({0, 1}))
+    answer.add(page(Result("q0", "Complete", [60], [1.0]), Result("q1", "Complete", [60], [2.0]), token="a"))
+    with pytest.raises(Malformed, match="q0 has more points after it was Complete"):
+        answer.add(page(Result("q0", "Complete", [60], [1.0]), Result("q1", "Complete", [], [])))
+    assert answer.points == {0: ([60], [1.0]), 1: ([60], [2.0])}
+    assert answer.rows("Complete") == [1]
+
+
+def test_an_id_that_is_complete_may_be_named_again_without_points() -> None:
+    answer = Answer(frozenset({0}))
+    answer.add(page(Result("q0", "Complete", [60], [1.0]), token="a"))
+    answer.add(page(Result("q0", "Complete", [], [])))
+    assert (answer.points, answer.rows("Complete")) == ({0: ([60], [1.0])}, [0])
+
+
+def test_pages_have_no_more_points_than_the_request_can_have() -> None:
+    answer = Answer(frozenset({0}), points_max=4)
+    answer.add(page(Result("q0", "PartialData", [60, 60], [1.0, 1.0]), token="a"))
+    answer.add(page(Result("q0", "PartialData", [120, 120], [1.0, 1.0]), token="b"))
+    with pytest.raises(Malformed, match="more than 4 points"):
+        answer.add(page(Result("q0", "Complete", [180], [1.0])))
+    assert answer.points == {0: ([60, 60, 120, 120], [1.0] * 4)}
+    assert answer.rows("Complete") == []
+
+
 @pytest.mark.parametrize(
     "result",
     [

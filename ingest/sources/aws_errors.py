@@ -62,6 +62,7 @@ class Denied(Rejected):
     """Not allowed, and asking again will not change it."""
 
     def __init__(self, where: str, what: str) -> None:
+        self.said = what
         super().__init__(where, "forbidden", what)
 
 

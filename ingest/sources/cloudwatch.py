@@ -7,7 +7,7 @@ Guarantees:
 * a failure never looks like an empty answer, and never throws away what was answered before it;
 * points are as served; a batch's `observed_at_ms` is the `Date` of the first page of the call that its points are from;
 * series that discovery found late are read back to when they may have begun, by the next look and at no more cost;
-* requests, pages, rounds and time are bounded; calls in flight per look are `CALLS_IN_FLIGHT`, and a listing is unpacked as they go;
+* requests, pages (by the points that a request can have), rounds and time are bounded; calls in flight per look are `CALLS_IN_FLIGHT`, and a listing is unpacked as they go;
 * no exception for what AWS or the network did: it is in the Outcome;
 * another configuration is taken while looks are under way: those end with the one that they began with.
 """
@@ -15,6 +15,7 @@ Guarantees:
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,7 +33,7 @@ from ingest.sources.columns import Look, batch_of, columns_of
 from ingest.sources.discovery import Asked, Discovery
 from ingest.sources.limiter import points_per_s
 from ingest.sources.listing import Cache, Listing
-from ingest.sources.look import Emit, relay
+from ingest.sources.look import Emit, detail_of, relay, said_of
 from ingest.sources.metric_data import (
     POINTS_PER_CALL_MAX,
     Answer,
@@ -56,7 +57,10 @@ GIVE_UP_AFTER = 3
 """Calls in a row that used up their attempts: then the look stops asking, for there is an outage."""
 EMITTING_S = 1.0
 """Asking ends this long before the look's deadline, so that what was answered still gets out."""
+PAGES_MORE = 10
+PAGE_POINTS_MIN = 100
 NOTES_MAX = 6
+_NUMBERS = re.compile(r"\d+")
 
 
 @dataclass(slots=True)
@@ -79,18 +83,20 @@ class _Run:
     observed_at_ms: int = 0
     denied: bool = False
     failures_in_a_row: int = 0
-    notes: list[str] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
+    """By what they say but for its numbers: a fault strikes many calls, at another character each."""
 
     @property
     def period_s(self) -> int:
         return self.wanted.period_s or self.profile.period_s
 
     def note(self, text: str) -> None:
-        if text and text not in self.notes and len(self.notes) < NOTES_MAX:
-            self.notes.append(text)
+        kind = _NUMBERS.sub("#", text)
+        if text and len(self.notes) < NOTES_MAX:
+            self.notes.setdefault(kind, text)
 
     def fail(self, failure: HeadgateError) -> None:
-        self.note(str(failure))
+        self.note(said_of(failure, self.asked.account.id))
         self.denied = self.denied or isinstance(failure, Denied)
         self.failures_in_a_row += 1
 
@@ -235,7 +241,9 @@ class CloudWatchSource:
 
     async def _pages(self, run: _Run, call: Call, rows: Sequence[int]) -> Answer:
         """All pages for some rows of a call. What fails ends it, and is in the answer's `failure`."""
-        answer = Answer(frozenset(rows))
+        account, points = run.asked.account, call.points(run.period_s) * len(rows) // call.queries
+        # Twice, for timestamps may repeat, and once a row more, for AWS may begin before what it was asked for.
+        answer = Answer(frozenset(rows), 2 * (points + len(rows)))
         request = call.request(rows)
         tokens: set[str] = set()
         get = self._get or run.asking.calls.get_metric_data
@@ -249,10 +257,10 @@ class CloudWatchSource:
             run.tally.metrics_billed += self._price(run, request)
             return page
 
-        account, points = run.asked.account, call.points(run.period_s) * len(rows) // call.queries
         age_s = self._clock.now_s() - call.start_s
+        number = 0
         # On average a page must bring a hundred points: AWS fills pages, and a source that does not must not hold us for ever.
-        for number in range(10 + points // 100):
+        while number < PAGES_MORE + answer.size // PAGE_POINTS_MIN:
             try:
                 page = await run.asked.aws.call(
                     account,
@@ -268,21 +276,26 @@ class CloudWatchSource:
             except HeadgateError as failure:
                 answer.failure = failure
                 return answer
-            answer.add(page)
             if number == 0:
                 answer.observed_at_ms = self._observed(run, page)
             else:
                 run.tally.requests[CONTINUED] += len(request["MetricDataQueries"])
+            if page.next_token in tokens:
+                answer.failure = Malformed("aws GetMetricData", "the same NextToken came twice")
+                return answer
+            try:
+                answer.add(page)
+            except Malformed as failure:
+                answer.failure = failure
+                return answer
             for message in page.messages:
                 log.warning("cloudwatch_message", target=str(run.look.target), message=message)
                 run.note(f"CloudWatch says {message}")
             if not page.next_token:
                 return answer
-            if page.next_token in tokens:
-                answer.failure = Transient("aws GetMetricData", "the same NextToken came twice")
-                return answer
             tokens.add(page.next_token)
             request = {**request, "NextToken": page.next_token}
+            number += 1
         answer.failure = Transient("aws GetMetricData", "pages without end")
         return answer
 
@@ -322,14 +335,15 @@ class CloudWatchSource:
             status = LookStatus.EXPIRED
             run.note(f"periods of {run.period_s} s are kept for {kept_s // 3600} h")
         missing = run.queries - run.complete - run.forbidden
-        if run.forbidden:
-            run.notes.append(f"{run.forbidden} of {run.queries} queries are forbidden")
-        if missing:
-            run.notes.append(f"{missing} of {run.queries} queries have no whole answer")
+        counts = [
+            f"{count} of {run.queries} queries {what}"
+            for count, what in ((run.forbidden, "are forbidden"), (missing, "have no whole answer"))
+            if count
+        ]
         went_back = status in (LookStatus.COMPLETE, LookStatus.PARTIAL) and run.look.item != item
         return Outcome(
             status,
-            "; ".join(run.notes),
+            detail_of(run.look.target, item.service, [*counts, *run.notes.values()]),
             run.observed_at_ms,
             listing.series if listing is not None else 0,
             dict(run.tally.requests),

@@ -73,7 +73,8 @@ class Limiter:
         bucket, now_s = self._bucket(key), self._clock.monotonic_s()
         turn_s = max(now_s, bucket.next_call_s, bucket.next_points_s if points_cost_s else 0.0)
         if turn_s > deadline_s:
-            raise Transient("aws limiter " + "/".join(key), "the quota leaves no turn before the deadline")
+            account, region, api = key
+            raise Transient(f"aws {api} {account}/{region}", "the quota leaves no turn before the deadline")
         unused_s = turn_s - self.BURST_S
         bucket.next_call_s = max(bucket.next_call_s, unused_s) + cost_s / bucket.share
         bucket.next_points_s = max(bucket.next_points_s, unused_s) + points_cost_s / bucket.share

@@ -1,16 +1,18 @@
-"""What the sources share: how a look is run, and how the source's own clock is read."""
+"""What the sources share: how a look is run, what its outcome says, and how the source's own clock is read."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 
-from ingest.model import Batch, Outcome
+from ingest.errors import HeadgateError
+from ingest.model import Batch, Outcome, Target
 
 QUEUE_MAX = 4
 """Batches that wait for the consumer; past that, the look waits."""
+DETAIL_CHARS_MAX = 300
 
 Emit = Callable[[Batch], Awaitable[None]]
 
@@ -41,6 +43,18 @@ async def relay(produce: Callable[[Emit], Awaitable[Outcome]]) -> AsyncGenerator
     finally:
         task.cancel()
         await asyncio.wait([task])
+
+
+def said_of(failure: HeadgateError, account: str) -> str:
+    """What a failure says, but for the account and region: a look's detail names those already."""
+    where = " ".join(word for word in failure.where.split() if account not in word)
+    return f"{where}: {failure.what}" + (f" ({failure.remedy})" if failure.remedy else "")
+
+
+def detail_of(target: Target, service: str, said: Sequence[str]) -> str:
+    """Where, and all that is to be said, cut where that is too long. Empty where nothing is to be said."""
+    text = f"{target} {service}: {'; '.join(said)}" if said else ""
+    return text if len(text) <= DETAIL_CHARS_MAX else text[: DETAIL_CHARS_MAX - 1] + "…"
 
 
 def date_ms(header: str | None) -> int | None:

@@ -4,6 +4,7 @@ Guarantees:
 
 * all series are asked for over the whole range, in calls that AWS accepts;
 * pages are merged by Id, in any order; only `Complete` counts as an answer in full, and an Id that is absent is not empty;
+* an answer has no more points than the request can have, twice over, and a page adds nothing to an Id that was `Complete` before;
 * what is asked of a table is written as JSON once, as long as it is among the `BODIES_MAX` most recent.
 """
 
@@ -266,23 +267,41 @@ def check(page: Page, asked: frozenset[int]) -> Page:
 
 @dataclass(slots=True)
 class Answer:
-    """The pages of one call, merged by Id in any order. `failure` says why pages may be missing."""
+    """The pages of one call, merged by Id in any order. `failure` says why pages may be missing.
+
+    `points_max` is what all pages together may have; `size` is what they have.
+    """
 
     asked: frozenset[int]
+    points_max: int = 2 * POINTS_PER_CALL_MAX
+    size: int = 0
     observed_at_ms: int = 0
     points: dict[int, Points] = field(default_factory=dict)
     statuses: dict[int, str] = field(default_factory=dict)
     failure: HeadgateError | None = None
 
     def add(self, page: Page) -> None:
-        """Merge one more page, which has been through `check`."""
+        """Merge one more page, which has been through `check`.
+
+        Raises Malformed for a page of points that the pages before, or the request, leave no room for: none of it is used, and what
+        of those before it contradicts is no longer Complete.
+        """
         points, statuses = self.points, self.statuses
+        self.size += sum(map(len, map(_VALUES, page.results)))
+        if self.size > self.points_max:
+            raise Malformed(
+                "aws GetMetricData", f"more than {self.points_max} points, twice what was asked for"
+            )
         if not statuses:  # the first page, which is most often the only one
             rows = [*map(_ROWS.__getitem__, map(_ID, page.results))]
             if len({*rows}) == len(rows):
                 points.update(zip(rows, map(_POINTS, page.results), strict=True))
                 statuses.update(zip(rows, map(_STATUS, page.results), strict=True))
                 return
+        again = {_ROWS[r.id] for r in page.results if r.values and statuses.get(_ROWS[r.id]) == "Complete"}
+        if again:
+            statuses.update(dict.fromkeys(again, "Contradicted"))
+            raise Malformed("aws GetMetricData", f"Id q{min(again)} has more points after it was Complete")
         for id_, status, timestamps_s, values in page.results:
             row = _ROWS[id_]
             if row in points:

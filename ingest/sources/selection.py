@@ -99,7 +99,7 @@ class Selector:
             _match(selection.tags, tags) for tags in self._tags.of(dimensions)
         )
 
-    def series(self, metrics: Iterable[str], target: Target) -> Iterator[Series]:
+    def series(self, metrics: Iterable[bytes], target: Target) -> Iterator[Series]:
         """The (metric × statistic) of `keys_of` metrics, in their order."""
         profile = self._profile
         for raw in metrics:
@@ -117,8 +117,8 @@ def _match(patterns: Mapping[str, str], has: Mapping[str, str]) -> bool:
     return all(key in has and re.fullmatch(pattern, has[key]) for key, pattern in patterns.items())
 
 
-def keys_of(metrics: Iterable[Metric]) -> Iterator[str]:
-    """Metrics as text that sorts by dimensions, then name: a tenth of the memory, and those of one resource lie together.
+def keys_of(metrics: Iterable[Metric]) -> Iterator[bytes]:
+    """Metrics as UTF-8 that sorts by dimensions, then name: a tenth of the memory, and those of one resource lie together.
 
     A text that is not Unicode (half of a surrogate pair) cannot be written: such a metric is left out.
     """
@@ -136,7 +136,7 @@ class Names:
     def __init__(self, selector: Selector, limits: Limits) -> None:
         self._selector = selector
         self._limits = limits
-        self._names: set[str] = set()
+        self._names: set[bytes] = set()
         self._bytes = 0
         self.refused = 0
 

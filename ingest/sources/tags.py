@@ -63,10 +63,8 @@ async def tagged_resources(
                 account, target.region, API, send, cost_s=1 / CALLS_PER_S, deadline_s=deadline_s, tally=tally
             )
         except Denied as denied:
-            raise Denied(
-                denied.where,
-                f"{denied}; grant tag:GetResources to the role, or take `tags` out of the service's `only`",
-            ) from denied
+            remedy = "grant tag:GetResources to the role, or take `tags` out of the service's `only`"
+            raise Denied(denied.where, f"{remedy}: {denied.said}") from denied
         found += page
         if not token:
             return found
