@@ -19,6 +19,7 @@ from typing import Any
 import asyncpg
 import botocore.session
 import pytest
+import structlog
 
 from ingest.errors import Fatal
 from workers.servers import (
@@ -150,6 +151,15 @@ def _start_containers(wanted: list[str], _: Path) -> tuple[dict[str, str], Calla
         "s3_endpoint": lambda: f"http://{s3.get_container_host_ip()}:{s3.get_exposed_port(9000)}",
     }
     return {name: address[name]() for name in wanted}, stop
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    """A command that is run in this process logs to the standard error of its test, which is closed after it."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
+    structlog.contextvars.clear_contextvars()
 
 
 @pytest.fixture(scope="session")

@@ -217,7 +217,7 @@ async def test_a_task_that_nobody_answered_is_announced_again_and_a_paused_one_i
 
 async def test_a_window_is_declared_once_and_a_sealed_one_never(world: World) -> None:
     await world.failed(task_of(3))
-    gone_s = START_S + 16 * 86_400
+    gone_s = START_S + 456 * 86_400
     await world.sql.execute("UPDATE looks SET finished_at = to_timestamp($1)", gone_s)
     await world.sql.execute(
         "UPDATE windows SET sealed_at = now() WHERE window_start = to_timestamp($1)", START_S + 300

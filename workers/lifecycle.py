@@ -156,7 +156,6 @@ def configure_logs(worker: str) -> None:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(worker=worker)
     # Libraries log by the standard module: their warnings go to the same place, in their own form.
