@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shard_config.plan import Move, moves, plan
+from shard_config.plan import Move, least_moved, moves, plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -159,7 +160,7 @@ def test_determinism_over_machines_and_pythons() -> None:
     assert found == {"045b30379ec09a7b2371e655e5644e0f"}
 
 
-def least_moved(weights: Weights, usable: list[int], previous: dict[str, int]) -> float:
+def least_of_all_plans(weights: Weights, usable: list[int], previous: dict[str, int]) -> float:
     """The least weight that a plan in balance moves, by trying all plans."""
     heavy, cap = heavy_and_cap(weights, len(usable))
     names = sorted(weights)
@@ -188,7 +189,32 @@ def test_stability(problem: tuple[Weights, int, dict[str, int], frozenset[int]])
     weights, slots, previous, retired = problem
     moved = sum(m.weight for m in moves(previous, plan(weights, slots, previous, retired), weights))
     usable = [s for s in range(slots) if s not in retired]
-    assert moved <= 1.1 * least_moved(weights, usable, previous) + 1e-9
+    least = least_of_all_plans(weights, usable, previous)
+    assert moved <= 1.1 * least + 1e-9
+    assert least_moved(weights, slots, previous, retired) <= least + 1e-9
+
+
+@given(problems(weights_of_any_kind, 12), st.data())
+@settings(deadline=None)
+def test_company(problem: tuple[Weights, int, dict[str, int], frozenset[int]], data: st.DataObject) -> None:
+    """No more moves than without it, and the same Balance."""
+    weights, slots, previous, retired = problem
+    together = {t: data.draw(st.sampled_from("xyz")) for t in weights if data.draw(st.booleans())}
+    alone, found = plan(weights, slots, previous, retired), plan(weights, slots, previous, retired, together)
+    moved = math.fsum(m.weight for m in moves(previous, found, weights))
+    otherwise = math.fsum(m.weight for m in moves(previous, alone, weights))
+    assert moved <= otherwise * (1 + 1e-9)
+    positive = {t: w for t, w in weights.items() if w > 0}
+    heavy, cap = heavy_and_cap(positive, slots - len(retired))
+    assert is_balanced({t: s for t, s in found.items() if t in positive}, weights, heavy, cap)
+
+
+def test_company_stays_within_5_percent_of_the_level_and_then_finds_another_home() -> None:
+    weights = {f"t{i}": 1.0 for i in range(400)}
+    found = plan(weights, 10, together={f"t{i}": "x" for i in range(60)})
+    homes = Counter(found[f"t{i}"] for i in range(60))
+    assert len(homes) <= 3
+    assert max(loads_of(found, weights).values()) <= 42
 
 
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=14), st.integers(1, 10))
