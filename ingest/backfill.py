@@ -33,6 +33,8 @@ from shard_config.price import Prices
 WINDOWS_MAX = 50_000_000
 """Of one plan: a byte each."""
 
+DROPPED = "dropped by samples_retention_days: raise it, or land it --into another store"
+
 
 class Means(StrEnum):
     """Where a window's data can be had, cheapest first."""
@@ -102,18 +104,24 @@ class _Known:
     billed: int | None = None
     billed_at_ms: int = 0
 
+    @property
+    def starts_s(self) -> NDArray[np.int64]:
+        return self.start_s + np.arange(len(self.flags)) * self.grid.poll_interval_s
+
 
 @dataclass(slots=True)
 class Survey:
     """What is known about the windows of a scope, gathered look by look.
 
     `kept_since_ms`: looks that started since, on the exporters' clock, are in Kafka; None where Kafka is not to be used.
+    `dropped_before_s`: windows that begin before are those of days that the store has dropped, and would drop again.
     """
 
     scope: Scope
     kept_since_ms: int | None
     keeps_all: bool = False
     """Whether the source has recorded data, which no retention ends."""
+    dropped_before_s: int = 0
     collected: int | None = None
     """Points of all looks that touch the scope; None where no look is known."""
     _known: dict[tuple[Target, str], _Known] = field(default_factory=dict)
@@ -177,7 +185,8 @@ class Survey:
         """By target, the span of windows without a complete look: the archive may know of one."""
         spans: dict[Target, Window] = {}
         for (target, _), known in self._known.items():
-            (found,) = np.nonzero(known.flags & (_COMPLETE | _LANDED) == 0)
+            dropped = known.starts_s < self.dropped_before_s
+            (found,) = np.nonzero((known.flags & (_COMPLETE | _LANDED) == 0) & ~dropped)
             if len(found):
                 step = known.grid.poll_interval_s
                 start_s, end_s = (
@@ -194,11 +203,17 @@ class Survey:
         for (target, service), known in sorted(self._known.items(), key=lambda one: one[0]):
             periods_s = _periods_s(known, 0 if self.keeps_all else now_s)
             means = _means(known, via, periods_s)
+            dropped = known.starts_s < self.dropped_before_s
+            means[dropped] = MEANS.index(Means.NOWHERE)
             periods_s[means != MEANS.index(Means.CLOUDWATCH)] = 0
-            changes = (np.diff(means) != 0) | (np.diff(periods_s) != 0)
+            changes = (np.diff(means) != 0) | (np.diff(periods_s) != 0) | np.diff(dropped)
             edges = [0, *(np.nonzero(changes)[0] + 1).tolist(), len(means)]
             for first, end in pairwise(edges):
                 how, period_s = MEANS[int(means[first])], int(periods_s[first])
+                if dropped[first]:
+                    gone = _stretch(target, service, known, how, first, end, 0, prices)
+                    stretches.append(replace(gone, detail=DROPPED))
+                    continue
                 if how is Means.NOWHERE and not known.grid.has_past:
                     continue  # nobody can help, and only the ledger knows whether it was ever planned
                 stretches.append(_stretch(target, service, known, how, first, end, period_s, prices))
@@ -214,10 +229,9 @@ def _within(known: _Known, start_s: int, end_s: int) -> slice:
 
 def _periods_s(known: _Known, now_s: int) -> NDArray[np.int32]:
     """By window, the finest period that the source keeps of it; 0: none."""
-    starts_s = known.start_s + np.arange(len(known.flags)) * known.grid.poll_interval_s
-    periods_s = np.zeros(len(starts_s), np.int32)
+    periods_s = np.zeros(len(known.flags), np.int32)
     for period_s in reversed(known.grid.periods_s if known.grid.has_past else ()):
-        periods_s[starts_s >= now_s - retention_s(period_s)] = period_s
+        periods_s[known.starts_s >= now_s - retention_s(period_s)] = period_s
     return periods_s
 
 

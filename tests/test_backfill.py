@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ingest.backfill import KnownLook, Means, Stretch, Survey, reach_s, tasks_of, windows_by_service
+from ingest.backfill import DROPPED, KnownLook, Means, Stretch, Survey, reach_s, tasks_of, windows_by_service
 from ingest.clock import ManualClock
 from ingest.errors import HeadgateError
 from ingest.model import Target, TaskKind, Window
@@ -166,6 +166,23 @@ def test_a_window_that_no_coarser_period_fits_is_not_asked_past_its_own() -> Non
     assert odd.kept_period_s(NOW_S - 16 * DAY_S, NOW_S) is None
     assert Grid("s3", DAY_S, DAY_S, 4 * DAY_S).periods_s == (DAY_S,)
     assert Grid("fine", 60, 1, 0).periods_s == (1, 60, 300, 3600)
+
+
+def test_windows_of_days_that_the_store_has_dropped_are_neither_read_nor_asked_for() -> None:
+    days_s = NOW_S - 2 * DAY_S
+    survey = Survey(Scope(days_s - 600, days_s + 600), 0, dropped_before_s=days_s)
+    survey.expect({TARGET: (EC2,)}, NOW_S)
+    survey.landed(TARGET, "ec2", days_s - 600, days_s - 300)
+    survey.look(look(days_s - 300, days_s))
+    for via in (None, Means.CLOUDWATCH):
+        found = survey.plan(via, NOW_S, Prices())
+        assert [(s.means, s.start_s, s.end_s, s.detail) for s in found] == [
+            (Means.NOWHERE, days_s - 600, days_s, DROPPED),
+            (Means.CLOUDWATCH, days_s, days_s + 600, "at 60 s"),
+        ]
+        assert (found[0].points, found[0].usd) == (0, Decimal())
+    assert "samples_retention_days" in DROPPED
+    assert survey.unknown() == {TARGET: Window(days_s, days_s + 600)}
 
 
 def test_recorded_data_never_grows_too_old() -> None:
@@ -389,7 +406,7 @@ def test_what_kafka_sends_costs_where_it_has_a_price() -> None:
     assert replay_cost({}, FROM_S, NOW_S, 2 * 10**9, serverless).usd == Decimal("0.55")
     assert replay_cost({}, FROM_S, NOW_S, 2 * 10**9, PriceList()).usd == 0
     unknown = replay_cost({}, FROM_S, NOW_S, None, serverless)
-    assert (unknown.kafka_bytes, unknown.usd, str(unknown)) == (None, 0, "")
+    assert (unknown.kafka_bytes, unknown.usd, str(unknown)) == (None, Decimal(), "")
 
 
 def test_windows_of_what_is_paused_are_replayed_where_they_are_kept_and_never_asked_for() -> None:

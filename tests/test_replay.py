@@ -12,7 +12,7 @@ import pytest
 from aiobotocore.session import get_session
 
 from ingest.archive_replay import LANES, lane_of, place_of
-from ingest.backfill import Means
+from ingest.backfill import DROPPED, Means
 from ingest.clock import SystemClock
 from ingest.errors import Fatal
 from ingest.model import Target, Window
@@ -39,8 +39,8 @@ class Scene:
         scope = Scope(self.past.from_s, self.past.to_s)
         return replace(Ask(scope, via, "postgres", False, 0, 0, (1, 1)), **changes)  # type: ignore[arg-type]
 
-    async def run(self, asked: Ask) -> tuple[Plan, Done]:
-        async with opened(self.config, asked, SystemClock()) as backfill:
+    async def run(self, asked: Ask, later_s: int = 0) -> tuple[Plan, Done]:
+        async with opened(self.config, asked, SystemClock(later_s)) as backfill:
             plan, _ = await backfill.plan()
             return plan, await backfill.execute(plan, lambda source, share, done: None)
 
@@ -190,6 +190,36 @@ async def test_a_new_store_gets_its_schema_and_the_same_table(published: Scene, 
 
     assert await table_of(database) == published.past.expected
     assert await table_of(published.dsn) == {}
+
+
+@pytest.mark.parametrize("via", ["auto", "s3"])
+async def test_days_that_the_live_store_has_dropped_land_in_another_store_only(
+    published: Scene, database: str, via: str
+) -> None:
+    kept = replace(published, config=published.config.model_copy(update={"samples_retention_days": 7}))
+    month_s = 30 * 86_400
+
+    plan, done = await kept.run(kept.ask(via), month_s)
+
+    assert plan.empty
+    assert {(s.means, s.detail) for s in plan.stretches} == {(Means.NOWHERE, DROPPED)}
+    assert done.points == 0
+    assert await table_of(kept.dsn) == {}
+
+    await kept.run(kept.ask(via, into=database), month_s)
+
+    assert await table_of(database) == kept.past.expected
+
+
+async def test_days_that_are_kept_land_and_the_plan_names_those_that_are_not(scene: Scene) -> None:
+    kept = replace(scene, config=scene.config.model_copy(update={"samples_retention_days": 7}))
+    scope = Scope(kept.past.from_s - 9 * 86_400, kept.past.to_s)
+
+    plan, _ = await kept.run(kept.ask("s3", scope=scope))
+
+    assert plan.whole is Means.S3
+    assert any("samples_retention_days" in note for note in plan.notes)
+    assert await table_of(kept.dsn) == kept.past.expected
 
 
 async def test_what_is_lost_is_named_and_all_the_rest_lands(

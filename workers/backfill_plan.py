@@ -16,7 +16,7 @@ import asyncpg
 from ingest import pauses
 from ingest.archive import S3Archive, open_archive
 from ingest.archive_replay import LANES, ArchiveReplay
-from ingest.backfill import Means, Stretch, Survey, reach_s, tasks_of, windows_by_service
+from ingest.backfill import DROPPED, Means, Stretch, Survey, reach_s, tasks_of, windows_by_service
 from ingest.clock import Clock
 from ingest.errors import Transient
 from ingest.landing import Landing
@@ -32,6 +32,7 @@ from ingest.sinks.null import NullSink
 from ingest.sinks.postgres import PostgresSink
 from shard_config.model import Config, Postgres
 from shard_config.price import Prices
+from workers.audit import samples_kept_from_s
 from workers.backfilling import (
     Done,
     LedgerAnnouncer,
@@ -140,6 +141,11 @@ class Backfill:
         self._archive = archive
         self._grids = grids_of(config)
         self._reach_s = reach_s(g for grids in self._grids.values() for g in grids)
+        # What the live store has dropped would be dropped again; another one has its own retention.
+        kept_from_s = samples_kept_from_s(config, clock.now_s()) if asked.into == LIVE else 0
+        self._dropped_before_s = kept_from_s
+        self._scope = replace(asked.scope, from_s=max(asked.scope.from_s, kept_from_s))
+        """That can be landed: the question's, without what is dropped."""
 
     def _on_kafkas_clock_ms(self, time_s: int) -> int:
         """In a run over old data the workers' clock is moved; the brokers' is not."""
@@ -157,7 +163,7 @@ class Backfill:
         )
         offset_ms = config.run.clock_offset_s * 1000
         in_kafka_since_ms = kept_ms + offset_ms if asked.via != Means.S3 else None
-        survey = Survey(scope, in_kafka_since_ms, config.run.source_keeps_all)
+        survey = Survey(scope, in_kafka_since_ms, config.run.source_keeps_all, self._dropped_before_s)
         survey.expect(self._grids, self._clock.now_s())
         notes: list[str] = []
         paused = Pauses()
@@ -179,7 +185,7 @@ class Backfill:
             if asked.into == LIVE:
                 raise
             notes.append(f"the ledger does not answer, so points are not known: {error}")
-        if asked.everything:
+        if asked.everything and self._scope.from_s < self._scope.to_s:
             return self._plan_of_everything(survey, kept_ms, notes), asked
         receipts: list[Receipt] = []
         if asked.via != Means.CLOUDWATCH:
@@ -212,7 +218,7 @@ class Backfill:
     def _replay_cost(
         self, from_s3: Collection[Target], kafka_points: int | None, notes: list[str]
     ) -> ReplayCost:
-        scope = self._asked.scope
+        scope = self._scope
         until_s = min(scope.to_s + self._reach_s, self._clock.now_s())
         grids = {target: self._grids[target] for target in from_s3}
         cost = replay_cost(grids, scope.from_s, until_s, kafka_points, self._config.prices)
@@ -235,10 +241,12 @@ class Backfill:
         if asked.rebuild or asked.into != LIVE or asked.via == Means.CLOUDWATCH:
             return False
         begun = await has_positions(connection, reader_of(_rebuilding(asked)))
-        return begun or await is_emptied(connection, asked.scope.from_s, asked.scope.to_s)
+        return begun or await is_emptied(connection, self._scope.from_s, self._scope.to_s)
 
     def _plan_of_everything(self, survey: Survey, kept_ms: int, notes: list[str]) -> Plan:
-        since_ms = self._on_kafkas_clock_ms(self._asked.scope.from_s)
+        if self._scope != self._asked.scope:
+            notes.append(f"what is before {time_of(self._scope.from_s)} is {DROPPED}")
+        since_ms = self._on_kafkas_clock_ms(self._scope.from_s)
         in_kafka = kept_ms <= since_ms
         if self._asked.via == Means.KAFKA and not in_kafka:
             notes.append(
@@ -249,7 +257,7 @@ class Backfill:
             if self._asked.via == Means.KAFKA or (self._asked.via == "auto" and in_kafka)
             else Means.S3
         )
-        scope = self._asked.scope
+        scope = self._scope
         cost = self._replay_cost(
             [t for t in self._grids if whole is Means.S3 and scope.has(t)],
             survey.collected if whole is Means.KAFKA else 0,
@@ -325,7 +333,7 @@ class Backfill:
         )
 
     def _source(self, means: Means, plan: Plan) -> Replay:
-        kafka, scope, (part, parts) = self._config.kafka, self._asked.scope, self._asked.part
+        kafka, scope, (part, parts) = self._config.kafka, self._scope, self._asked.part
         if plan.whole is None:
             scope = Scope(scope.from_s, scope.to_s, stretches=windows_by_service(plan.stretches, means))
         if means is Means.S3:
