@@ -95,7 +95,9 @@ def _value_within(batch: Batch, limits: Limits) -> bytes | None:
     if len(message) > limits.decoded_bytes_max:
         return None
     value = _zstd.compressor.compress(message)
-    return value if len(value) <= limits.payload_bytes_max else None
+    if len(value) > limits.payload_bytes_max:
+        return None
+    return bytes(memoryview(value))  # copied, for what zstandard 0.25 returns keeps the room of what it compressed
 
 
 def _halves(batch: Batch) -> tuple[Batch, Batch]:
