@@ -299,6 +299,8 @@ class Limits(Strict):
     decoded_bytes_max: int = 16 * 1024 * 1024
     series_per_batch_max: int = 5_000
     points_per_batch_max: int = 1_000_000
+    series_per_target_max: int = Field(2_000_000, ge=1)
+    """Of one service of a target: a listing of more is refused as a whole, and said to be."""
     dimensions_max: int = 64
     label_bytes_max: int = 4096
     future_s_max: int = 600
