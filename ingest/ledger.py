@@ -110,11 +110,9 @@ _PLANNED_UNTIL = (
 )
 """Of the windows that are rows, and of those that are folded."""
 
-_WEIGHTS = """SELECT target, sum(series) AS weight FROM (
-    SELECT DISTINCT ON (target, service) target, service, series FROM looks
-    WHERE status = 'complete' AND finished_at > (SELECT max(finished_at) - interval '2 days' FROM looks)
-    ORDER BY target, service, finished_at DESC) AS newest
-GROUP BY target"""
+_SERIES = """SELECT DISTINCT ON (target, service) target, service, series FROM looks
+WHERE status = 'complete' AND finished_at > (SELECT max(finished_at) - interval '2 days' FROM looks)
+ORDER BY target, service, finished_at DESC"""
 
 _REMEMBER = """INSERT INTO targets (target, slot, weight, planned_at) VALUES ($1, $2, $3, $4)
 ON CONFLICT (target) DO UPDATE SET slot = excluded.slot, weight = excluded.weight, planned_at = excluded.planned_at"""
@@ -133,13 +131,13 @@ STATEMENTS_TIMEOUT_S = 60.0
 class PlannersMemory:
     """What the ledger knows of earlier planning. Targets are written source/account/region.
 
-    `weights` are series asked about at the newest complete looks; `task_ids` are the newest 100,000. `unanswered` tasks have no
-    receipt: they wait in `collect`, or never got there.
+    `slots` are those of the last plan, by unit (`shard_config.units`); `series` are those asked about at the newest complete look, by
+    target and service. `task_ids` are the newest 100,000. `unanswered` tasks have no receipt: they wait in `collect`, or never got there.
     """
 
     planned_until_s: Mapping[str, Mapping[str, int]]
     slots: Mapping[str, int]
-    weights: Mapping[str, float]
+    series: Mapping[str, Mapping[str, float]]
     task_ids: frozenset[str]
     unanswered: tuple[Task, ...]
 
@@ -216,8 +214,8 @@ class Ledger:
         before = None if before_s is None else _at(before_s)
         async with self.connected() as connection, connection.transaction(readonly=True):
             planned = [row for query in _PLANNED_UNTIL for row in await connection.fetch(query, before)]
-            slots = await connection.fetch("SELECT target, slot FROM targets")
-            weights = await connection.fetch(_WEIGHTS)
+            slots = await _planned_slots(connection)
+            series = await _series(connection)
             known = await connection.fetch("SELECT task_id FROM tasks ORDER BY planned_at DESC LIMIT 100000")
             unanswered = await connection.fetch(_UNANSWERED)
         until: dict[str, dict[str, int]] = defaultdict(dict)
@@ -226,14 +224,24 @@ class Ledger:
             services[row["service"]] = max(services.get(row["service"], row["until_s"]), row["until_s"])
         return PlannersMemory(
             planned_until_s=until,
-            slots={row["target"]: row["slot"] for row in slots},
-            weights={row["target"]: float(row["weight"]) for row in weights},
+            slots=slots,
+            series=series,
             task_ids=frozenset(row["task_id"] for row in known),
             unanswered=tuple(wire.decode_task(row["value"]) for row in unanswered),
         )
 
+    async def series(self) -> dict[str, dict[str, float]]:
+        """Series asked about at the newest complete look of the last two days, by target and service. Raises Transient."""
+        async with self.connected() as connection:
+            return await _series(connection)
+
+    async def planned_slots(self) -> dict[str, int]:
+        """The slots of the last plan that was kept, by unit. Raises Transient."""
+        async with self.connected() as connection:
+            return await _planned_slots(connection)
+
     async def remember_plan(self, slots: Mapping[str, int], weights: Mapping[str, float], now_s: int) -> None:
-        """Keep the plan, so that the next one moves little. Raises Transient."""
+        """Keep the plan, by unit, so that the next one moves little. Raises Transient."""
         rows = [(t, s, weights[t], _at(now_s)) for t, s in sorted(slots.items())]
         async with self.connected() as connection, connection.transaction():
             await connection.executemany(_REMEMBER, rows)
@@ -258,6 +266,18 @@ class Ledger:
         if target.startswith(f"{SourceName.EXPOSITION}/"):
             return timedelta(seconds=-grid_s)
         return timedelta(seconds=self.settling_s.get(service, UNKNOWN_SETTLING_S))
+
+
+async def _series(connection: asyncpg.Connection) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for row in await connection.fetch(_SERIES):
+        found.setdefault(row["target"], {})[row["service"]] = float(row["series"])
+    return found
+
+
+async def _planned_slots(connection: asyncpg.Connection) -> dict[str, int]:
+    rows = await connection.fetch("SELECT target, slot FROM targets")
+    return {row["target"]: row["slot"] for row in rows}
 
 
 def _decode(record: Record) -> Task | Receipt:

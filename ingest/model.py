@@ -224,6 +224,12 @@ class Task:
     items: tuple[TaskItem, ...]
     revision: int = 0
 
+    def part(self, items: Iterable[TaskItem]) -> Task:
+        """The task that asks for these of its items, with the id that follows from them."""
+        some = tuple(items)
+        task_id = task_id_of(self.target, self.config_revision, self.attempt, some, self.revision)
+        return replace(self, task_id=task_id, tick_s=max(i.end_s for i in some), items=some)
+
 
 def task_id_of(
     target: Target, config_revision: str, attempt: int, items: tuple[TaskItem, ...], revision: int = 0

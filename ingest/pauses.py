@@ -13,7 +13,7 @@ from typing import Self
 
 import asyncpg
 
-from ingest.model import Task, TaskItem, TaskKind, task_id_of
+from ingest.model import Task, TaskItem, TaskKind
 
 ALL = "*"
 
@@ -62,17 +62,7 @@ def split(task: Task, pauses: Pauses, stopped: Collection[tuple[str, str]] = ())
             parts[task.kind].append(item)
     if len(parts[task.kind]) == len(task.items):
         return [task]
-    return [
-        replace(
-            task,
-            task_id=task_id_of(task.target, task.config_revision, task.attempt, tuple(items)),
-            kind=str(kind),
-            tick_s=max(i.end_s for i in items),
-            items=tuple(items),
-        )
-        for kind, items in parts.items()
-        if items
-    ]
+    return [replace(task.part(items), kind=str(kind)) for kind, items in parts.items() if items]
 
 
 # --- the table: whoever calls translates asyncpg's errors -------------------------------------------------------

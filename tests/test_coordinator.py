@@ -277,11 +277,16 @@ async def test_targets_keep_the_slots_that_are_remembered() -> None:
     assert World(memory=PlannersMemory({}, slots, {}, frozenset(), ())).coordinator.slots == slots
 
 
-async def test_a_target_weighs_what_the_ledger_learned_and_before_that_its_services() -> None:
+async def test_a_target_weighs_the_metrics_a_minute_that_the_ledger_learned_and_before_that_the_mean() -> (
+    None
+):
     learned = f"cloudwatch/{ACCOUNTS[0]}/eu-west-1"
-    memory = PlannersMemory({}, {}, {learned: 4711.0, "cloudwatch/gone/x": 1.0}, frozenset(), ())
-    weights = World(memory=memory).coordinator.weights
-    assert weights == {learned: 4711.0} | {f"cloudwatch/{a}/eu-west-1": 1.0 for a in ACCOUNTS[1:]}
+    series = {learned: {"ec2": 1000.0}, "cloudwatch/gone/x": {"ec2": 3000.0}}
+    world = World(memory=PlannersMemory({}, {}, series, frozenset(), ()))
+    others = {f"cloudwatch/{a}/eu-west-1": 400.0 for a in ACCOUNTS[1:]}
+    assert world.coordinator.weights == {learned: 200.0} | others
+    await world.coordinator.reweigh({learned: {"ec2": 5.0}})
+    assert world.coordinator.weights == {learned: 1.0} | dict.fromkeys(others, 1.0)
 
 
 async def test_a_horizon_is_planned_once_in_a_life_and_what_has_no_past_goes_on() -> None:

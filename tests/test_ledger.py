@@ -384,7 +384,7 @@ async def test_a_batch_whose_points_are_all_dead_lands_and_closes_its_look(store
 
 async def test_a_new_ledger_remembers_nothing(store: Store) -> None:
     memory = await store.ledger.memory()
-    assert (memory.planned_until_s, memory.slots, memory.weights) == ({}, {}, {})
+    assert (memory.planned_until_s, memory.slots, memory.series) == ({}, {}, {})
     assert (memory.task_ids, memory.unanswered) == (frozenset(), ())
 
 
@@ -414,7 +414,7 @@ async def test_the_memory_has_every_task_and_those_without_a_receipt_whole(store
     assert memory.unanswered == (unanswered,)
 
 
-async def test_a_target_weighs_the_series_of_its_newest_complete_looks(store: Store) -> None:
+async def test_a_service_weighs_the_series_of_its_newest_complete_looks(store: Store) -> None:
     ec2, rds = task_of(NOON_S - 300, NOON_S), task_of(NOON_S - 300, NOON_S, service="rds")
     await store.project(
         receipt_of(ec2, series=10, finished_s=NOON_S + 9),
@@ -422,13 +422,15 @@ async def test_a_target_weighs_the_series_of_its_newest_complete_looks(store: St
         receipt_of(ec2, series=1, finished_s=NOON_S + 20, status=LookStatus.FAILED),
         receipt_of(rds, series=5),
     )
-    assert (await store.ledger.memory()).weights == {str(TARGET): 15.0}
+    learned = {str(TARGET): {"ec2": 10.0, "rds": 5.0}}
+    assert (await store.ledger.memory()).series == await store.ledger.series() == learned
 
 
 async def test_the_plan_that_is_remembered_replaces_the_one_before(store: Store) -> None:
     await store.ledger.remember_plan({"a": 1, "b": 2}, {"a": 1.0, "b": 2.0}, NOON_S)
-    await store.ledger.remember_plan({"b": 3, "c": 4}, {"b": 2.0, "c": 1.0}, NOON_S)
-    assert (await store.ledger.memory()).slots == {"b": 3, "c": 4}
+    after = {"b": 3, "c#ec2": 4, "c#rds": 5}
+    await store.ledger.remember_plan(after, dict.fromkeys(after, 1.0), NOON_S)
+    assert (await store.ledger.memory()).slots == await store.ledger.planned_slots() == after
 
 
 # --- what has no past, and what is folded -----------------------------------------------------------------------

@@ -30,6 +30,7 @@ from ingest.ports import Record, Sink
 from ingest.replay import Replay
 from ingest.sinks.connection import translated
 from shard_config.model import Config
+from shard_config.units import Places
 from workers.consumer import slices
 from workers.pace import Pace
 
@@ -304,7 +305,8 @@ async def ask(
     A task that has a receipt already is not asked again. Raises Transient where nothing moves any more.
     """
     with translated("ledger"):
-        slots = {r["target"]: r["slot"] for r in await connection.fetch("SELECT target, slot FROM targets")}
+        rows = await connection.fetch("SELECT target, slot FROM targets")
+        places = Places({row["target"]: row["slot"] for row in rows})
         planned = await connection.fetch(
             "SELECT task_id FROM tasks WHERE task_id = ANY($1)", [t.task_id for t in tasks]
         )
@@ -323,7 +325,7 @@ async def ask(
         answered = {t.task_id for t in tasks} - waiting.keys()
         to_announce = [t for t in to_announce if t.task_id not in answered]
         some, to_announce = _next(to_announce, TASKS_IN_FLIGHT - len(in_flight))
-        await _announce(some, before, slots, sender, config)
+        await _announce(some, before, places, sender, config)
         in_flight |= {t.task_id: t for t in some}
         tell(1 - len(waiting) / len(tasks), done)
         if clock.monotonic_s() - moved_s > patience_s:
@@ -348,7 +350,7 @@ async def answers(connection: asyncpg.Connection, tasks: Iterable[str]) -> list[
 
 
 async def _announce(
-    tasks: Sequence[Task], before: set[str], slots: Mapping[str, int], sender: Sender, config: Config
+    tasks: Sequence[Task], before: set[str], places: Places, sender: Sender, config: Config
 ) -> None:
     kafka = config.kafka
     if not tasks:
@@ -360,7 +362,12 @@ async def _announce(
     ready = [replace(t, kind=TaskKind.AGAIN.value) if t.task_id in before else t for t in tasks]
     await sender.send(
         kafka.topic("collect"),
-        [Outgoing(str(t.target).encode(), wire.encode_task(t), slots.get(str(t.target))) for t in ready],
+        [
+            Outgoing(
+                str(t.target).encode(), wire.encode_task(t), places.of(str(t.target), t.items[0].service)
+            )
+            for t in ready
+        ],
     )
 
 

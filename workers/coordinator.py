@@ -3,6 +3,8 @@
 * *Planned before work*: a task goes on `ledger` before it goes on `collect`.
 * While it is down nothing is lost: on its return it plans what it missed, from the ledger. Two at once do no harm: a task's id is
   made from what it asks for.
+* *A split target is planned once*: its tasks are divided by slot before they are announced, and whatever the split becomes later, a window
+  that was planned stays planned.
 * What is paused, or stopped for a budget (`workers.budgets`), is planned and asked of nobody. Gaps are healed (`workers.healing`).
 * Its configuration may change under way (`workers.reload`), the organization's accounts with it: it is who lists them.
 * While PostgreSQL is down it goes on from memory. At its start it waits for the ledger, for `MEMORY_WAIT_S`; then it plans as on a first
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +31,14 @@ from ingest.errors import Transient
 from ingest.heal_store import HealStore
 from ingest.ledger import Ledger, PlannersMemory
 from ingest.log import Outgoing, Producer, Sender
-from ingest.model import Target, Task, TaskKind
+from ingest.model import Target, Task, TaskItem, TaskKind
 from ingest.pauses import Pauses, split
 from ingest.schedule import Grid, due, grids_of, horizon
+from ingest.spending import payers_of
+from ingest.weights import weights_of
 from shard_config.load import load
 from shard_config.model import Config
-from shard_config.plan import plan
+from shard_config.units import Places, plan_units
 from workers import local
 from workers.budgets import Budgeter
 from workers.healing import Healer, keep_pauses, read_pauses
@@ -70,8 +75,10 @@ class Coordinator:
         self._memory = memory
         self._until_s: dict[Target, dict[str, int]] = {}
         self.weights: dict[str, float] = {}
-        """By target: series asked about, as the ledger has learned; before that, its number of services."""
+        """Metrics asked a minute, by unit (`shard_config.units`), as far as the ledger has learned."""
         self.slots: dict[str, int] = dict(memory.slots)
+        """By unit."""
+        self._series = memory.series
         self._known = memory.task_ids
         self._behind = False
         self._recalled: list[Task] = []
@@ -104,13 +111,7 @@ class Coordinator:
         for t in self._grids:
             before = {} if once else self._memory.planned_until_s.get(str(t), {})
             self._until_s.setdefault(t, dict(before))
-        self.weights = {
-            str(t): max(1.0, self._memory.weights.get(str(t), float(len(grids))))
-            for t, grids in self._grids.items()
-        }
-        self.slots = plan(
-            self.weights, config.slots, {t: s for t, s in self.slots.items() if t in self.weights}
-        )
+        self._replan()
         for waiting in (self._to_ledger, self._to_collect, self._recalled, self._taken_over):
             waiting[:] = [task for task in waiting if task.target in self._grids]
         TARGETS.set(len(self._grids))
@@ -120,20 +121,36 @@ class Coordinator:
         async with self._stepping:
             self.configure(config)
 
+    async def reweigh(self, series: Mapping[str, Mapping[str, float]]) -> None:
+        """Plan anew for what was learned (`Ledger.series`), between two steps."""
+        async with self._stepping:
+            self._series = series
+            self._replan()
+
+    def _replan(self) -> None:
+        config = self._config
+        weights = weights_of(self._grids, self._series)
+        found = plan_units(weights, config.slots, self.slots, via=payers_of(config))
+        self.slots, self.weights = dict(found.slots), dict(found.weights)
+        self._places = Places(self.slots)
+
     def plan_due(self) -> int:
         """Plan what is due now; returns how many tasks that are. They are announced by `announce`."""
         now_s = self._clock.now_s()
         tasks: list[Task] = []
+        first: list[Task] = []
         for target, grids in self._grids.items():
             until_s = self._until_s[target]
-            found = self._found(target, grids, now_s)
+            whole = self._found(target, grids, now_s)
+            found = [part for task in whole for part in divide(task, self._places)]
             for item in (item for task in found for item in task.items):
                 until_s[item.service] = max(until_s.get(item.service, 0), item.end_s)
             tasks += (t for t in found if t.task_id not in self._known)
+            first += whole
         if self._first_plan is None and tasks:
-            start_s = min(i.start_s for t in tasks for i in t.items)
-            self._first_plan = _FirstPlan(now_s, start_s, frozenset(t.task_id for t in tasks))
-        tasks += self._recalled
+            start_s = min(i.start_s for t in first for i in t.items)
+            self._first_plan = _FirstPlan(now_s, start_s, frozenset(t.task_id for t in first))
+        tasks += (part for task in self._recalled for part in divide(task, self._places))
         stopped = self.polling.stopped
         tasks = [part for task in tasks for part in split(task, self.pauses, stopped)]
         heals, self._recalled, self._taken_over = self._taken_over, [], []
@@ -203,9 +220,10 @@ class Coordinator:
             del self._to_ledger[: len(some)]
         while self._to_collect:
             some = self._to_collect[:ANNOUNCED_AT_ONCE]
-            await self._sender.send(
-                kafka.topic("collect"), [self._record(t, self.slots[str(t.target)]) for t in some]
-            )
+            # One that is waiting as a whole is one task still: it goes where its first service is.
+            slots = (self._places.of(str(t.target), t.items[0].service) for t in some)
+            records = [self._record(t, slot) for t, slot in zip(some, slots, strict=True)]
+            await self._sender.send(kafka.topic("collect"), records)
             del self._to_collect[: len(some)]
             for task in some:
                 PLANNED.labels(kind=task.kind).inc()
@@ -238,7 +256,7 @@ class Coordinator:
 
 @dataclass(frozen=True, slots=True)
 class _FirstPlan:
-    """What a life planned first: when, from where on, and which tasks."""
+    """What a life planned first: when, from where on, and which tasks, before they were divided."""
 
     now_s: int
     start_s: int
@@ -247,6 +265,19 @@ class _FirstPlan:
 
 def _until(memory: PlannersMemory, target: Target, grid: Grid) -> int | None:
     return memory.planned_until_s.get(str(target), {}).get(grid.service)
+
+
+def divide(task: Task, places: Places) -> list[Task]:
+    """A task of a split target, as one for each slot that has services of it; any other as it is."""
+    target = str(task.target)
+    if not places.is_split(target):
+        return [task]
+    by_slot: dict[int | None, list[TaskItem]] = defaultdict(list)
+    for item in task.items:
+        by_slot[places.of(target, item.service)].append(item)
+    if len(by_slot) == 1:
+        return [task]
+    return [task.part(items) for items in by_slot.values()]
 
 
 def _live_first(tasks: Iterable[Task]) -> list[Task]:
@@ -330,8 +361,9 @@ async def _remember(ledger: Ledger, clock: Clock, lifecycle: Lifecycle) -> Plann
 
 
 async def _keep_plan(coordinator: Coordinator, ledger: Ledger, clock: Clock) -> None:
-    """So that the next life's plan moves little. It may as well not be kept."""
+    """Weigh anew by what was learned, and keep the plan, so that the next life's moves little. Both may as well not be."""
     try:
+        await coordinator.reweigh(await ledger.series())
         await ledger.remember_plan(coordinator.slots, coordinator.weights, clock.now_s())
     except Transient as error:
         _log.warning("plan_not_remembered", error=str(error))
