@@ -7,7 +7,7 @@ Guarantees:
   and service gives nothing back. At each assignment of slots all is forgotten: another shard may have published meanwhile.
 * *A window is sealed on all that was seen*: of a window that the look may seal the unchanged part is held, to be archived, and every window's
   points are counted whole. So an older answer that landed later, and that memory knows nothing of, shows when the window is to be sealed.
-* *Bounded*: 16 bytes per series and unsettled window, at most `entries_max` of them in the process. What finds no room is published each time.
+* *Bounded*: at most 16 bytes per series and unsettled window, and `entries_max` of them in the process. What finds no room is published each time.
 * Points that validation puts aside for their value are published each time, or the balance would not know of them.
 
 Only live polls of sources with a past are compared: corrections, healing and backlogs publish all that they find.
@@ -23,6 +23,7 @@ from weakref import WeakSet, WeakValueDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from ingest.known import Cells, Known
 from ingest.model import (
     Batch,
     LookStatus,
@@ -37,7 +38,7 @@ from ingest.model import (
 )
 
 ENTRIES_MAX = 8_000_000
-"""128 MB: a million series with their unsettled windows need 3,000,000 at the usual settling time."""
+"""Well below 128 MB: a million series with their unsettled windows need 3,000,000 at the usual settling time, 20 MB."""
 
 Pair = tuple[str, str]
 """A target, written source/account/region, and a service."""
@@ -71,7 +72,7 @@ class Changed:
         self.settling_s = settling_s
         self.no_room = no_room
         self._entries_max = entries_max
-        self._kept: dict[Pair, dict[int, _Window]] = {}
+        self._kept: dict[Pair, Known] = {}
         self._kept_entries = 0
         self._looks: WeakSet[Look] = WeakSet()
         self._newest: WeakValueDictionary[Pair, Look] = WeakValueDictionary()
@@ -79,17 +80,17 @@ class Changed:
     def look(self, task: Task, item: TaskItem) -> Look | None:
         """Begin a look; None where it is to publish everything. Either way nobody else compares with what was remembered for it."""
         pair = (str(task.target), item.service)
-        windows = self._kept.pop(pair, {})
-        self._kept_entries -= _entries(windows)
+        known = self._kept.pop(pair, None) or Known()
+        self._kept_entries -= known.entries
         self._newest.pop(pair, None)
         settling_s = self.settling_s.get(item.service)
         live = task.kind == TaskKind.LIVE and not task.revision and not item.period_s
         if not live or settling_s is None or task.target.source != SourceName.CLOUDWATCH:
-            if windows and all(item.end_s <= start_s for start_s in windows):
-                self._put(pair, windows)
+            if all(item.end_s <= start_s for start_s in known.starts_s):
+                self._put(pair, known)
             return None
-        windows = {start_s: w for start_s, w in windows.items() if start_s >= item.start_s}
-        look = Look(self, pair, settling_s, windows)
+        known.leave(start_s for start_s in known.starts_s if start_s < item.start_s)
+        look = Look(self, pair, settling_s, known)
         self._looks.add(look)
         self._newest[pair] = look
         return look
@@ -99,7 +100,7 @@ class Changed:
         for look in looks:
             if self._newest.get(look.pair) is look:
                 del self._newest[look.pair]
-                self._put(look.pair, {start_s: w for start_s, w in look.windows.items() if len(w.ids)})
+                self._put(look.pair, look.known)
             look.drop()
 
     def forget(self) -> None:
@@ -108,15 +109,15 @@ class Changed:
         self._kept_entries = 0
         self._newest.clear()
 
-    def _put(self, pair: Pair, windows: dict[int, _Window]) -> None:
-        if windows:
-            self._kept[pair] = windows
-            self._kept_entries += _entries(windows)
+    def _put(self, pair: Pair, known: Known) -> None:
+        if known.entries:
+            self._kept[pair] = known
+            self._kept_entries += known.entries
 
     @property
     def entries(self) -> int:
         """Series and windows remembered, looks under way included."""
-        return self._kept_entries + sum(look.entries for look in self._looks)
+        return self._kept_entries + sum(look.known.entries for look in self._looks)
 
     @property
     def room(self) -> int:
@@ -124,17 +125,12 @@ class Changed:
         return max(0, self._entries_max - self.entries)
 
 
-def _entries(windows: Mapping[int, _Window]) -> int:
-    return sum(len(w.ids) for w in windows.values())
-
-
 class Look:
     """One look under way: its batches in, their parts out."""
 
-    def __init__(self, changed: Changed, pair: Pair, settling_s: int, windows: dict[int, _Window]) -> None:
+    def __init__(self, changed: Changed, pair: Pair, settling_s: int, known: Known) -> None:
         self.pair = pair
-        self.windows = windows
-        self.entries = _entries(windows)
+        self.known = known
         self._changed = changed
         self._settling_s = settling_s
         self._comparable = True
@@ -150,19 +146,14 @@ class Look:
         if not batch.points:
             return Split(None, None, (), (), 0)
         groups = _Groups.of(batch)
-        unchanged = np.zeros(len(groups.starts_s), np.bool_)
-        settled = np.zeros(len(unchanged), np.bool_)
-        for start_s in np.unique(groups.starts_s).tolist():
-            (here,) = np.nonzero(groups.starts_s == start_s)
-            window = self.windows.setdefault(start_s, _Window())
-            room = self._changed.room
-            unchanged[here], added, lost = window.compare(
-                groups.ids[here], groups.digests[here], groups.finite[here], room
-            )
-            self.entries += added
-            if lost.any():
-                self._changed.no_room(int(groups.points[here][lost].sum()))
-            settled[here] = (start_s + batch.grid_s + self._settling_s) * 1000 <= batch.observed_at_ms
+        unchanged, lost = self.known.compare(
+            batch.ids[:, 1],
+            Cells(groups.rows, groups.starts_s, groups.digests, groups.finite),
+            lambda: self._changed.room,
+        )
+        if lost.any():
+            self._changed.no_room(int(groups.points[lost].sum()))
+        settled = (groups.starts_s + batch.grid_s + self._settling_s) * 1000 <= batch.observed_at_ms
         whole = groups.counts(batch.grid_s)
         if not unchanged.any():
             return Split(batch, None, whole, whole, 0)
@@ -177,85 +168,22 @@ class Look:
 
     def finish(self, outcome: Outcome, grid_s: int) -> None:
         """The look is over: put what it found in order. Windows that it may seal are not looked at again."""
-        done = outcome.status is LookStatus.COMPLETE
-        for start_s, window in list(self.windows.items()):
-            if done and (start_s + grid_s + self._settling_s) * 1000 <= outcome.observed_at_ms:
-                del self.windows[start_s]
-            else:
-                window.settle()
-        self.entries = _entries(self.windows)
+        if outcome.status is LookStatus.COMPLETE:
+            after_s = grid_s + self._settling_s
+            self.known.leave(s for s in self.known.starts_s if (s + after_s) * 1000 <= outcome.observed_at_ms)
+        self.known.settle()
 
     def drop(self) -> None:
         """Forget what it knows."""
-        self.windows = {}
-        self.entries = 0
-
-
-class _Window:
-    """Of one window: the low halves of series ids, ascending, and digests of each one's points, as published last."""
-
-    __slots__ = ("_added", "_met", "digests", "ids")
-
-    def __init__(self) -> None:
-        self.ids = np.empty(0, np.uint64)
-        self.digests = np.empty(0, np.uint64)
-        self._met: NDArray[np.uint8] | None = None
-        self._added: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = []
-
-    def compare(
-        self, ids: NDArray[np.uint64], digests: NDArray[np.uint64], finite: _Mask, room: int
-    ) -> tuple[_Mask, int, _Mask]:
-        """Which of these series are unchanged, how many were added, and which could not be for want of room. The ids must differ.
-
-        What is met twice in a look (a source that parts the points of a series) is published both times, and forgotten.
-        """
-        if not len(self.ids):
-            found = np.zeros(len(ids), np.bool_)
-            same = found
-        else:
-            if self._met is None:
-                self._met = np.zeros(len(self.ids), np.uint8)
-            at = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-            found = self.ids[at] == ids
-            met = self._met[at]
-            same = found & (self.digests[at] == digests) & (met == 0)
-            at, met, fine = at[found], met[found], finite[found]
-            self.digests[at] = digests[found]
-            self._met[at] = np.where((met == 0) & fine, 1, 2)
-        new = ~found & finite
-        lost = np.zeros(len(ids), np.bool_)
-        if int(new.sum()) > room:
-            lost = new & (np.cumsum(new) > room)
-            new &= ~lost
-        if new.any():
-            self._added.append((ids[new], digests[new]))
-        return same, int(new.sum()), lost
-
-    def settle(self) -> None:
-        """Bring what was added into order; forget what was met twice."""
-        ids, digests = self.ids, self.digests
-        if self._met is not None and (once := self._met < 2).sum() < len(ids):
-            ids, digests = ids[once], digests[once]
-        self._met = None
-        if self._added:
-            ids = np.concatenate([ids, *(some for some, _ in self._added)])
-            digests = np.concatenate([digests, *(some for _, some in self._added)])
-            self._added = []
-            order = np.argsort(ids, kind="stable")
-            ids, digests = ids[order], digests[order]
-            twice = np.zeros(len(ids), np.bool_)
-            twice[1:] = ids[1:] == ids[:-1]
-            twice[:-1] |= twice[1:]
-            if twice.any():
-                ids, digests = ids[~twice], digests[~twice]
-        self.ids, self.digests = ids, digests
+        self.known = Known()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Groups:
     """The points of a batch by series and window, n groups. Of a timestamp that repeats the greatest value counts, as in the store."""
 
-    ids: NDArray[np.uint64]
+    rows: NDArray[np.intp]
+    """The series of each, by its index in the batch."""
     starts_s: NDArray[np.int64]
     points: NDArray[np.int64]
     digests: NDArray[np.uint64]
@@ -281,7 +209,7 @@ class _Groups:
         if order is not None:
             hashes[counts == 0] = 0
         return cls(
-            ids=batch.ids[owner[first], 1],
+            rows=owner[first],
             starts_s=starts_s[first],
             points=np.add.reduceat(counts, first),
             digests=np.add.reduceat(hashes, first),
