@@ -23,11 +23,12 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from ingest import letters, wire
+from ingest.brokers import bootstrap_of, client_options
 from ingest.errors import Fatal, Rejected, Transient
 from ingest.log import quietly
 from ingest.model import DeadLetter, RecordPosition
 from ingest.sinks.connection import bounded, open_connection, translated
-from shard_config.model import Postgres
+from shard_config.model import Kafka, Postgres
 
 _log = structlog.get_logger()
 
@@ -138,7 +139,9 @@ class _Gathering:
             )
 
 
-async def find(bootstrap: str, topic: str, postgres: Postgres, wanted: Filter, *, payloads: bool) -> Letters:
+async def find(
+    kafka: Kafka | str, topic: str, postgres: Postgres, wanted: Filter, *, payloads: bool
+) -> Letters:
     """The letters that a filter holds for, oldest first. Without `payloads` the letters' payloads and contexts are left out.
 
     Raises Transient where Kafka or PostgreSQL does not answer; Fatal where there are too many, and for a beginning of an identity that is
@@ -148,7 +151,7 @@ async def find(bootstrap: str, topic: str, postgres: Postgres, wanted: Filter, *
         if len(one) < IDENTITY_DIGITS_MIN:
             raise Fatal(f"identity {one!r}", f"give at least {IDENTITY_DIGITS_MIN} digits of it")
     gathering = _Gathering(wanted, payloads)
-    async with contextlib.aclosing(_records(bootstrap, topic, wanted.since_ms)) as records:
+    async with contextlib.aclosing(_records(kafka, topic, wanted.since_ms)) as records:
         async for position, value, written_ms in records:
             gathering.add(value, position, written_ms)
     found = list(gathering.found.values())
@@ -167,12 +170,10 @@ async def find(bootstrap: str, topic: str, postgres: Postgres, wanted: Filter, *
 
 
 async def _records(
-    bootstrap: str, topic: str, since_ms: int | None
+    kafka: Kafka | str, topic: str, since_ms: int | None
 ) -> AsyncGenerator[tuple[RecordPosition, bytes, int], None]:
     """Records of a topic up to its end now, each with its position and timestamp in ms. Raises Transient."""
-    client = AIOKafkaConsumer(
-        bootstrap_servers=bootstrap, enable_auto_commit=False, auto_offset_reset="earliest"
-    )
+    client = AIOKafkaConsumer(**client_options(kafka), enable_auto_commit=False, auto_offset_reset="earliest")
     try:
         await client.start()
         metadata = await client._client.fetch_all_metadata()
@@ -199,7 +200,7 @@ async def _records(
                 del left[tp]
     except (KafkaError, OSError, TimeoutError) as error:
         raise Transient(
-            f"topic {topic} on {bootstrap}", f"{type(error).__name__} {error}".rstrip()
+            f"topic {topic} on {bootstrap_of(kafka)}", f"{type(error).__name__} {error}".rstrip()
         ) from error
     finally:
         await quietly(client.stop())
@@ -217,15 +218,15 @@ async def _bounds(
     return {tp: (first[tp], end[tp]) for tp in partitions if first[tp] < end[tp]}
 
 
-async def cluster_id(bootstrap: str) -> str:
+async def cluster_id(kafka: Kafka | str) -> str:
     """The Kafka cluster's id: offsets mean something within one cluster only. Raises Transient."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    admin = AIOKafkaAdminClient(**client_options(kafka))
     try:
         async with asyncio.timeout(STALL_S):
             await admin.start()
             described = await admin.describe_cluster()
     except (KafkaError, OSError, TimeoutError) as error:
-        raise Transient(f"kafka {bootstrap}", f"{type(error).__name__} {error}".rstrip()) from error
+        raise Transient(f"kafka {bootstrap_of(kafka)}", f"{type(error).__name__} {error}".rstrip()) from error
     finally:
         await quietly(admin.close())
     return str(described["cluster_id"] or "")

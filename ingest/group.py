@@ -20,11 +20,13 @@ from aiokafka.coordinator.assignors.abstract import AbstractPartitionAssignor
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import CommitFailedError, KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 
+from ingest.brokers import client_options
 from ingest.clock import Clock
 from ingest.errors import Fatal, HeadgateError, Transient
 from ingest.log import quietly
 from ingest.model import RecordPosition
 from ingest.ports import Record
+from shard_config.model import Kafka
 
 _log = structlog.get_logger()
 
@@ -47,7 +49,7 @@ class Consumer:
 
     def __init__(
         self,
-        bootstrap: str,
+        kafka: Kafka | str,
         topic: str,
         group: str,
         *,
@@ -74,7 +76,7 @@ class Consumer:
         """Partition → next offset to hand out, for the partitions that are open."""
         self._opening = asyncio.Lock()
         self._options: dict[str, Any] = {
-            "bootstrap_servers": bootstrap,
+            **client_options(kafka),
             "group_id": group,
             "client_id": client_id,
             "group_instance_id": instance_id,

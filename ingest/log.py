@@ -24,8 +24,10 @@ from aiokafka.errors import (
     MessageSizeTooLargeError,
 )
 
+from ingest.brokers import bootstrap_of, client_options
 from ingest.errors import Fatal, Transient
 from ingest.model import RecordPosition
+from shard_config.model import Kafka
 
 _log = structlog.get_logger()
 
@@ -54,8 +56,8 @@ class Sender(Protocol):
 class Producer:
     """Sends records with a deadline each; after a failure the client is thrown away and built anew."""
 
-    def __init__(self, bootstrap: str, client_id: str, *, deadline_s: float = 30.0) -> None:
-        self._bootstrap = bootstrap
+    def __init__(self, kafka: Kafka | str, client_id: str, *, deadline_s: float = 30.0) -> None:
+        self._kafka = kafka
         self._client_id = client_id
         self._deadline_s = deadline_s
         self._client: AIOKafkaProducer | None = None
@@ -97,14 +99,14 @@ class Producer:
             if client is not None:
                 self._drop(client)
             what = f"not acknowledged in {self._deadline_s:g} s: {type(error).__name__} {error}".rstrip()
-            raise Transient(f"topic {topic} on {self._bootstrap}", what) from error
+            raise Transient(f"topic {topic} on {bootstrap_of(self._kafka)}", what) from error
         return [RecordPosition(topic, s.partition, s.offset) for s in sent]
 
     async def _ready(self) -> AIOKafkaProducer:
         async with self._building:
             if self._client is None:
                 client = AIOKafkaProducer(
-                    bootstrap_servers=self._bootstrap,
+                    **client_options(self._kafka),
                     client_id=self._client_id,
                     acks="all",
                     linger_ms=5,
@@ -141,9 +143,9 @@ class Producer:
             await asyncio.wait(self._dropped)
 
 
-async def commit_start(bootstrap: str, topic: str, group: str, partitions: int) -> None:
+async def commit_start(kafka: Kafka | str, topic: str, group: str, partitions: int) -> None:
     """Commit the log's start for a group in each partition where it has committed nothing: a virgin install is not a lost offset."""
-    client = AIOKafkaConsumer(bootstrap_servers=bootstrap, group_id=group, enable_auto_commit=False)
+    client = AIOKafkaConsumer(**client_options(kafka), group_id=group, enable_auto_commit=False)
     await client.start()
     try:
         asked = [TopicPartition(topic, p) for p in range(partitions)]

@@ -21,12 +21,13 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 
 from ingest.batch import span_of
+from ingest.brokers import client_options
 from ingest.clock import Clock
 from ingest.errors import Fatal, Rejected, Transient
 from ingest.log import quietly
 from ingest.model import RecordPosition, Target, Window
 from ingest.ports import Record, StoredPosition
-from shard_config.model import Limits
+from shard_config.model import Kafka, Limits
 
 POLL_RECORDS_MAX = 2048
 """All that a fetch brings, so that partitions stay in step: rows in order of time land faster."""
@@ -110,7 +111,7 @@ class KafkaReplay:
 
     def __init__(
         self,
-        bootstrap: str,
+        kafka: Kafka | str,
         topic: str,
         partitions: Sequence[int],
         scope: Scope,
@@ -130,7 +131,7 @@ class KafkaReplay:
         self._end: dict[int, int] = {}
         self._read: dict[int, int] = {}
         self._client = AIOKafkaConsumer(
-            bootstrap_servers=bootstrap,
+            **client_options(kafka),
             client_id="headgate-backfill",
             enable_auto_commit=False,
             auto_offset_reset="none",
@@ -232,13 +233,13 @@ def _has_key(scope: Scope, key: bytes) -> bool:
         return True
 
 
-async def kept_since_ms(bootstrap: str, topic: str, partitions: int) -> int:
+async def kept_since_ms(kafka: Kafka | str, topic: str, partitions: int) -> int:
     """Everything that was written to a topic since then is still there, on Kafka's clock; 0 where nothing was ever deleted.
 
     Raises Transient.
     """
     client = AIOKafkaConsumer(
-        bootstrap_servers=bootstrap, client_id="headgate-backfill", enable_auto_commit=False
+        **client_options(kafka), client_id="headgate-backfill", enable_auto_commit=False
     )
     asked = [TopicPartition(topic, p) for p in range(partitions)]
     try:

@@ -12,6 +12,7 @@ from aiokafka.errors import KafkaError
 from aiokafka.partitioner import DefaultPartitioner
 
 from ingest import wire
+from ingest.brokers import client_options
 from ingest.collect import raw_key
 from ingest.errors import Rejected, Transient
 from ingest.log import quietly
@@ -39,9 +40,7 @@ async def scan(
     Records before `from_ms` are passed over, and a partition is left at its first record past `to_ms`; with `key` only the partition of
     that key is read. Belongs to no group: commits nothing and moves nobody. Raises Transient, also past `RECORDS_READ_MAX`.
     """
-    client = AIOKafkaConsumer(
-        bootstrap_servers=kafka.bootstrap, enable_auto_commit=False, auto_offset_reset="none"
-    )
+    client = AIOKafkaConsumer(**client_options(kafka), enable_auto_commit=False, auto_offset_reset="none")
     try:
         async with asyncio.timeout(KAFKA_DEADLINE_S):
             await client.start()

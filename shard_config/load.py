@@ -60,7 +60,7 @@ OVERRIDES: Final[Mapping[Path, str]] = {
 
 _COLLECTED: Final = ("accounts", "organization", "exposition")
 
-SECRETS: Final = frozenset({"external_id", "password", "dsn"})
+SECRETS: Final = frozenset({"external_id", "username", "password", "dsn"})
 SECRET_BYTES_MAX: Final = 64 * 1024
 
 
@@ -264,6 +264,12 @@ class _Loading:
         postgres, section = root.get("postgres"), data.get("postgres")
         if postgres is not None and isinstance(section, dict):
             self._put_secret(postgres, ("postgres",), "password", section)
+        kafka, section = root.get("kafka"), data.get("kafka")
+        security = kafka.get("security") if kafka is not None else None
+        section = section.get("security") if isinstance(section, dict) else None
+        if security is not None and isinstance(section, dict):
+            for key in ("username", "password"):
+                self._put_secret(security, ("kafka", "security"), key, section)
         for path, variable in OVERRIDES.items():
             section = data.setdefault(str(path[0]), {})
             if isinstance(section, dict) and self._environ.get(variable):

@@ -263,6 +263,40 @@ class Aws(Strict):
     """Read the price list so that a continuation page is billed again: see `price`."""
 
 
+class KafkaSecurity(Strict):
+    """As whom, and over what, Kafka is spoken to."""
+
+    protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None = None
+    """Of SASL. OAUTHBEARER is MSK's IAM: the process's own AWS credentials."""
+    username: SecretStr | None = None
+    password: SecretStr | None = None
+    ca_file: str = ""
+    """PEM certificates that brokers are checked against; empty: the system's."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        sasl = self.protocol.startswith("SASL")
+        if sasl and self.mechanism is None:
+            raise _wrong("protocol", f"{self.protocol} needs a mechanism")
+        if not sasl and self.mechanism is not None:
+            raise _wrong("mechanism", f"a mechanism is part of SASL, and the protocol is {self.protocol}")
+        named = self.username is not None, self.password is not None
+        if self.mechanism == "OAUTHBEARER":
+            if self.protocol != "SASL_SSL":
+                raise _wrong("protocol", "OAUTHBEARER wants SASL_SSL: without TLS its token can be read")
+            if any(named):
+                raise _wrong("mechanism", "OAUTHBEARER takes AWS credentials, and no username or password")
+        elif self.mechanism is not None and not all(named):
+            raise _wrong("mechanism", f"{self.mechanism} needs a username and a password")
+        if self.ca_file and not self.protocol.endswith("SSL"):
+            raise _wrong("ca_file", f"certificates are part of SSL, and the protocol is {self.protocol}")
+        return self
+
+
+_MSK_BROKER: Final = re.compile(r"\.kafka(?:-serverless)?\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?:")
+
+
 class Kafka(Strict):
     bootstrap: Annotated[str, StringConstraints(pattern=r"^[^\s,/]+:\d{1,5}(,[^\s,/]+:\d{1,5})*$")] = (
         "127.0.0.1:9092"
@@ -273,6 +307,21 @@ class Kafka(Strict):
     ledger_partitions: int = Field(4, ge=1)
     replication: int = Field(1, ge=1)
     session_timeout_s: int = Field(15, ge=6)
+    security: KafkaSecurity = KafkaSecurity()
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.security.mechanism == "OAUTHBEARER" and not self.msk_region:
+            raise _wrong(
+                "bootstrap", "OAUTHBEARER is MSK's, and this is no MSK broker: its name has the region"
+            )
+        return self
+
+    @property
+    def msk_region(self) -> str:
+        """The AWS region in an MSK broker's name; empty where it has none."""
+        found = _MSK_BROKER.search(self.bootstrap)
+        return found.group(1) if found else ""
 
     def topic(self, name: Literal["collect", "raw", "ledger", "dead", "shards"]) -> str:
         return f"{self.prefix}.{name}"

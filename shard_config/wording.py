@@ -36,6 +36,8 @@ SLUG_FORM: Final = "a name is at most 63 of a-z, 0-9 and -, and starts with a le
 
 def what_of(kind: str, message: str, context: Mapping[str, object], got: str, path: Path) -> tuple[str, str]:
     """(what, suggestion) for one of pydantic's errors about a value."""
+    if kind == "literal_error" and context["expected"] != "'all'":
+        return f"must be {context['expected']}, got {got}", ""
     if kind in EXPECTED:
         quote = "write it in quotes" if kind == "string_type" and got[:3] in ("the", "tru", "fal") else ""
         return f"expected {EXPECTED[kind]}, got {got}", quote

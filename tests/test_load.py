@@ -24,6 +24,7 @@ from shard_config.model import (
     ExpositionJob,
     Heal,
     Kafka,
+    KafkaSecurity,
     Limits,
     MetricProfile,
     Organization,
@@ -366,6 +367,7 @@ def test_the_documentation_names_every_key_and_every_service() -> None:
     sections = (
         Aws,
         Kafka,
+        KafkaSecurity,
         Postgres,
         S3,
         Limits,

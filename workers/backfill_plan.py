@@ -155,9 +155,7 @@ class Backfill:
         """What is to be done, and the question itself, which an emptied store makes one for rebuilding. Raises Transient, Fatal."""
         asked, scope, config = self._asked, self._asked.scope, self._config
         kept_ms = (
-            await kept_since_ms(
-                config.kafka.bootstrap, config.kafka.topic("raw"), config.kafka.raw_partitions
-            )
+            await kept_since_ms(config.kafka, config.kafka.topic("raw"), config.kafka.raw_partitions)
             if asked.via != Means.S3
             else 0
         )
@@ -270,7 +268,7 @@ class Backfill:
         done = Done()
         started_s = self._clock.monotonic_s()
         async with AsyncExitStack() as open_things:
-            producer = Producer(self._config.kafka.bootstrap, "headgate-backfill")
+            producer = Producer(self._config.kafka, "headgate-backfill")
             open_things.push_async_callback(producer.close)
             if plan.has(Means.KAFKA) or plan.has(Means.S3):
                 await self._replay(plan, producer, open_things, done, tell)
@@ -342,7 +340,7 @@ class Backfill:
         partitions = [p for p in range(kafka.raw_partitions) if p % parts == part - 1]
         since_ms = self._on_kafkas_clock_ms(scope.from_s)
         return KafkaReplay(
-            kafka.bootstrap, kafka.topic("raw"), partitions, scope, since_ms, self._clock, self._config.limits
+            kafka, kafka.topic("raw"), partitions, scope, since_ms, self._clock, self._config.limits
         )
 
 

@@ -164,7 +164,7 @@ def landing_reader(config: Config, name: str, landing: Landing, sink: PostgresSi
 
     async def open_partitions(consumer: Consumer, partitions: Sequence[int]) -> dict[int, int]:
         await sink.claim(topic, partitions)
-        cluster = await cluster_id(config.kafka.bootstrap)
+        cluster = await cluster_id(config.kafka)
         return await landing.open(partitions, await consumer.bounds(partitions), cluster=cluster)
 
     async def close_partitions() -> None:
@@ -221,7 +221,7 @@ def ledger_reader(config: Config, name: str, ledger: Ledger, clock: Clock) -> Re
 
 def _consumer(config: Config, topic: str, group: str, name: str, clock: Clock, reader: Reader) -> Consumer:
     return Consumer(
-        config.kafka.bootstrap,
+        config.kafka,
         topic,
         group,
         client_id=name,
@@ -257,7 +257,7 @@ async def serve(config: Config, name: str, lifecycle: Lifecycle, path: Path | No
     settings = Settings(config, Members(config.s3, clock), clock, path)
     config = await settings.start()
     settling_s = settling_of(config)
-    producer = Producer(config.kafka.bootstrap, name)
+    producer = Producer(config.kafka, name)
     sink = await _connect(config, clock, lifecycle)
     projected = Ledger(config.postgres, f"headgate {name} ledger", settling_s)
     kept = Ledger(config.postgres, f"headgate {name} upkeep", settling_s)

@@ -165,7 +165,7 @@ async def _find(config: Config, args: argparse.Namespace, *, payloads: bool, han
         handled=handled,
     )
     kafka = config.kafka
-    return await find(kafka.bootstrap, kafka.topic("dead"), config.postgres, wanted, payloads=payloads)
+    return await find(kafka, kafka.topic("dead"), config.postgres, wanted, payloads=payloads)
 
 
 async def _list(config: Config, args: argparse.Namespace, _: Clock) -> int:
@@ -249,7 +249,7 @@ def plan_lines(planned: Plan) -> list[str]:
 async def _revive(config: Config, planned: Plan, clock: Clock) -> set[BatchId]:
     """Publish and record it, one after the other: what was published and not recorded is the same when it is done again."""
     topics = Topics(config.kafka.topic("raw"), config.kafka.topic("ledger"))
-    producer = Producer(config.kafka.bootstrap, "dead-letters")
+    producer = Producer(config.kafka, "dead-letters")
     batches: set[BatchId] = set()
     try:
         async with open_archive(config.s3, clock) as archive:

@@ -309,7 +309,7 @@ async def serve(config: Config, shard: str, lifecycle: Lifecycle, path: Path | N
     settings = Settings(config, Members(config.s3, clock), clock, path)
     config = await settings.start()
     kafka = config.kafka
-    producer = Producer(kafka.bootstrap, shard)
+    producer = Producer(kafka, shard)
     cloudwatch = CloudWatchSource(config, clock)
     exposition = ExpositionSource(config, clock)
     board = Board(kafka, shard)
@@ -339,7 +339,7 @@ async def serve(config: Config, shard: str, lifecycle: Lifecycle, path: Path | N
                 exporter.configure(changed)
 
             exporter.consumer = Consumer(
-                kafka.bootstrap,
+                kafka,
                 kafka.topic("collect"),
                 exporter_group(kafka),
                 client_id=shard,

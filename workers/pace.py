@@ -10,6 +10,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
+from ingest.brokers import client_options
 from ingest.clock import Clock
 from ingest.errors import Transient
 from ingest.log import quietly
@@ -92,8 +93,8 @@ class LiveLag:
         kafka = config.kafka
         self._group = landing_group(kafka)
         self._asked = [TopicPartition(kafka.topic("raw"), p) for p in range(kafka.raw_partitions)]
-        self._reader = AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap, enable_auto_commit=False)
-        self._admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
+        self._reader = AIOKafkaConsumer(**client_options(kafka), enable_auto_commit=False)
+        self._admin = AIOKafkaAdminClient(**client_options(kafka))
 
     async def start(self) -> None:
         """Raises Transient."""

@@ -20,12 +20,13 @@ from aiokafka.errors import KafkaError
 from rich.console import Console
 from rich.table import Table
 
+from ingest.brokers import client_options
 from ingest.errors import Fatal, Transient
 from ingest.log import quietly
 from ingest.ports import StoredPosition
 from ingest.positions import value_id
 from ingest.sinks.connection import open_connection, translated
-from shard_config.model import Config
+from shard_config.model import Config, Kafka
 from workers import local
 
 KAFKA_TIMEOUT_S = 10.0
@@ -73,7 +74,7 @@ async def places(config: Config) -> list[Place]:
             )
     finally:
         connection.terminate()
-    async with _Log(config.kafka.bootstrap) as log:
+    async with _Log(config.kafka) as log:
         found = []
         for row in rows:
             tp = TopicPartition(row["topic"], row["partition"])
@@ -96,7 +97,7 @@ async def move(config: Config, place: Place, to: str) -> str:
     next_ = {"start": first, "end": end}.get(to, int(to) if to.isdecimal() else -1)
     if not first <= next_ <= end:
         raise Fatal(where, f"{to} is no offset of the log's [{first}, {end}]", "say start, end or an offset")
-    async with _Log(config.kafka.bootstrap) as log:
+    async with _Log(config.kafka) as log:
         tp = TopicPartition(place.topic, place.partition)
         before = await log.value_id(tp, next_ - 1, place.bounds) or b""
     connection = await open_connection(config.postgres, "headgate positions")
@@ -128,10 +129,10 @@ def _meaning(place: Place, next_: int) -> str:
 class _Log:
     """Looks at Kafka's partitions without being in any group."""
 
-    def __init__(self, bootstrap: str) -> None:
-        self._bootstrap = bootstrap
+    def __init__(self, kafka: Kafka) -> None:
+        self._bootstrap = kafka.bootstrap
         self._client = AIOKafkaConsumer(
-            bootstrap_servers=bootstrap, enable_auto_commit=False, auto_offset_reset="none"
+            **client_options(kafka), enable_auto_commit=False, auto_offset_reset="none"
         )
         self._topics: set[str] = set()
 

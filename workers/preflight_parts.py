@@ -23,6 +23,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 from botocore.exceptions import BotoCoreError, ClientError
 
+from ingest.brokers import client_options
 from ingest.errors import Fatal, HeadgateError
 from ingest.preflight import Finding, State, statement
 from ingest.sinks.connection import open_connection, server_of, translated
@@ -221,7 +222,7 @@ async def _may_write(kafka: Kafka, topic: str, message_bytes_max: int) -> Findin
         )
         return Finding("kafka", topic, "write", State.UNPROVED, what)
     producer = AIOKafkaProducer(
-        bootstrap_servers=kafka.bootstrap,
+        **client_options(kafka),
         max_request_size=size + 65_536,
         request_timeout_ms=int(CALL_TIMEOUT_S * 1000),
     )
@@ -239,7 +240,7 @@ async def _may_write(kafka: Kafka, topic: str, message_bytes_max: int) -> Findin
 
 
 async def _may_read(kafka: Kafka, topic: str) -> Finding:
-    consumer = AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap, enable_auto_commit=False)
+    consumer = AIOKafkaConsumer(**client_options(kafka), enable_auto_commit=False)
     partition = TopicPartition(topic, 0)
     try:
         await consumer.start()

@@ -17,6 +17,7 @@ from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 from botocore.exceptions import BotoCoreError, ClientError
 
 from ingest import ledger
+from ingest.brokers import client_options
 from ingest.clock import SystemClock
 from ingest.errors import Fatal, Transient
 from ingest.log import commit_start
@@ -60,12 +61,12 @@ async def setup(config: Config) -> list[str]:
             if await _create_topic(admin, topic, count, config.kafka.replication, _kept(name)):
                 done.append(f"topic {topic} with {count} partitions")
     kafka = config.kafka
-    await commit_start(kafka.bootstrap, kafka.topic("collect"), exporter_group(kafka), config.slots)
+    await commit_start(kafka, kafka.topic("collect"), exporter_group(kafka), config.slots)
     for sink_name, group, topic, count in (
         ("postgres", landing_group(kafka), kafka.topic("raw"), kafka.raw_partitions),
         (ledger.SINK, ledger_group(kafka), kafka.topic("ledger"), kafka.ledger_partitions),
     ):
-        await commit_start(kafka.bootstrap, topic, group, count)
+        await commit_start(kafka, topic, group, count)
         sink = await PostgresSink.connect(config.postgres, sink_name=sink_name, clock=clock)
         try:
             await sink.init_positions(topic, range(count))
@@ -78,7 +79,7 @@ async def setup(config: Config) -> list[str]:
 
 @contextlib.asynccontextmanager
 async def kafka_admin(kafka: Kafka) -> AsyncIterator[AIOKafkaAdminClient]:
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
+    admin = AIOKafkaAdminClient(**client_options(kafka))
     try:
         await admin.start()
         yield admin

@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ingest import budget, spending
+from ingest.brokers import client_options
 from ingest.budget import Decision
 from ingest.clock import Clock, SystemClock
 from ingest.errors import HeadgateError, Transient
@@ -141,8 +142,8 @@ async def _kafka(kafka: Kafka) -> tuple[dict[str, GroupStatus], int]:
         landing_group(kafka): kafka.topic("raw"),
         ledger_group(kafka): kafka.topic("ledger"),
     }
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
-    reader = AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap, enable_auto_commit=False)
+    admin = AIOKafkaAdminClient(**client_options(kafka))
+    reader = AIOKafkaConsumer(**client_options(kafka), enable_auto_commit=False)
     try:
         await admin.start()
         await reader.start()
