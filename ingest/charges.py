@@ -4,7 +4,7 @@ Guarantees, each with a test of its name:
 
 * *Each receipt counts once*: its charges are added in the transaction that inserts its look.
 * *Ledger ≤ bill ≤ ledger + in doubt*: what was answered is counted as billed. In doubt is what was asked for in requests whose answer was lost, and
-  what a run may have paid that ended without a receipt: the task's next run asks for the same, and counts it once more, as in doubt (`begun_before`).
+  what a run may have paid that ended without a receipt: the task's next run asks for the same, and counts it once more, as in doubt (`ingest.collect.begun_before`).
   Nobody knows how far such a run came, so a task that had only waited for its turn counts as well: the bound is from above.
 * *Intents before requests*: what is asked outside of tasks (a recheck) is put down as in doubt before it is asked, and settled by its answer.
 
@@ -13,7 +13,6 @@ Counts are what the requests asked for: the price list is read later (`shard_con
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from enum import StrEnum
@@ -112,18 +111,6 @@ class Known:
 # --- pure -------------------------------------------------------------------------------------------------------
 
 
-def begun_before(items: Iterable[ReceiptItem], maybe: bool) -> tuple[ReceiptItem, ...]:
-    """Where another run may have begun the same task and not finished it: what is asked now may have been paid once before."""
-    return tuple(
-        replace(
-            i, outcome=replace(i.outcome, metrics_in_doubt=i.outcome.metrics_in_doubt + _asked(i.outcome))
-        )
-        if maybe and "GetMetricData" in i.outcome.requests
-        else i
-        for i in items
-    )
-
-
 def settled(intent: Charge, outcome: Outcome) -> Charge:
     """What an answer adds to its intent, so that both together are the answer's."""
     return replace(
@@ -133,11 +120,6 @@ def settled(intent: Charge, outcome: Outcome) -> Charge:
         metrics_in_doubt=outcome.metrics_in_doubt - intent.metrics_in_doubt,
         list_metrics=outcome.requests.get("ListMetrics", 0),
     )
-
-
-def _asked(outcome: Outcome) -> int:
-    """The most that one run bills that is answered at once."""
-    return max(outcome.metrics_billed, outcome.series)
 
 
 def reason_of(kind: str | None, attempt: int | None, again: bool) -> Reason:

@@ -15,12 +15,12 @@ Guarantees:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import structlog
 
-from ingest import charges, wire
+from ingest import wire
 from ingest.archive import archive_key
 from ingest.changed import Changed, Look, Split
 from ingest.clock import Clock
@@ -165,7 +165,7 @@ class Collector:
             _log.warning("archive_not_readable", key=key, error=str(error))
             return None
 
-    async def _look_and_archive(self, task: Task, key: str, begun_before: bool) -> Answer:
+    async def _look_and_archive(self, task: Task, key: str, maybe_begun: bool) -> Answer:
         started_at_ms = self._clock.now_ms()
         deadline_s = self._clock.monotonic_s() + self.deadline_s
         items: list[ReceiptItem] = []
@@ -177,7 +177,7 @@ class Collector:
             payloads += found.payloads
             if found.look is not None and found.over:
                 looks.append(found.look)
-        receipt = self._receipt(task, key, started_at_ms, charges.begun_before(items, begun_before))
+        receipt = self._receipt(task, key, started_at_ms, begun_before(items, maybe_begun))
         try:
             archived = await self._archive.put(ArchivedTask(receipt, tuple(payloads)))
         except (Transient, Rejected) as error:
@@ -297,6 +297,23 @@ class _Found:
         """There was no end to it: what came is not published."""
         self._published, self._held = [], []
         return _failed(item, LookStatus.FAILED, why)
+
+
+def begun_before(items: Iterable[ReceiptItem], maybe: bool) -> tuple[ReceiptItem, ...]:
+    """Where another run may have begun the same task and not finished it: what is asked now may have been paid once before."""
+    return tuple(
+        replace(
+            i, outcome=replace(i.outcome, metrics_in_doubt=i.outcome.metrics_in_doubt + _asked(i.outcome))
+        )
+        if maybe and "GetMetricData" in i.outcome.requests
+        else i
+        for i in items
+    )
+
+
+def _asked(outcome: Outcome) -> int:
+    """The most that one run bills that is answered at once."""
+    return max(outcome.metrics_billed, outcome.series)
 
 
 def _failed(item: TaskItem, status: LookStatus, detail: str) -> ReceiptItem:

@@ -10,7 +10,8 @@ import pytest
 
 from ingest import budget, charges, costs, spending
 from ingest.budget import Polling
-from ingest.charges import BACKFILL_ATTEMPT, Charge, Reason, begun_before, reason_of, settled
+from ingest.charges import BACKFILL_ATTEMPT, Charge, Reason, reason_of, settled
+from ingest.collect import begun_before
 from ingest.costs import Only
 from ingest.model import LookStatus, Outcome, Receipt, ReceiptItem, Target, TaskItem, TaskKind
 from ingest.pauses import Pause, begin
