@@ -307,6 +307,8 @@ class Kafka(Strict):
     ledger_partitions: int = Field(4, ge=1)
     replication: int = Field(1, ge=1)
     session_timeout_s: int = Field(15, ge=6)
+    raw_retention_s: int = Field(7 * 86_400, ge=86_400)
+    """Of `raw`; the other topics are small."""
     security: KafkaSecurity = KafkaSecurity()
 
     @model_validator(mode="after")

@@ -26,7 +26,6 @@ from shard_config.model import Config
 from shard_config.price import Prices
 from workers import local
 from workers.samples import parse_time, rfc3339
-from workers.setup import RETENTION_MS
 
 ROWS_MAX = 500
 """Lines of a table; csv and json have all."""
@@ -41,7 +40,7 @@ async def find(config: Config, only: Filter) -> tuple[list[Gap], list[Gap]]:
     now = datetime.fromtimestamp(SystemClock(config.run.clock_offset_s).now_s(), UTC)
     connection = await open_connection(config.postgres, "headgate gaps")
     try:
-        keeps_s = RETENTION_MS["raw"] // 1000
+        keeps_s = config.kafka.raw_retention_s
         grids, prices = grids_of(config), Prices.of(config.aws)
         found = await gaps(connection, now, grids, prices, kafka_keeps_s=keeps_s, only=only)
         return found, await not_polled(connection, now, grids, prices, only=only)

@@ -31,7 +31,7 @@ from ingest.sinks.migrate import load, pending
 from ingest.sources.aws_errors import translate
 from shard_config.model import S3, Config, Kafka, Postgres
 from workers.names import exporter_group, landing_group, ledger_group
-from workers.setup import COMPACTED, MESSAGE_BYTES_MAX, RETENTION_MS, kafka_admin, partitions_of
+from workers.setup import COMPACTED, MESSAGE_BYTES_MAX, kafka_admin, partitions_of, retention_ms
 
 PART_TIMEOUT_S: Final = 60.0
 CALL_TIMEOUT_S: Final = 10.0
@@ -158,8 +158,8 @@ async def _check_kafka(config: Config) -> list[Finding]:
                 continue
             described = (await admin.describe_topics([topic]))[0]
             settings = await _settings(admin, topic)
-            retention_ms = None if name in COMPACTED else RETENTION_MS[name]
-            wrong = _topic_is_wrong(described, settings, partitions, kafka, retention_ms)
+            kept_ms = None if name in COMPACTED else retention_ms(kafka)[name]
+            wrong = _topic_is_wrong(described, settings, partitions, kafka, kept_ms)
             state, remedy = (State.WRONG, wrong[1]) if wrong else (State.OK, "")
             found.append(Finding("kafka", topic, "topic", state, wrong[0] if wrong else "", remedy))
             found.append(
@@ -182,9 +182,9 @@ def _topic_is_wrong(
     settings: dict[str, str],
     partitions: int,
     kafka: Kafka,
-    retention_ms: int | None,
+    kept_ms: int | None,
 ) -> tuple[str, str] | None:
-    """(what, remedy) of the first thing that is not as `headgate setup` makes it. `retention_ms` is None of what is compacted."""
+    """(what, remedy) of the first thing that is not as `headgate setup` makes it. `kept_ms` is None of what is compacted."""
     topic, there = described["topic"], len(described["partitions"])
     if there != partitions:
         what = f"has {there} partitions, and the configuration says {partitions}"
@@ -200,7 +200,7 @@ def _topic_is_wrong(
         what = f"takes records of {settings['max.message.bytes']} bytes only"
         return what, f"{alter} max.message.bytes={MESSAGE_BYTES_MAX}"
     compacted = "compact" in settings.get("cleanup.policy", "")
-    if retention_ms is None:
+    if kept_ms is None:
         forgets = not compacted and bool(settings)
         return (
             ("is not compacted, which forgets records", f"{alter} cleanup.policy=compact")
@@ -209,8 +209,8 @@ def _topic_is_wrong(
         )
     if compacted:
         return "is compacted, which loses records", f"{alter} cleanup.policy=delete"
-    if 0 <= int(settings.get("retention.ms", -1)) < retention_ms:
-        return f"keeps records {settings['retention.ms']} ms only", f"{alter} retention.ms={retention_ms}"
+    if 0 <= int(settings.get("retention.ms", -1)) < kept_ms:
+        return f"keeps records {settings['retention.ms']} ms only", f"{alter} retention.ms={kept_ms}"
     return None
 
 

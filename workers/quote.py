@@ -37,7 +37,7 @@ from shard_config.quote import (
     quote,
 )
 from workers import local, quote_live
-from workers.setup import RETENTION_MS
+from workers.setup import retention_ms
 
 DAY_MS = 86_400_000
 COLUMNS = ("way", "service", "item", "quantity", "unit", "usd", "usd_other_reading", "own_part")
@@ -283,7 +283,8 @@ def run(args: argparse.Namespace) -> int:
     if args.keep_days < 1 or (args.accounts is not None and args.accounts < 1):
         print("headgate: --accounts and --keep-days are at least 1", file=sys.stderr)
         return 2
-    basis = Basis(args.days, args.keep_days, RETENTION_MS["raw"] // DAY_MS, RETENTION_MS["ledger"] // DAY_MS)
+    kept_ms = retention_ms(config.kafka)
+    basis = Basis(args.days, args.keep_days, kept_ms["raw"] // DAY_MS, kept_ms["ledger"] // DAY_MS)
     try:
         accounts = accounts_of(config, args.accounts)
     except ValueError as error:

@@ -27,17 +27,20 @@ from shard_config.model import S3, Config, Kafka
 from workers import local
 from workers.names import exporter_group, landing_group, ledger_group
 
-RETENTION_MS = {
-    "collect": 3 * 86_400_000,
-    "raw": 7 * 86_400_000,
-    "ledger": 30 * 86_400_000,
-    "dead": 30 * 86_400_000,
-}
-"""How long Kafka keeps what. The archive keeps raw data for ever."""
 COMPACTED = frozenset({"shards"})
 """Of these Kafka keeps the last record of each key, for ever."""
 MESSAGE_BYTES_MAX = 1_048_588
 """Of one record, in every topic."""
+
+
+def retention_ms(kafka: Kafka) -> dict[str, int]:
+    """How long Kafka keeps what, by topic without the prefix. The archive keeps raw data for ever."""
+    return {
+        "collect": 3 * 86_400_000,
+        "raw": kafka.raw_retention_s * 1000,
+        "ledger": 30 * 86_400_000,
+        "dead": 30 * 86_400_000,
+    }
 
 
 def partitions_of(config: Config) -> dict[str, int]:
@@ -58,7 +61,7 @@ async def setup(config: Config) -> list[str]:
     async with kafka_admin(config.kafka) as admin:
         for name, count in partitions_of(config).items():
             topic = f"{config.kafka.prefix}.{name}"
-            if await _create_topic(admin, topic, count, config.kafka.replication, _kept(name)):
+            if await _create_topic(admin, topic, count, config.kafka.replication, _kept(config.kafka, name)):
                 done.append(f"topic {topic} with {count} partitions")
     kafka = config.kafka
     await commit_start(kafka, kafka.topic("collect"), exporter_group(kafka), config.slots)
@@ -89,9 +92,11 @@ async def kafka_admin(kafka: Kafka) -> AsyncIterator[AIOKafkaAdminClient]:
         await admin.close()
 
 
-def _kept(name: str) -> dict[str, str]:
+def _kept(kafka: Kafka, name: str) -> dict[str, str]:
     """A topic's settings that say how long it is kept."""
-    return {"cleanup.policy": "compact"} if name in COMPACTED else {"retention.ms": str(RETENTION_MS[name])}
+    if name in COMPACTED:
+        return {"cleanup.policy": "compact"}
+    return {"retention.ms": str(retention_ms(kafka)[name])}
 
 
 async def _create_topic(

@@ -38,6 +38,7 @@ from ingest.assign import (
     moves,
     owners_of,
 )
+from ingest.brokers import client_options
 from ingest.clock import Clock
 from ingest.errors import Fatal, Rejected, Transient
 from ingest.group import Consumer
@@ -87,7 +88,7 @@ class Board:
         """Read the topic to its end. Raises Transient."""
         partition = TopicPartition(self.topic, 0)
         client = AIOKafkaConsumer(
-            bootstrap_servers=self._kafka.bootstrap,
+            **client_options(self._kafka),
             client_id=self._client_id,
             enable_auto_commit=False,
             # What is compacted has no position that could be lost.
@@ -310,7 +311,7 @@ class Publisher:
             while not lifecycle.stop.is_set():
                 try:
                     if admin is None:
-                        admin = AIOKafkaAdminClient(bootstrap_servers=self.kafka.bootstrap)
+                        admin = AIOKafkaAdminClient(**client_options(self.kafka))
                         await admin.start()
                     self.look = await look_at_group(admin, exporter_group(self.kafka))
                     await self.step()
