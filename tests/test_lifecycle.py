@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from aiohttp.test_utils import TestClient, TestServer
+
+from workers.lifecycle import STILL_S, Lifecycle, _application
 from workers.servers import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +92,20 @@ def test_a_worker_answers_on_its_endpoints_and_drains_on_sigterm() -> None:
     assert (worker.returncode, out) == (0, "began\ndrained\n")
     assert '"event": "worker_stopped"' in err
     assert '"worker": "w"' in err
+
+
+async def test_healthz_names_a_loop_that_stands_still_and_no_other() -> None:
+    lifecycle = Lifecycle()
+    async with TestClient(TestServer(_application(lifecycle))) as client:
+        lifecycle.beat("planning")
+        lifecycle.beat("raw")
+        assert (await client.get("/healthz")).status == 200
+        # The event loop's clock cannot be set, so the beat is.
+        lifecycle._beats["raw"] -= STILL_S + 1
+        answer = await client.get("/healthz")
+        assert (answer.status, await answer.text()) == (503, f"raw has stood still for {STILL_S + 1:.0f} s\n")
+        lifecycle.beat("raw")
+        assert (await client.get("/healthz")).status == 200
 
 
 def test_a_second_signal_ends_a_worker_at_once() -> None:

@@ -100,6 +100,7 @@ class Reader:
         await self._until_it_works(lifecycle, self.consumer.start)
         try:
             while not lifecycle.stop.is_set():
+                lifecycle.beat(self.consumer.topic)
                 try:
                     records = await self.consumer.poll(POLL_RECORDS_MAX, 0.25)
                 except Transient as error:
@@ -126,6 +127,7 @@ class Reader:
 
     async def _until_it_works(self, lifecycle: Lifecycle, work: Callable[[], Awaitable[None]]) -> None:
         while not lifecycle.stop.is_set():
+            lifecycle.beat(self.consumer.topic)
             try:
                 await work()
             except Transient as error:

@@ -234,6 +234,7 @@ class Coordinator:
     async def run(self, lifecycle: Lifecycle) -> None:
         """Until told to stop: plan what is due, each second."""
         while not lifecycle.stop.is_set():
+            lifecycle.beat("planning")
             try:
                 await self.step()
                 lifecycle.ready = True

@@ -171,6 +171,7 @@ class Exporter:
                 await self.revoked(sorted(self._trackers))
 
     async def _step(self, group: asyncio.TaskGroup, lifecycle: Lifecycle) -> None:
+        lifecycle.beat("tasks")
         room = self._taken_max - len(self._running)
         if room <= 0:
             await asyncio.wait(self._running, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)

@@ -3,7 +3,7 @@
 * Logs are one JSON object a line on stderr (console form on a terminal).
 * SIGTERM and SIGINT set `stop`; a worker then drains and returns. A second signal ends it at once. SIGHUP sets `hangup`: read
   the configuration again (`workers.reload`).
-* `/healthz` answers while the event loop turns, `/readyz` when the worker has what it needs; a worker may have pages of its own, as JSON.
+* `/healthz` answers while the event loop turns, and says 503 where one of the worker's own loops has stood still for STILL_S; `/readyz` when the worker has what it needs; a worker may have pages of its own, as JSON.
   Nothing else is served, and nothing changes state.
 * An unexpected error ends the process with its traceback in the log and exit code 1; the process manager starts it again.
 """
@@ -29,6 +29,11 @@ from ingest.errors import Fatal, HeadgateError
 
 _log = structlog.get_logger()
 
+STILL_S = 600.0
+"""A loop that has not come round for so long hangs: no outage or drain takes it, and by then Kafka's group has given its partitions to others
+(`max_poll_interval_ms`). Much less would restart workers for an outage of Kafka, which helps nobody.
+"""
+
 
 class Lifecycle:
     """Handed to a worker's main: when to stop, and where to say that it is ready."""
@@ -39,6 +44,15 @@ class Lifecycle:
         self.ready = False
         self.pages: dict[str, Callable[[], object]] = {}
         """By name (`shards` is served as /shards): gives what the page shows, fit for JSON."""
+        self._beats: dict[str, float] = {}
+
+    def beat(self, loop: str) -> None:
+        """Said by each of a worker's loops, by its name, when it comes round."""
+        self._beats[loop] = asyncio.get_running_loop().time()
+
+    def still(self, now_s: float) -> dict[str, float]:
+        """The loops that have not come round for STILL_S, on the event loop's clock: by name, since how many seconds."""
+        return {name: now_s - at_s for name, at_s in self._beats.items() if now_s - at_s > STILL_S}
 
     async def pause(self, seconds: float, *events: asyncio.Event) -> bool:
         """Wait, or be woken by `stop` or one of the events; True where it is time to stop."""
@@ -123,7 +137,9 @@ def _application(lifecycle: Lifecycle) -> web.Application:
         return web.Response(body=generate_latest(REGISTRY), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def healthz(_: web.Request) -> web.Response:
-        return web.Response(text="ok\n")
+        still = lifecycle.still(asyncio.get_running_loop().time())
+        said = "".join(f"{name} has stood still for {s:.0f} s\n" for name, s in still.items())
+        return web.Response(text=said or "ok\n", status=503 if still else 200)
 
     async def readyz(_: web.Request) -> web.Response:
         return (
