@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
 
@@ -46,10 +46,25 @@ _FOOTER_BYTES = _COUNTS.size + 16 + len(_TASK)
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part object of a heavy task. `digest` is blake2b-128 of `body`."""
+    """A part object of a heavy task. Its body is made when it is asked for: all parts are as large as the task, and one is put at a time."""
 
     digest: bytes
-    body: bytes
+    """blake2b-128 of `body`."""
+    length: int
+    values: tuple[bytes, ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, values: Sequence[bytes]) -> Part:
+        digest = blake2b(_PART, digest_size=16)
+        for value in values:
+            digest.update(_FRAME.pack(len(value)))
+            digest.update(value)
+        length = len(_PART) + sum(_FRAME.size + len(value) for value in values)
+        return cls(digest.digest(), length, tuple(values))
+
+    @property
+    def body(self) -> bytes:
+        return _PART + _frames(self.values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +85,11 @@ def pack(task: ArchivedTask, object_bytes_max: int = OBJECT_BYTES_MAX) -> tuple[
     _check_listed(task.receipt, values)
     parts: tuple[Part, ...] = ()
     if sum(map(len, values)) > object_bytes_max:
-        bodies = [_PART + _frames(group) for group in _groups(values, object_bytes_max)]
-        parts = tuple(Part(_digest(body), body) for body in bodies)
+        parts = tuple(Part.of(group) for group in _groups(values, object_bytes_max))
         values = []
     if len(parts) > PARTS_MAX:
         raise Rejected(_where(task.receipt), Reason.PAYLOAD_TOO_LARGE, f"{len(parts)} parts")
-    entries = b"".join(_PART_ENTRY.pack(part.digest, len(part.body)) for part in parts)
+    entries = b"".join(_PART_ENTRY.pack(part.digest, part.length) for part in parts)
     receipt = wire.encode_receipt(task.receipt)
     body = _TASK + _frames(values)
     counts = _COUNTS.pack(len(values), len(parts), len(receipt), len(body) + len(entries) + len(receipt))
