@@ -111,7 +111,7 @@ _PLANNED_UNTIL = (
 """Of the windows that are rows, and of those that are folded."""
 
 _SERIES = """SELECT DISTINCT ON (target, service) target, service, series FROM looks
-WHERE status = 'complete' AND finished_at > (SELECT max(finished_at) - interval '2 days' FROM looks)
+WHERE status = 'complete' AND finished_at > (SELECT max(finished_at) - $1::interval FROM looks)
 ORDER BY target, service, finished_at DESC"""
 
 _REMEMBER = """INSERT INTO targets (target, slot, weight, planned_at) VALUES ($1, $2, $3, $4)
@@ -125,6 +125,9 @@ UNKNOWN_SETTLING_S = 4 * 86_400
 """Of a service that this process's configuration does not know (yet): the longest of all, so that nothing seals too early."""
 
 STATEMENTS_TIMEOUT_S = 60.0
+
+LEARNED_FROM = timedelta(days=2)
+"""Looks of the last so long say what a service weighs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +218,7 @@ class Ledger:
         async with self.connected() as connection, connection.transaction(readonly=True):
             planned = [row for query in _PLANNED_UNTIL for row in await connection.fetch(query, before)]
             slots = await _planned_slots(connection)
-            series = await _series(connection)
+            series = await _series(connection, LEARNED_FROM)
             known = await connection.fetch("SELECT task_id FROM tasks ORDER BY planned_at DESC LIMIT 100000")
             unanswered = await connection.fetch(_UNANSWERED)
         until: dict[str, dict[str, int]] = defaultdict(dict)
@@ -230,10 +233,10 @@ class Ledger:
             unanswered=tuple(wire.decode_task(row["value"]) for row in unanswered),
         )
 
-    async def series(self) -> dict[str, dict[str, float]]:
-        """Series asked about at the newest complete look of the last two days, by target and service. Raises Transient."""
+    async def series(self, within: timedelta) -> dict[str, dict[str, float]]:
+        """Series asked about at the newest complete look, by target and service: of those that had one within this time. Raises Transient."""
         async with self.connected() as connection:
-            return await _series(connection)
+            return await _series(connection, within)
 
     async def planned_slots(self) -> dict[str, int]:
         """The slots of the last plan that was kept, by unit. Raises Transient."""
@@ -268,9 +271,9 @@ class Ledger:
         return timedelta(seconds=self.settling_s.get(service, UNKNOWN_SETTLING_S))
 
 
-async def _series(connection: asyncpg.Connection) -> dict[str, dict[str, float]]:
+async def _series(connection: asyncpg.Connection, within: timedelta) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
-    for row in await connection.fetch(_SERIES):
+    for row in await connection.fetch(_SERIES, within):
         found.setdefault(row["target"], {})[row["service"]] = float(row["series"])
     return found
 

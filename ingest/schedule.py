@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from ingest.model import SourceName, Target, Task, TaskItem, TaskKind, task_id_of
 from shard_config.model import Config, ServiceProfile, retention_s
+from shard_config.units import Places
 
 BLOCK_POINTS_MAX = 201
 """500 series of 201 points are within GetMetricData's 100,800 datapoints a call."""
@@ -150,6 +151,19 @@ def horizon(
         for item in blocks(grid, grid.floor(from_s), grid.ceil(to_s)):
             by_end[item.end_s].append(item)
     return [_task(target, config_revision, TaskKind.BACKLOG, by_end[end], 0) for end in sorted(by_end)]
+
+
+def divide(task: Task, places: Places) -> list[Task]:
+    """A task of a target whose services are in several slots, as one for each slot; any other as it is."""
+    target = str(task.target)
+    if not places.is_split(target):
+        return [task]
+    by_slot: dict[int | None, list[TaskItem]] = defaultdict(list)
+    for item in task.items:
+        by_slot[places.of(target, item.service)].append(item)
+    if len(by_slot) == 1:
+        return [task]
+    return [task.part(items) for items in by_slot.values()]
 
 
 def blocks(grid: Grid, from_s: int, to_s: int) -> list[TaskItem]:

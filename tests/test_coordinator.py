@@ -285,8 +285,8 @@ async def test_a_target_weighs_the_metrics_a_minute_that_the_ledger_learned_and_
     world = World(memory=PlannersMemory({}, {}, series, frozenset(), ()))
     others = {f"cloudwatch/{a}/eu-west-1": 400.0 for a in ACCOUNTS[1:]}
     assert world.coordinator.weights == {learned: 200.0} | others
-    await world.coordinator.reweigh({learned: {"ec2": 5.0}})
-    assert world.coordinator.weights == {learned: 1.0} | dict.fromkeys(others, 1.0)
+    await world.coordinator.reweigh({learned: {"ec2": 5000.0}})
+    assert world.coordinator.weights == {learned: 1000.0} | dict.fromkeys(others, 800.0)
 
 
 async def test_a_horizon_is_planned_once_in_a_life_and_what_has_no_past_goes_on() -> None:

@@ -423,7 +423,7 @@ async def test_a_service_weighs_the_series_of_its_newest_complete_looks(store: S
         receipt_of(rds, series=5),
     )
     learned = {str(TARGET): {"ec2": 10.0, "rds": 5.0}}
-    assert (await store.ledger.memory()).series == await store.ledger.series() == learned
+    assert (await store.ledger.memory()).series == await store.ledger.series(timedelta(hours=2)) == learned
 
 
 async def test_the_plan_that_is_remembered_replaces_the_one_before(store: Store) -> None:

@@ -12,12 +12,12 @@ from ingest import wire
 from ingest.clock import ManualClock
 from ingest.ledger import PlannersMemory
 from ingest.model import Target, Task, TaskKind
-from ingest.schedule import due, grids_of
+from ingest.schedule import divide, due, grids_of
 from ingest.weights import weights_of
 from shard_config.model import Account, Config, Kafka, ServiceProfile
 from shard_config.units import Places
 from tests.fake_log import FakeBroker, FakeSender
-from workers.coordinator import Coordinator, divide
+from workers.coordinator import Coordinator
 
 NOON_S = 1_767_268_800
 SERVICES = ("alb", "ebs", "ec2", "rds", "sqs")

@@ -16,9 +16,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import structlog
@@ -31,9 +31,9 @@ from ingest.errors import Transient
 from ingest.heal_store import HealStore
 from ingest.ledger import Ledger, PlannersMemory
 from ingest.log import Outgoing, Producer, Sender
-from ingest.model import Target, Task, TaskItem, TaskKind
+from ingest.model import Target, Task, TaskKind
 from ingest.pauses import Pauses, split
-from ingest.schedule import Grid, due, grids_of, horizon
+from ingest.schedule import Grid, divide, due, grids_of, horizon
 from ingest.spending import payers_of
 from ingest.weights import weights_of
 from shard_config.load import load
@@ -54,7 +54,9 @@ MEMORY_WAIT_S = 60.0
 RECALL_INTERVAL_S = 10.0
 ANNOUNCED_AT_ONCE = 500
 PLAN_KEPT_S = 3600.0
-"""The plan is written down so often, and at each change of the configuration."""
+"""Targets are weighed anew and the plan is written down so often, and at each change of the configuration."""
+LEARNED_FROM = timedelta(hours=2)
+"""Looks of the last so long say what a service weighs now; of one without, what was known holds."""
 
 ASKED_OF_NOBODY = (TaskKind.PAUSED, TaskKind.BUDGET)
 
@@ -122,9 +124,10 @@ class Coordinator:
             self.configure(config)
 
     async def reweigh(self, series: Mapping[str, Mapping[str, float]]) -> None:
-        """Plan anew for what was learned (`Ledger.series`), between two steps."""
+        """Plan anew for what was learned lately (`Ledger.series`), between two steps."""
         async with self._stepping:
-            self._series = series
+            known = self._series
+            self._series = {**known, **{t: {**known.get(t, {}), **new} for t, new in series.items()}}
             self._replan()
 
     def _replan(self) -> None:
@@ -268,19 +271,6 @@ def _until(memory: PlannersMemory, target: Target, grid: Grid) -> int | None:
     return memory.planned_until_s.get(str(target), {}).get(grid.service)
 
 
-def divide(task: Task, places: Places) -> list[Task]:
-    """A task of a split target, as one for each slot that has services of it; any other as it is."""
-    target = str(task.target)
-    if not places.is_split(target):
-        return [task]
-    by_slot: dict[int | None, list[TaskItem]] = defaultdict(list)
-    for item in task.items:
-        by_slot[places.of(target, item.service)].append(item)
-    if len(by_slot) == 1:
-        return [task]
-    return [task.part(items) for items in by_slot.values()]
-
-
 def _live_first(tasks: Iterable[Task]) -> list[Task]:
     return sorted(tasks, key=lambda t: t.kind != TaskKind.LIVE)
 
@@ -364,7 +354,7 @@ async def _remember(ledger: Ledger, clock: Clock, lifecycle: Lifecycle) -> Plann
 async def _keep_plan(coordinator: Coordinator, ledger: Ledger, clock: Clock) -> None:
     """Weigh anew by what was learned, and keep the plan, so that the next life's moves little. Both may as well not be."""
     try:
-        await coordinator.reweigh(await ledger.series())
+        await coordinator.reweigh(await ledger.series(LEARNED_FROM))
         await ledger.remember_plan(coordinator.slots, coordinator.weights, clock.now_s())
     except Transient as error:
         _log.warning("plan_not_remembered", error=str(error))
