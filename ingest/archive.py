@@ -138,6 +138,11 @@ class S3Archive:
 
         Raises Transient.
         """
+        async for key, _ in self.sized_keys(target, start_s, end_s):
+            yield key
+
+    async def sized_keys(self, target: Target, start_s: int, end_s: int) -> AsyncIterator[tuple[str, int]]:
+        """As `keys`, each with the bytes of its task, parts included."""
         day = _moment(start_s).replace(hour=0, minute=0, second=0)
         while day.timestamp() < end_s:
             prefix = _day_prefix(target, day, self._prefix)
@@ -145,11 +150,19 @@ class S3Archive:
                 pages = self._client.get_paginator("list_objects_v2").paginate(
                     Bucket=self._bucket, Prefix=prefix
                 )
-                keys = [found["Key"] async for page in pages for found in page.get("Contents", ())]
-            for key in keys:
-                match = _KEY.fullmatch(key)
+                found = [
+                    (one["Key"], one["Size"]) async for page in pages for one in page.get("Contents", ())
+                ]
+            sizes: dict[str, int] = {}
+            for name, size in found:
+                # A part's name is its task's key, and more.
+                match = _KEY.match(name)
                 if match and start_s <= int(match["tick"]) < end_s:
-                    yield key
+                    sizes[match[0]] = sizes.get(match[0], 0) + size
+            names = {name for name, _ in found}
+            for key, size in sizes.items():
+                if key in names:
+                    yield key, size
             day += timedelta(days=1)
 
     async def targets(self) -> list[Target]:

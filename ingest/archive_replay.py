@@ -2,7 +2,8 @@
 
 * *It goes on where it was*: a batch's place is its task's tick and a number (`place_of`), in `LANES` partitions over the targets. An object that
   is put behind a place already passed is missed here, and was published live.
-* *Bounded memory*: `GETS_AHEAD` archived tasks, and the keys of one day: 150 bytes each, 80 MB for 2,000 targets at 5 minutes.
+* *Bounded memory*: `BYTES_AHEAD` of archived tasks, or a single one that is larger, and the keys of one day: 150 bytes each, 80 MB for 2,000 targets
+  at 5 minutes.
 * What cannot be read back is left out and named (`spoilt`), and the rest goes on.
 """
 
@@ -12,6 +13,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from hashlib import blake2b
 
 import structlog
@@ -27,7 +29,11 @@ _log = structlog.get_logger()
 DAY_S = 86_400
 LANES = 8
 """Partitions, by target: how many processes can share a replay. It never changes: positions would not fit."""
-GETS_AHEAD = 8
+GETS_AHEAD = 32
+"""As many as the archive's connections: at 30 ms a GET, a thousand small objects a second."""
+BYTES_AHEAD = 64 * 1024 * 1024
+RECEIPTS_MAX = 256
+"""Of those that are kept; about so many are handed on together where they come without records."""
 LISTINGS_AT_ONCE = 16
 _PLACES_A_TICK = 1 << 24
 
@@ -35,13 +41,17 @@ _PLACES_A_TICK = 1 << 24
 class ArchiveReplay:
     """`Replay` of archived tasks with a tick in [scope.from_s, until_s), in the order of ticks over all targets."""
 
-    def __init__(self, archive: S3Archive, lanes: Sequence[int], scope: Scope, until_s: int) -> None:
+    def __init__(
+        self, archive: S3Archive, lanes: Sequence[int], scope: Scope, until_s: int, *, receipts: bool = False
+    ) -> None:
+        """`receipts`: keep them, for whoever takes them out of `self.receipts` at each step."""
         self.topic = "archive"
         self.partitions = tuple(lanes)
         self.spoilt: list[str] = []
         """Keys of objects that cannot be read back, as far as they were met."""
         self.receipts: list[Receipt] = []
-        """Of the wanted tasks that were met, those without points too. Whoever needs them takes them out."""
+        """Of the wanted tasks that were met, those without points too, before their records come."""
+        self._keeps_receipts = receipts
         self._archive = archive
         self._scope = scope
         self._until_s = max(until_s, scope.from_s)
@@ -69,7 +79,7 @@ class ArchiveReplay:
                 places[lane] = tick_s, first + len(task.payloads)
                 records = self._records(lane, tick_s, first, target, task)
                 self._at_s = tick_s
-                if records:
+                if records or len(self.receipts) >= RECEIPTS_MAX:
                     yield records
 
     def _records(
@@ -83,7 +93,7 @@ class ArchiveReplay:
                 met = True
                 wanted.update(range(at, at + len(done.batches) + len(done.held)))
             at += len(done.batches) + len(done.held)
-        if met:
+        if met and self._keeps_receipts:
             self.receipts.append(task.receipt)
         key = f"{target}/0".encode()
         return [
@@ -96,23 +106,26 @@ class ArchiveReplay:
         self, starts: Mapping[int, int]
     ) -> AsyncGenerator[tuple[int, Target, ArchivedTask], None]:
         """Archived tasks in the order of ticks, fetched ahead of whoever lands them."""
-        ahead: deque[tuple[int, Target, asyncio.Task[ArchivedTask | None]]] = deque()
+        ahead: deque[_Getting] = deque()
+        bytes_ahead = 0
         try:
             async with aclosing(self._keys(starts)) as keys:
-                async for tick_s, target, key in keys:
-                    ahead.append((tick_s, target, asyncio.create_task(self._get(key))))
-                    if len(ahead) == GETS_AHEAD:
-                        tick_s, target, getting = ahead.popleft()
-                        if (task := await getting) is not None:
-                            yield tick_s, target, task
+                async for tick_s, target, key, size in keys:
+                    while ahead and (len(ahead) == GETS_AHEAD or bytes_ahead + size > BYTES_AHEAD):
+                        first = ahead.popleft()
+                        if (task := await first.task) is not None:
+                            yield first.tick_s, first.target, task
+                        bytes_ahead -= first.size
+                    ahead.append(_Getting(tick_s, target, size, asyncio.create_task(self._get(key))))
+                    bytes_ahead += size
             while ahead:
-                tick_s, target, getting = ahead.popleft()
-                if (task := await getting) is not None:
-                    yield tick_s, target, task
+                first = ahead.popleft()
+                if (task := await first.task) is not None:
+                    yield first.tick_s, first.target, task
         finally:
-            for _, _, getting in ahead:
-                getting.cancel()
-            await asyncio.gather(*(getting for _, _, getting in ahead), return_exceptions=True)
+            for one in ahead:
+                one.task.cancel()
+            await asyncio.gather(*(one.task for one in ahead), return_exceptions=True)
 
     async def _get(self, key: str) -> ArchivedTask | None:
         try:
@@ -122,18 +135,18 @@ class ArchiveReplay:
             self.spoilt.append(key)
             return None
 
-    async def _keys(self, starts: Mapping[int, int]) -> AsyncGenerator[tuple[int, Target, str], None]:
-        """(tick, target, key), a day after the other, from where each lane stands."""
+    async def _keys(self, starts: Mapping[int, int]) -> AsyncGenerator[tuple[int, Target, str, int], None]:
+        """(tick, target, key, bytes), a day after the other, from where each lane stands."""
         from_s = {lane: place // _PLACES_A_TICK for lane, place in starts.items()}
         day_s = min(from_s.values(), default=self._until_s) // DAY_S * DAY_S
         slots = asyncio.Semaphore(LISTINGS_AT_ONCE)
         while day_s < self._until_s:
 
-            async def listed(target: Target, day_s: int = day_s) -> list[tuple[int, str, Target]]:
+            async def listed(target: Target, day_s: int = day_s) -> list[tuple[int, str, int, Target]]:
                 start_s = max(day_s, from_s[lane_of(target)])
                 async with slots:
-                    keys = self._archive.keys(target, start_s, min(day_s + DAY_S, self._until_s))
-                    return [(_tick_of(key), key, target) async for key in keys]
+                    keys = self._archive.sized_keys(target, start_s, min(day_s + DAY_S, self._until_s))
+                    return [(_tick_of(key), key, size, target) async for key, size in keys]
 
             try:
                 async with asyncio.TaskGroup() as group:
@@ -141,8 +154,8 @@ class ArchiveReplay:
             except ExceptionGroup as errors:
                 # Several fail for one reason.
                 raise next((e for e in errors.exceptions if isinstance(e, HeadgateError)), errors) from errors
-            for tick_s, key, target in sorted(one for done in listings for one in done.result()):
-                yield tick_s, target, key
+            for tick_s, key, size, target in sorted(one for done in listings for one in done.result()):
+                yield tick_s, target, key, size
             day_s += DAY_S
             self._at_s = max(self._at_s, min(day_s, self._until_s))
 
@@ -152,6 +165,14 @@ class ArchiveReplay:
 
     async def close(self) -> None:
         """Nothing is its own: the archive is whoever opened it's."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Getting:
+    tick_s: int
+    target: Target
+    size: int
+    task: asyncio.Task[ArchivedTask | None]
 
 
 def lane_of(target: Target) -> int:

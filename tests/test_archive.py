@@ -520,6 +520,25 @@ async def test_the_keys_of_a_targets_ticks_are_listed_over_midnight(s3: S3) -> N
     assert sorted(listed) == sorted(task.receipt.archive_key for task in tasks[1:3])
 
 
+async def test_listed_keys_have_the_bytes_of_their_task_with_its_parts(s3: S3) -> None:
+    target = Target("cloudwatch", "210987654321", "eu-west-3")
+    small = archived(b"x", target=target, prefix=s3.prefix)
+    heavy = archived(
+        *(bytes([i]) * 4_000_000 for i in range(3)), target=target, tick_s=TICK_S + 300, prefix=s3.prefix
+    )
+
+    async with open_archive(s3, ManualClock(TICK_S), SESSION) as archive:
+        for task in (small, heavy):
+            await archive.put(task)
+        listed = dict([one async for one in archive.sized_keys(target, TICK_S, TICK_S + 600)])
+
+    sizes = {}
+    for task in (small, heavy):
+        parts, body = pack(task)
+        sizes[task.receipt.archive_key] = len(body) + sum(len(part.body) for part in parts)
+    assert listed == sizes
+
+
 async def test_what_is_cached_is_overwritten_and_is_no_target_of_the_archive(s3: S3) -> None:
     async with open_archive(s3, ManualClock(TICK_S), SESSION) as archive:
         name = ("listings", "cloudwatch", "100000000001", "eu-west-1", "ec2")

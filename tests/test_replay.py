@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -11,12 +12,12 @@ import asyncpg
 import pytest
 from aiobotocore.session import get_session
 
-from ingest.archive_replay import LANES, lane_of, place_of
+from ingest.archive_replay import BYTES_AHEAD, GETS_AHEAD, LANES, ArchiveReplay, lane_of, place_of
 from ingest.backfill import DROPPED, Means
 from ingest.clock import SystemClock
 from ingest.errors import Fatal
 from ingest.model import Target, Window
-from ingest.ports import Advance, Landable, Landed
+from ingest.ports import Advance, ArchivedTask, Landable, Landed
 from ingest.replay import Scope
 from ingest.sinks.migrate import migrate
 from ingest.sinks.postgres import PostgresSink
@@ -244,6 +245,55 @@ async def test_what_is_lost_is_named_and_all_the_rest_lands(
     assert done.problems == [f"spoilt in the archive: {spoilt}"]
     whole = [t for t in lossy.past.tasks[1:] if t.receipt.items[0].item.start_s < lossy.past.to_s]
     assert done.batches == sum(len(t.payloads) for t in whole)
+
+
+# --- in bounded memory ---------------------------------------------------------------------------------------------
+
+
+class CountedArchive:
+    """An archive of one target whose tasks are as large as they say. `most` is what was fetched and not yet taken, at its peak."""
+
+    def __init__(self, tasks: Sequence[ArchivedTask], bytes_each: int) -> None:
+        self._tasks = {t.receipt.archive_key: t for t in tasks}
+        self._bytes_each = bytes_each
+        self.begun = self.taken = self.most = 0
+
+    async def targets(self) -> list[Target]:
+        return sorted({t.receipt.target for t in self._tasks.values()})
+
+    async def sized_keys(self, target: Target, start_s: int, end_s: int) -> AsyncIterator[tuple[str, int]]:
+        for key, task in self._tasks.items():
+            if task.receipt.target == target and start_s <= task.receipt.tick_s < end_s:
+                yield key, self._bytes_each
+
+    async def get(self, key: str) -> ArchivedTask:
+        self.begun += 1
+        self.most = max(self.most, self.begun - self.taken)
+        return self._tasks[key]
+
+
+@pytest.mark.parametrize(
+    ("bytes_each", "most"),
+    [(1_000, GETS_AHEAD), (BYTES_AHEAD // 4, 4), (BYTES_AHEAD * 2, 1)],
+)
+async def test_a_replay_of_the_archive_fetches_ahead_no_more_than_its_bound(
+    bytes_each: int, most: int
+) -> None:
+    past = Past(SEED)
+    archive = CountedArchive(past.tasks, bytes_each)
+    scope = Scope(past.from_s, past.to_s)
+    source = ArchiveReplay(archive, range(LANES), scope, past.to_s + 3600)  # type: ignore[arg-type]
+
+    records = 0
+    async for some in source.records(await source.open(), {}):
+        await asyncio.sleep(0.001)  # whoever lands is slower than whoever fetches
+        archive.taken += 1
+        records += len(some)
+
+    assert records == past.within(ACCOUNTS, ("ec2", "sqs"))
+    # What was handed on is not counted as taken before it has landed.
+    assert most <= archive.most <= most + 1
+    assert source.receipts == [], "nobody would take them out"
 
 
 # --- what is wanted -----------------------------------------------------------------------------------------------

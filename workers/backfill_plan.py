@@ -336,7 +336,8 @@ class Backfill:
             scope = Scope(scope.from_s, scope.to_s, stretches=windows_by_service(plan.stretches, means))
         if means is Means.S3:
             lanes = [lane for lane in range(LANES) if lane % parts == part - 1]
-            return ArchiveReplay(self._archive, lanes, scope, scope.to_s + self._reach_s)
+            until_s = scope.to_s + self._reach_s
+            return ArchiveReplay(self._archive, lanes, scope, until_s, receipts=self._asked.into == LIVE)
         partitions = [p for p in range(kafka.raw_partitions) if p % parts == part - 1]
         since_ms = self._on_kafkas_clock_ms(scope.from_s)
         return KafkaReplay(

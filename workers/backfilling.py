@@ -40,6 +40,8 @@ RETRIES = 5
 TASKS_IN_FLIGHT = 16
 TASK_POLL_S = 0.5
 MANIFESTS_AT_ONCE = 16
+READS_TOGETHER = 32
+"""Records that a replay has read before they are cut into landings."""
 
 _LOOKS = """SELECT target, service, window_start, window_end, started_at, status = 'complete' AS complete,
     archive_key <> '' AS archived, cardinality(batch_ids) AS batches, points, metrics_billed,
@@ -178,15 +180,9 @@ async def has_positions(connection: asyncpg.Connection, reader: str) -> bool:
 
 
 async def replay(
-    source: Replay,
-    sink: ReplaySink,
-    landing: Landing,
-    pace: Pace,
-    clock: Clock,
-    done: Done,
-    tell: Tell,
+    source: Replay, sink: ReplaySink, landing: Landing, pace: Pace, clock: Clock, done: Done, tell: Tell,
     ledger: LedgerAnnouncer | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Land all that a replay has, and forget where it stood: then it is done.
 
     What fails for now is tried again from the stored position, `RETRIES` times without progress between. Raises Transient then, and Fatal.
@@ -197,7 +193,7 @@ async def replay(
     while True:
         points = done.points
         try:
-            await _replay_once(source, sink, landing, pace, clock, done, tell, ledger)
+            await _replay_once(source, sink, landing, pace, done, tell, ledger)
             break
         except Transient as error:
             failures = 1 if done.points > points else failures + 1
@@ -209,33 +205,37 @@ async def replay(
 
 
 async def _replay_once(
-    source: Replay,
-    sink: ReplaySink,
-    landing: Landing,
-    pace: Pace,
-    clock: Clock,
-    done: Done,
-    tell: Tell,
+    source: Replay, sink: ReplaySink, landing: Landing, pace: Pace, done: Done, tell: Tell,
     ledger: LedgerAnnouncer | None,
-) -> None:
+) -> None:  # fmt: skip
     await sink.claim(source.topic, source.partitions)
     stored = await sink.positions(source.topic, source.partitions)
     starts = await landing.open(source.partitions, source.bounds(stored))
     waiting: list[Record] = []
-    async for records in source.records(starts, stored):
-        waiting += records
-        # Small reads land together: a transaction each would cost more than they do.
-        *full, last = slices(waiting)
-        for some in full:
-            await _land(some, landing, pace, done)
-        waiting = list(last)
-        tell(source.done(), done)
+    sliced = 0
+
+    async def announce() -> None:
+        # Before the position moves past them: a replay that goes on does not meet them again.
         if ledger is not None and isinstance(source, ArchiveReplay):
             done.receipts += await ledger.announce(source)
-    if waiting:
-        await _land(waiting, landing, pace, done)
-    if ledger is not None and isinstance(source, ArchiveReplay):
-        done.receipts += await ledger.announce(source)
+
+    async for records in source.records(starts, stored):
+        waiting += records
+        if not records:
+            await announce()
+        # Small reads land together: a transaction each would cost more than they do, and cutting them anew with each read, too.
+        if len(waiting) - sliced < READS_TOGETHER:
+            continue
+        *full, last = slices(waiting)
+        if full:
+            await announce()
+        for some in full:
+            await _land(some, landing, pace, done)
+        waiting, sliced = list(last), len(last)
+        tell(source.done(), done)
+    await announce()
+    for some in slices(waiting):
+        await _land(some, landing, pace, done)
     tell(1.0, done)
 
 
