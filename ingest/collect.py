@@ -9,7 +9,7 @@ Guarantees:
   leaves out of windows that the look may seal is archived all the same. A replay publishes that, too.
 * Where two runs of one task race, put-if-absent picks one, and both publish that one. What the other paid for is in a receipt too.
 * *Every task ends with a receipt*, failures included; a look that failed is in it as failed, never as empty. That holds for a
-  source that raises or hangs as well.
+  source that raises or hangs as well, whose cost is in the receipt where the source can tell (`ingest.ports.Informed`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from ingest.model import (
     merge_counts,
     window_counts,
 )
-from ingest.ports import Archive, ArchivedTask, Payload, Source
+from ingest.ports import Archive, ArchivedTask, Informed, Payload, Source
 
 _log = structlog.get_logger()
 
@@ -69,6 +69,8 @@ class Answer:
     """Whether what was held back is published with the rest."""
     looks: tuple[Look, ...] = field(default=(), compare=False)
     """What is to be remembered once it is published."""
+    ours: bool = False
+    """Whether what is archived is what this run was answered."""
 
     @property
     def published(self) -> list[Payload]:
@@ -156,6 +158,10 @@ class Collector:
             self._topics.ledger, [Outgoing(str(target).encode(), wire.encode_receipt(r)) for r in receipts]
         )
         self.changed.keep(answer.looks)
+        source = self._sources.get(target.source)
+        if answer.ours and isinstance(source, Informed):
+            for item in done.receipt.items:
+                await source.published(done.receipt.task_id, item.item.service)
 
     async def _archived(self, key: str) -> ArchivedTask | None:
         try:
@@ -185,7 +191,7 @@ class Collector:
             receipt = _not_archived(receipt, str(error))
             return Answer(ArchivedTask(receipt, ()), receipt)
         if archived.receipt == receipt:
-            return Answer(archived, receipt, looks=tuple(looks))
+            return Answer(archived, receipt, looks=tuple(looks), ours=True)
         return Answer(archived, _lost(receipt, archived.receipt))
 
     def _receipt(self, task: Task, key: str, started_at_ms: int, items: tuple[ReceiptItem, ...]) -> Receipt:
@@ -217,7 +223,11 @@ class Collector:
             why = f"the source raised {type(error).__name__}: {error}"
         else:
             why = "the source ended without an outcome"
-        return found.nothing(item, why) if outcome is None else found.done(item, outcome)
+        if outcome is not None:
+            return found.done(item, outcome)
+        return found.nothing(
+            item, why, source.broke(task.task_id, item.service) if isinstance(source, Informed) else None
+        )
 
     async def _ask(
         self, source: Source, task: Task, item: TaskItem, deadline_s: float, found: _Found
@@ -293,10 +303,11 @@ class _Found:
             tuple(p.batch_id for p in self._held),
         )
 
-    def nothing(self, item: TaskItem, why: str) -> ReceiptItem:
-        """There was no end to it: what came is not published."""
+    def nothing(self, item: TaskItem, why: str, cost: Outcome | None) -> ReceiptItem:
+        """There was no end to it: what came is not published, what it has cost by then is in the receipt."""
         self._published, self._held = [], []
-        return _failed(item, LookStatus.FAILED, why)
+        failed = _failed(item, LookStatus.FAILED, why)
+        return failed if cost is None else replace(failed, outcome=replace(cost, detail=why))
 
 
 def begun_before(items: Iterable[ReceiptItem], maybe: bool) -> tuple[ReceiptItem, ...]:

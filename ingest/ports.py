@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ingest.errors import Rejected
 from ingest.model import (
@@ -33,6 +33,19 @@ class Source(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+@runtime_checkable
+class Informed(Protocol):
+    """A source that is told what became of its looks, and tells what those have cost that had no end."""
+
+    def broke(self, task_id: str, service: str) -> Outcome | None:
+        """What a look has asked for that was cut off, or raised, before its Outcome: said once. None where nothing is known."""
+        ...
+
+    async def published(self, task_id: str, service: str) -> None:
+        """All that a look has brought is archived and published, and its receipt is out."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

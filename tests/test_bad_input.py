@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
-from ingest import wire
+from ingest import collect, wire
 from ingest.batch import decode_batch
 from ingest.collect import Collector, Topics
-from ingest.errors import HeadgateError
+from ingest.errors import HeadgateError, Transient
 from ingest.model import (
     Batch,
     Receipt,
@@ -41,6 +41,7 @@ from tests.simulated_modes import (
     BAD,
     COMPLETE,
     DEADLINE_S,
+    FAILED,
     GOOD,
     METRICS,
     MODES,
@@ -265,9 +266,59 @@ async def test_bad_input_is_bounded_said_clearly_never_half_published_and_healed
         await check_nothing_is_half_published(found, struck)
 
         found.sim.faults = Faults()
+        # A listing that was paid for in vain is not tried again at once.
+        found.clock.ahead_s += SQS.discovery_interval_s
         healed = await found.collect(BAD, item_of(), attempt=1)
         check_whole(found, healed, mode.profile)
         await check_nothing_is_half_published(found, healed)
+
+
+@pytest.mark.parametrize("how", ["cut off", "raises"])
+async def test_what_a_look_without_an_end_has_asked_for_is_in_its_receipt(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with scene() as found:
+        await found.collect(BAD, item_of(10_800))
+        paid = found.bill()
+        with monkeypatch.context() as broken:
+            if how == "cut off":
+                found.sim.faults = Faults(latency_ms=700, only_accounts=(STRUCK,))
+                broken.setattr(collect, "OVERTIME_S", 0.3 - DEADLINE_S)
+            else:
+                broken.setattr(CloudWatchSource, "_outcome", lambda *_: 1 / 0)
+            receipt = await found.collect(BAD, item_of())
+        await asyncio.sleep(0.8 if how == "cut off" else 0)  # until AWS is done with what was asked
+        outcome, bill = receipt.items[0].outcome, found.bill() - paid
+        found.sim.faults = Faults()
+        check_whole(found, await found.collect(BAD, item_of(), attempt=1))
+
+    assert (outcome.status, found.published(receipt)) == (FAILED, [])
+    assert "the source raised" in outcome.detail
+    assert (outcome.metrics_billed, outcome.metrics_in_doubt) == ((0, 60) if how == "cut off" else (60, 0))
+    assert outcome.metrics_billed <= bill <= outcome.metrics_billed + outcome.metrics_in_doubt
+    assert outcome.requests["GetMetricData"] == 2
+
+
+async def test_a_look_back_is_taken_again_until_its_receipt_is_out() -> None:
+    born_s = NOW_S // 300 * 300 + 600
+    targets, regions = (STRUCK, SPARED), (BAD.region, GOOD.region)
+    world = World(7, targets, regions, METRICS, (SQS,), newborn_share=0.3, newborn_at_s=born_s)
+    async with scene(world=world) as found:
+        await found.collect(BAD, item_of())
+        found.clock.offset_s += SQS.discovery_interval_s + 1200
+        found.clock.ahead_s += SQS.discovery_interval_s + 1200
+        end_s = found.clock.now_s() // 300 * 300
+        item = TaskItem("sqs", end_s - 900, end_s, 300)
+        found.archive.failures.append(Transient("archive", "away"))
+        lost = await found.collect(BAD, item)
+        back = await found.collect(BAD, item, attempt=1)
+        after = await found.collect(BAD, item, attempt=2)
+
+    assert "not archived" in lost.items[0].outcome.detail
+    assert [r.items[0].outcome.looked_from_s for r in (lost, back, after)] == [
+        back.items[0].item.start_s
+    ] * 2 + [0]
+    assert back.items[0].item.start_s <= born_s
 
 
 async def test_late_and_revised_points_land_with_the_value_that_they_have_in_the_end() -> None:

@@ -12,10 +12,10 @@ import pytest
 from ingest.clock import ManualClock
 from ingest.errors import Transient
 from ingest.model import Batch, LookStatus, Outcome, TaskItem
-from ingest.sources import aws, listing
+from ingest.sources import aws, discovery, listing
 from ingest.sources.cloudwatch import CloudWatchSource
 from shard_config.load import shipped_services
-from shard_config.model import Config, Selection, ServiceProfile
+from shard_config.model import Config, Limits, Selection, ServiceProfile
 from tests.cloudwatch_rig import (
     ACCOUNTS,
     EC2,
@@ -29,6 +29,7 @@ from tests.cloudwatch_rig import (
     truth_of,
 )
 from workers import simulator
+from workers.simulated import cloudwatch as simulated_cloudwatch
 from workers.simulated.faults import Faults
 from workers.simulated.resources import resources_of
 from workers.simulator import Simulator
@@ -84,11 +85,18 @@ class Scene:
         return TaskItem(service, end_s - 900, end_s, 300)
 
     async def look(
-        self, source: CloudWatchSource, item: TaskItem | None = None, account: str = ACCOUNTS[0]
+        self,
+        source: CloudWatchSource,
+        item: TaskItem | None = None,
+        account: str = ACCOUNTS[0],
+        published: bool = True,
     ) -> tuple[list[Batch], Outcome]:
-        answers = source.look("t", target_of(account), item or self.item(), self.clock.monotonic_s() + 20)
+        item = item or self.item()
+        answers = source.look("t", target_of(account), item, self.clock.monotonic_s() + 20)
         *batches, outcome = [answer async for answer in answers]
         assert isinstance(outcome, Outcome)
+        if published:
+            await source.published("t", item.service)
         return [b for b in batches if isinstance(b, Batch)], outcome
 
     def billed(self, account: str = ACCOUNTS[0]) -> Any:
@@ -273,6 +281,163 @@ async def test_what_was_always_there_sends_no_look_back() -> None:
         s.clock.advance(3601)
         _, outcome = await s.look(source)
         assert (outcome.requests["ListMetrics"], outcome.looked_from_s) == (1, 0)
+
+
+async def test_a_look_back_that_was_not_published_is_taken_again_by_whoever_takes_over() -> None:
+    async with scene(world=newborns()) as s:
+        await s.look(s.shard())
+        s.clock.advance(3601)
+        _, lost = await s.look(s.shard(), published=False)
+        s.clock.advance(300)
+        _, again = await s.look(s.shard())
+        s.clock.advance(300)
+        _, over = await s.look(s.shard())
+    assert [o.requests.get("ListMetrics") for o in (lost, again, over)] == [1, None, None]
+    assert lost.looked_from_s == again.looked_from_s > 0
+    assert over.looked_from_s == 0
+
+
+async def test_a_look_back_outlives_a_listing_without_news_but_not_a_day() -> None:
+    async with scene(world=newborns()) as s:
+        source = s.shard()
+        await s.look(source)
+        s.clock.advance(3601)
+        _, first = await s.look(source, published=False)
+        s.clock.advance(3601)
+        _, second = await s.look(source, published=False)
+        s.clock.advance(86_400)
+        _, given_up = await s.look(source, published=False)
+    assert (first.looked_from_s > 0, second.looked_from_s, given_up.looked_from_s) == (
+        True,
+        first.looked_from_s,
+        0,
+    )
+
+
+async def test_metrics_that_are_forbidden_do_not_keep_the_others_looking_back() -> None:
+    async with scene(world=newborns(), faults=Faults(forbidden_share=0.3)) as s:
+        source = s.shard()
+        await s.look(source)
+        s.clock.advance(3601)
+        _, back = await s.look(source)
+        s.clock.advance(300)
+        _, after = await s.look(source)
+    assert (back.status, after.status) == (LookStatus.PARTIAL, LookStatus.PARTIAL)
+    assert (back.looked_from_s > 0, after.looked_from_s) == (True, 0)
+
+
+# --- what a listing may cost, and how large it may be ---------------------------------------------------------
+
+
+async def test_a_listing_that_comes_to_nothing_is_paid_for_ever_more_rarely_and_the_last_one_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(discovery, "PAGES_MAX", 3)
+    async with scene() as s:
+        source = s.shard(shares=False)
+        await s.look(source)
+        s.clock.advance(3600)
+        monkeypatch.setattr(simulated_cloudwatch, "LIST_PAGE", 2)
+        tried_s, begun_s = [], s.clock.now_s()
+        for _ in range(12 * 5):
+            _, outcome = await s.look(source)
+            assert outcome.status is LookStatus.COMPLETE
+            assert "more than 3 pages" in outcome.detail
+            if outcome.requests.get("ListMetrics"):
+                assert outcome.requests["ListMetrics"] == 3
+                tried_s.append(s.clock.now_s() - begun_s)
+            else:
+                assert "listed again in" in outcome.detail
+            s.clock.advance(300)
+        monkeypatch.setattr(simulated_cloudwatch, "LIST_PAGE", 500)
+        s.clock.advance(3600)
+        _, healed = await s.look(source)
+    assert tried_s == [0, 300, 900, 2100, 4500, 8100, 11700, 15300]
+    assert (healed.detail, healed.requests["ListMetrics"]) == ("", 1)
+
+
+async def test_a_first_listing_that_comes_to_nothing_is_no_look_and_not_paid_for_at_each_poll(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(discovery, "PAGES_MAX", 3)
+    async with scene(faults=Faults(token_endless_share=1)) as s:
+        source = s.shard()
+        outcomes = []
+        for _ in range(3):
+            outcomes.append((await s.look(source))[1])
+            s.clock.advance(200)
+    assert [o.requests.get("ListMetrics") for o in outcomes] == [3, None, 3]
+    assert {o.status for o in outcomes} == {LookStatus.FAILED}
+    assert "more than 3 pages; listed again in " in outcomes[1].detail
+    assert "split the service's profile" in outcomes[1].detail
+
+
+async def test_a_listing_that_cost_nothing_is_tried_again_at_the_next_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(aws, "BACKOFF_S", ())
+    async with scene(faults=Faults(throttle_share=1)) as s:
+        source = s.shard()
+        _, throttled = await s.look(source)
+        s.sim.faults = Faults()
+        s.clock.advance(60)
+        _, outcome = await s.look(source)
+    assert (throttled.status, throttled.requests.get("ListMetrics")) == (LookStatus.FAILED, None)
+    assert outcome.status is LookStatus.COMPLETE
+
+
+async def test_pages_that_were_read_are_not_paid_for_again_where_a_later_one_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(aws, "BACKOFF_S", (0.0, 0.0))
+    monkeypatch.setattr(simulated_cloudwatch, "LIST_PAGE", 5)
+    world = World(7, ACCOUNTS[:1], [REGION], 40, [SQS])
+    async with scene([SQS], world) as s:
+        source = s.shard()
+        calls = source._asking.calls
+        sent: list[bool] = []
+
+        async def fourth_page_fails(access: aws.Access, params: Mapping[str, Any]) -> Any:
+            sent.append("NextToken" in params)
+            if len(sent) > 3:
+                raise ConnectionResetError("cut")
+            return await calls.list_metrics(access, params)
+
+        source._asking.calls.list_metrics = fourth_page_fails  # type: ignore[method-assign]
+        calls = type(calls)(source._asking.aws)
+        looks = await asyncio.gather(s.look(source, s.item("sqs")), s.look(source, s.item("sqs", ago_s=3600)))
+        billed = s.billed()["calls"][REGION]["ListMetrics"]
+        await calls.close()
+    assert sent == [False, True, True, True, True, True]  # the fourth three times, and the other look none
+    assert {o.status for _, o in looks} == {LookStatus.FAILED}
+    assert sum(o.requests.get("ListMetrics", 0) for _, o in looks) == billed == 3
+
+
+async def test_more_series_than_are_let_in_are_refused_with_what_to_do_and_others_go_on() -> None:
+    async with scene() as s:
+        fewer = s.config.model_copy(update={"limits": Limits(series_per_target_max=20)})
+        sizes = {p.service: (await s.look(s.shard(), s.item(p.service)))[1].series for p in PROFILES}
+        source = s.shard(fewer)
+        _, refused = await s.look(source)
+        _, other = await s.look(source, s.item("sqs"))
+        source.configure(s.config)
+        _, raised = await s.look(source)
+    assert sizes["sqs"] <= 20 < sizes["ec2"]
+    assert (refused.status, other.status) == (LookStatus.FAILED, LookStatus.COMPLETE)
+    assert (
+        "more than 20 series: select fewer with `only`, or raise limits.series_per_target_max"
+        in refused.detail
+    )
+    assert (raised.status, raised.series) == (LookStatus.COMPLETE, sizes["ec2"])
+
+
+async def test_only_answered_requests_of_list_metrics_are_counted() -> None:
+    async with scene(faults=Faults(throttle_share=0.6, seed=1)) as s:
+        looks = [await s.look(s.shard(shares=False), s.item(p.service)) for p in PROFILES for _ in range(3)]
+        billed = s.billed()
+    counted = sum(o.requests.get("ListMetrics", 0) for _, o in looks)
+    assert billed["throttled"][REGION]["ListMetrics"] > 0
+    assert counted == billed["calls"][REGION]["ListMetrics"]
 
 
 # --- tags -----------------------------------------------------------------------------------------------------

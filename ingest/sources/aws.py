@@ -48,12 +48,14 @@ REFRESH_MARGIN_S = 300
 FAILURE_KEPT_S = 5.0
 """So long a failed refresh answers for those who waited: fifty looks make one request, not fifty."""
 STS_CALLS_PER_S = 50.0
+BILLED_BY_REQUEST = "ListMetrics"
 
 
 @dataclass(slots=True)
 class Tally:
     """What a look has sent so far: requests by API name, retries included, and the metrics that AWS bills for.
 
+    Of `BILLED_BY_REQUEST`, those that were answered: AWS bills no others.
     `metrics_in_doubt` were asked for in requests whose answer was lost: billed or not, only AWS knows.
     """
 
@@ -191,11 +193,20 @@ class Aws:
         """Until it works, fails for good, or attempts or time run out. Expired credentials are for the caller."""
         for pause_s in (*BACKOFF_S, None):
             await self.limiter.acquire(request.key, request.cost_s, request.deadline_s, request.points_cost_s)
-            request.tally.requests[request.api] += 1
+            by_request = request.api == BILLED_BY_REQUEST
+            if not by_request:
+                request.tally.requests[request.api] += 1
             try:
                 async with asyncio.timeout(max(0.0, request.deadline_s - self._clock.monotonic_s())):
-                    return await send(access)
+                    answer = await send(access)
+                if by_request:
+                    request.tally.requests[request.api] += 1
+                return answer
             except BaseException as error:
+                if by_request and isinstance(
+                    error, HeadgateError
+                ):  # whoever read the answer made nothing of it
+                    request.tally.requests[request.api] += 1
                 if may_be_billed(error):
                     request.tally.metrics_in_doubt += request.metrics
                 if not isinstance(error, Exception):

@@ -6,7 +6,7 @@ Guarantees:
   missing, cut off (`PartialData`) or failed (`InternalError`) is asked for again, and past the attempts the look is PARTIAL;
 * a failure never looks like an empty answer, and never throws away what was answered before it;
 * points are as served; a batch's `observed_at_ms` is the `Date` of the first page of the call that its points are from;
-* series that discovery found late are read back to when they may have begun, by the next look and at no more cost;
+* series that discovery found late are read back to when they may have begun, by the next looks and at no more cost, until one is published;
 * requests, pages (by the points that a request can have), rounds and time are bounded; calls in flight per look are `CALLS_IN_FLIGHT`, and a listing is unpacked as they go;
 * no exception for what AWS or the network did: it is in the Outcome;
 * another configuration is taken while looks are under way: those end with the one that they began with.
@@ -19,7 +19,7 @@ import re
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
@@ -32,7 +32,7 @@ from ingest.sources.aws_errors import Denied
 from ingest.sources.columns import Look, batch_of, columns_of
 from ingest.sources.discovery import Asked, Discovery
 from ingest.sources.limiter import points_per_s
-from ingest.sources.listing import Cache, Listing
+from ingest.sources.listing import Cache, Late, Listing
 from ingest.sources.look import Emit, detail_of, relay, said_of
 from ingest.sources.metric_data import (
     POINTS_PER_CALL_MAX,
@@ -50,6 +50,8 @@ from shard_config.model import Config, ServiceProfile, retention_s
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
+
 CALLS_IN_FLIGHT = 4
 ROUND_PAUSE_S = (0.2, 1.0, 3.0)
 """Before an Id without a whole answer is asked for again, so four times in all. AWS bills every round."""
@@ -59,8 +61,14 @@ EMITTING_S = 1.0
 """Asking ends this long before the look's deadline, so that what was answered still gets out."""
 PAGES_MORE = 10
 PAGE_POINTS_MIN = 100
+REMEMBERED_MAX = 256
+"""Looks whose end is waited for; past that, the oldest is forgotten: then the next look goes back once more."""
+PUBLISHED_S = 20.0
+"""A quarter of it may go to share what was published."""
 NOTES_MAX = 6
 _NUMBERS = re.compile(r"\d+")
+_Of = tuple[str, str]
+"""A look: its task's id and its service."""
 
 
 @dataclass(slots=True)
@@ -85,6 +93,10 @@ class _Run:
     failures_in_a_row: int = 0
     notes: dict[str, str] = field(default_factory=dict)
     """By what they say but for its numbers: a fault strikes many calls, at another character each."""
+
+    @property
+    def of(self) -> _Of:
+        return self.look.task_id, self.wanted.service
 
     @property
     def period_s(self) -> int:
@@ -115,6 +127,13 @@ class _Run:
         return LookStatus.PARTIAL if self.forbidden else LookStatus.FAILED
 
 
+def _remember(looks: dict[_Of, T], of: _Of, what: T) -> None:
+    looks.pop(of, None)
+    looks[of] = what
+    if len(looks) > REMEMBERED_MAX:
+        del looks[next(iter(looks))]
+
+
 def back_to_s(listing: Listing, item: TaskItem, period_s: int) -> int:
     """Where a look begins, for the sake of series that were found late: a window's start, not after the item's.
 
@@ -137,6 +156,8 @@ class CloudWatchSource:
         self._asking = Asking(config, clock)
         self._discovery = Discovery(clock, config.limits)
         self._unpacked = Unpacked()
+        self._went_back: dict[_Of, tuple[Target, Late]] = {}
+        self._broken: dict[_Of, Outcome] = {}
 
     def share_listings(self, cache: Cache) -> None:
         """Share the listings with other shards through a cache: without one each lists for itself."""
@@ -149,6 +170,17 @@ class CloudWatchSource:
 
     async def close(self) -> None:
         await self._asking.close()
+
+    def broke(self, task_id: str, service: str) -> Outcome | None:
+        """See `ingest.ports.Informed`."""
+        return self._broken.pop((task_id, service), None)
+
+    async def published(self, task_id: str, service: str) -> None:
+        """See `ingest.ports.Informed`: from now on nobody goes back for the series that this look went back for."""
+        target, late = self._went_back.pop((task_id, service), (None, None))
+        if target is not None and late is not None:
+            deadline_s = self._clock.monotonic_s() + PUBLISHED_S
+            await self._discovery.looked_back(target, service, late, deadline_s)
 
     def look(
         self, task_id: str, target: Target, item: TaskItem, deadline_s: float
@@ -168,16 +200,25 @@ class CloudWatchSource:
             ask_deadline_s = deadline_s - min(EMITTING_S, left_s / 10)
             run = _Run(look, look.item, asking, asked, profile, emit, ask_deadline_s)
             try:
-                async with asyncio.timeout(left_s):
-                    await self._collect(run)
-            except TimeoutError:
-                run.note("the deadline passed")
-            except HeadgateError as failure:
-                run.fail(failure)
-            except Exception as error:
-                log.exception("look_broke", target=str(look.target), service=look.item.service)
-                run.note(f"broke: {type(error).__name__}: {error}")
-            return self._outcome(run)
+                await self._collect_within(run, left_s)
+                return self._outcome(run)
+            except BaseException:
+                tally = run.tally
+                cost = (dict(tally.requests), tally.metrics_billed, tally.metrics_in_doubt)
+                _remember(self._broken, run.of, Outcome(LookStatus.FAILED, "", 0, 0, *cost))
+                raise
+
+    async def _collect_within(self, run: _Run, left_s: float) -> None:
+        try:
+            async with asyncio.timeout(left_s):
+                await self._collect(run)
+        except TimeoutError:
+            run.note("the deadline passed")
+        except HeadgateError as failure:
+            run.fail(failure)
+        except Exception as error:
+            log.exception("look_broke", target=str(run.look.target), service=run.look.item.service)
+            run.note(f"broke: {type(error).__name__}: {error}")
 
     async def _collect(self, run: _Run) -> None:
         target = run.look.target
@@ -195,8 +236,10 @@ class CloudWatchSource:
             for _ in range(min(CALLS_IN_FLIGHT, run.queries)):
                 group.create_task(self._work(run, rest))
         late = listing.late
-        if late is not None and run.wanted.end_s >= late.until_s and run.status() is LookStatus.COMPLETE:
-            self._discovery.looked_back(target, run.profile.service, listing)
+        # Who is forbidden today is not waited for: it would keep all others going back further and further.
+        whole = run.queries == run.complete + run.forbidden and run.complete > 0
+        if late is not None and run.wanted.end_s >= late.until_s and whole:
+            _remember(self._went_back, run.of, (target, late))
 
     def _calls(self, run: _Run, listing: Listing) -> Iterator[Call]:
         """All calls of a look, table by table."""

@@ -5,8 +5,10 @@ Guarantees:
 * a listing is whole or it is not used: every page was read, no page was cut off, no token came twice, and where selections ask for
   tags, all tagged resources are known;
 * what was listed is kept when a later listing fails, and whoever uses it is told how old it is;
+* pages that were paid for and came to nothing are paid for again ever more rarely, down to once in the discovery interval;
 * a shard that takes a target over uses the listing of the one before, as long as that is not older than the interval;
-* series that a listing has and the one before had not are looked for back to when they may have begun (`Listing.late`), once;
+* series that a listing has and the one before had not are looked for back to when they may have begun (`Listing.late`), until such a
+  look is published, whichever shard takes it;
 * one listing in flight per (target, service); of a million metrics the names alone are in memory, 100 bytes each, until they are packed.
 """
 
@@ -23,7 +25,9 @@ from ingest.clock import Clock
 from ingest.errors import HeadgateError, Rejected, Transient
 from ingest.model import Target
 from ingest.sources.aws import Access, Aws, Tally
+from ingest.sources.aws_errors import Denied
 from ingest.sources.listing import Cache, Late, Listing, Shared, depends_on
+from ingest.sources.look import said_of
 from ingest.sources.packed import added, pack
 from ingest.sources.selection import (
     Metric,
@@ -48,6 +52,10 @@ LISTINGS_MAX = 4_096
 """Targets × services whose listings are kept; a process with more asks for the longest unlisted again."""
 APPEARS_S = 900
 """So long a metric that reports may be missing in ListMetrics."""
+LATE_S_MAX = 86_400
+"""So old a look back is no longer passed on to the next listing: by then each series would take a day of points."""
+FIRST_WAIT_SHARE = 1 / 12
+"""Of the discovery interval, after a first failure: five minutes of an hour; then twice as long each time."""
 
 Key = tuple[Target, str]
 
@@ -66,6 +74,16 @@ class Asked:
     linked: bool
     aws: Aws
     list_metrics: ListMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Of a listing whose pages were paid for. `until_s` is monotonic: before that it is not tried again."""
+
+    error: HeadgateError
+    depends: str
+    wait_s: float
+    until_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +131,15 @@ class Discovery:
         self._listings: dict[Key, tuple[Listing, float]] = {}
         """Each with the monotonic time of its listing, however old it was when it was found."""
         self._locks: dict[Key, asyncio.Lock] = {}
+        self._failures: dict[Key, _Failure] = {}
 
     def share(self, cache: Cache) -> None:
         self._shared = Shared(cache, self._clock)
 
     def configure(self, limits: Limits) -> None:
         """Other limits from the next listing on. Listings are kept: each knows what of its profile it depends on."""
+        if limits != self._limits:
+            self._failures.clear()
         self._limits = limits
 
     async def listing(
@@ -136,21 +157,28 @@ class Discovery:
                 return known
             if self._shared is not None and self._known(key, depends) is None:
                 found = await self._shared.get(target, profile, depends, deadline_s, self._limits)
-                if found is not None:
+                if found is not None and found.series <= self._limits.series_per_target_max:
                     self._keep(key, found, max(0.0, self._clock.now_s() - found.listed_at_s))
                     if known := self._recent(key, profile, depends):
                         return known
+            failure, now_s = self._failures.get(key), self._clock.monotonic_s()
+            if failure is not None and failure.depends == depends and now_s < failure.until_s:
+                return self._last(key, depends, failure.error, failure.until_s - now_s)
             return await self._refresh(asked, key, profile, depends, deadline_s, tally)
 
     def age_s(self, target: Target, service: str) -> float:
         """Of the listing that is in use."""
         return self._clock.monotonic_s() - self._listings[target, service][1]
 
-    def looked_back(self, target: Target, service: str, listing: Listing) -> None:
-        """A whole look has gone back for the series that came late in this listing."""
+    async def looked_back(self, target: Target, service: str, late: Late, deadline_s: float) -> None:
+        """A whole look that went back for these series is published."""
         known, at_s = self._listings.get((target, service), (None, 0.0))
-        if known is not None and known.late is listing.late:
-            self._listings[target, service] = replace(known, late=None), at_s
+        if known is None or known.late != late:
+            return
+        done = replace(known, late=None)
+        self._listings[target, service] = done, at_s
+        if self._shared is not None:
+            await self._shared.put(target, service, done, deadline_s)
 
     async def _refresh(
         self,
@@ -163,23 +191,69 @@ class Discovery:
     ) -> Listing:
         target, service = key
         old = self._known(key, depends)
+        paid_before = tally.requests["ListMetrics"]
         try:
             fresh = await self._list(asked, target, profile, depends, deadline_s, tally)
-        except HeadgateError as failure:
-            if old is None:
-                raise
-            age_s = int(self._clock.monotonic_s() - self._listings[key][1])
+        except BaseException as error:
+            cut_off = Transient(_where(target, profile), "cut off before its last page")
+            failure = error if isinstance(error, HeadgateError) else cut_off
+            wait_s = 0.0
+            if tally.requests["ListMetrics"] > paid_before:
+                wait_s = self._back_off(key, profile, depends, failure)
             log.warning(
-                "discovery_failed", target=str(target), service=service, age_s=age_s, error=str(failure)
+                "discovery_failed",
+                target=str(target),
+                service=service,
+                known=old is not None,
+                next_try_s=int(wait_s),
+                error=str(failure),
             )
-            return replace(old, note=f"discovery is {age_s} s old: {failure}")
-        if old is not None and (new := await asyncio.to_thread(added, old.tables, fresh.tables)):
-            log.info("series_found_late", target=str(target), service=service, series=new)
-            fresh = replace(fresh, late=_late(old, fresh, profile))
+            if not isinstance(error, HeadgateError):
+                raise
+            return self._last(key, depends, failure, wait_s)
+        self._failures.pop(key, None)
+        if old is not None:
+            fresh = replace(fresh, late=await self._late(key, old, fresh, profile))
         self._keep(key, fresh)
         if self._shared is not None:
             await self._shared.put(target, service, fresh, deadline_s)
         return fresh
+
+    def _back_off(self, key: Key, profile: ServiceProfile, depends: str, failure: HeadgateError) -> float:
+        """Not again for so many seconds."""
+        before, interval_s = self._failures.get(key), profile.discovery_interval_s
+        again = before is not None and before.depends == depends
+        wait_s = min(interval_s, 2 * before.wait_s if before and again else interval_s * FIRST_WAIT_SHARE)
+        kept = failure.with_traceback(None)
+        self._failures.pop(key, None)
+        self._failures[key] = _Failure(kept, depends, wait_s, self._clock.monotonic_s() + wait_s)
+        while len(self._failures) > LISTINGS_MAX:
+            del self._failures[next(iter(self._failures))]
+        return wait_s
+
+    def _last(self, key: Key, depends: str, failure: HeadgateError, wait_s: float) -> Listing:
+        """The last listing, for want of a newer one. Raises what befell that where there is none."""
+        again = f"; listed again in {int(wait_s)} s" if wait_s else ""
+        old = self._known(key, depends)
+        if old is None and isinstance(failure, Denied):
+            raise failure
+        if old is None:
+            raise Transient(failure.where, f"{failure.what}{again}", failure.remedy) from failure
+        age_s = int(self._clock.monotonic_s() - self._listings[key][1])
+        said = said_of(failure, key[0].account)
+        return replace(old, note=f"discovery is {age_s} s old{again}: {said}")
+
+    async def _late(self, key: Key, old: Listing, fresh: Listing, profile: ServiceProfile) -> Late | None:
+        """What the next look goes back for: series that are new, and those that none was published for yet."""
+        target, service = key
+        pending = old.late
+        if pending is not None and pending.from_s < fresh.listed_at_s - LATE_S_MAX:
+            log.warning("series_not_read_back", target=str(target), service=service, from_s=pending.from_s)
+            pending = None
+        if new := await asyncio.to_thread(added, old.tables, fresh.tables):
+            log.info("series_found_late", target=str(target), service=service, series=new)
+            return _late(old, fresh, profile).and_also(pending)
+        return pending
 
     def _known(self, key: Key, depends: str) -> Listing | None:
         known, _ = self._listings.get(key, (None, 0.0))
@@ -233,9 +307,8 @@ class Discovery:
             tokens.add(page.next_token)
             request = {**request, "NextToken": page.next_token}
         else:
-            raise Transient(
-                _where(target, profile), f"more than {PAGES_MAX} pages", "split the service's profile"
-            )
+            remedy = "split the service's profile: one with a single metric lists nothing else"
+            raise Transient(_where(target, profile), f"more than {PAGES_MAX:,} pages", remedy)
         # In a thread, for 100,000 series take a second.
         tables = await asyncio.to_thread(lambda: tuple(pack(names.series(target), self._limits)))
         log.info(

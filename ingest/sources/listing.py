@@ -51,6 +51,12 @@ class Late:
     from_s: int
     until_s: int
 
+    def and_also(self, other: Late | None) -> Late:
+        """One look back for both."""
+        if other is None:
+            return self
+        return Late(min(self.from_s, other.from_s), max(self.until_s, other.until_s))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Listing:
@@ -61,6 +67,7 @@ class Listing:
     depends: str
     """Hash of all of the profile that decides what is listed: see `depends_on`."""
     late: Late | None = None
+    """Until a look that went back is published; whoever takes the target over goes back, too."""
     note: str = ""
     """Says so where this listing is older than it should be."""
     series: int = field(init=False)
@@ -91,6 +98,7 @@ def encode(listing: Listing, target: Target, service: str) -> bytes:
             "service": service,
             "depends": listing.depends,
             "observed_at_ms": listing.observed_at_ms,
+            "late": [listing.late.from_s, listing.late.until_s] if listing.late is not None else None,
             "tables": [len(table.blob) for table in listing.tables],
         }
     )
@@ -111,13 +119,14 @@ def decode(body: bytes, target: Target, service: str, depends: str, limits: Limi
         named = header["target"], header["service"]
         observed_at_ms, lengths = int(header["observed_at_ms"]), list(header["tables"])
         ends = list(accumulate(lengths, initial=start + header_bytes))
+        late = Late(*map(int, header["late"])) if header.get("late") else None
         if named != (str(target), service) or ends[-1] != len(body):
             raise _spoilt(f"it is of {named}")
         if header["depends"] != depends:
             return None
     except (KeyError, TypeError, ValueError) as error:
         raise _spoilt(f"header: {error!r}") from error
-    return Listing(tuple(load(body[a:b], limits) for a, b in pairwise(ends)), observed_at_ms, depends)
+    return Listing(tuple(load(body[a:b], limits) for a, b in pairwise(ends)), observed_at_ms, depends, late)
 
 
 def _checksum(header_bytes: int, rest: bytes) -> bytes:

@@ -99,14 +99,18 @@ class Selector:
             _match(selection.tags, tags) for tags in self._tags.of(dimensions)
         )
 
+    def statistics(self, name: str) -> tuple[str, ...]:
+        """Those of a metric that it takes."""
+        return self._profile.statistics if self._metrics is None else self._metrics[name].statistics
+
     def series(self, metrics: Iterable[bytes], target: Target) -> Iterator[Series]:
-        """The (metric × statistic) of `keys_of` metrics, in their order."""
+        """The (metric × statistic) of metrics, each as `key_of`, in their order."""
         profile = self._profile
         for raw in metrics:
             dimensions, name = orjson.loads(raw)
             metric = self._metrics[name] if self._metrics is not None else None
             pairs = tuple([(key, value) for key, value in dimensions])
-            for stat in profile.statistics if metric is None else metric.statistics:
+            for stat in self.statistics(name):
                 key = SeriesKey(
                     target.account, target.region, profile.namespace, name, pairs, stat, profile.period_s
                 )
@@ -117,17 +121,16 @@ def _match(patterns: Mapping[str, str], has: Mapping[str, str]) -> bool:
     return all(key in has and re.fullmatch(pattern, has[key]) for key, pattern in patterns.items())
 
 
-def keys_of(metrics: Iterable[Metric]) -> Iterator[bytes]:
-    """Metrics as UTF-8 that sorts by dimensions, then name: a tenth of the memory, and those of one resource lie together.
+def key_of(name: str, dimensions: Dimensions) -> bytes | None:
+    """A metric as UTF-8 that sorts by dimensions, then name: a tenth of the memory, and those of one resource lie together.
 
-    A text that is not Unicode (half of a surrogate pair) cannot be written: such a metric is left out.
+    None for a text that is not Unicode (half of a surrogate pair), which cannot be written.
     """
-    for name, dimensions in metrics:
-        try:
-            # Copied, for what orjson 3.13 returns keeps the 4 kB that it was written into.
-            yield bytes(memoryview(orjson.dumps((dimensions, name))))
-        except orjson.JSONEncodeError:
-            continue
+    try:
+        # Copied, for what orjson 3.13 returns keeps the 4 kB that it was written into.
+        return bytes(memoryview(orjson.dumps((dimensions, name))))
+    except orjson.JSONEncodeError:
+        return None
 
 
 class Names:
@@ -138,19 +141,30 @@ class Names:
         self._limits = limits
         self._names: set[bytes] = set()
         self._bytes = 0
+        self._series = 0
         self.refused = 0
 
     def __len__(self) -> int:
         return len(self._names)
 
     def add(self, metrics: Iterable[Metric]) -> None:
-        """Raises Rejected where all of them together are more than anybody can hold."""
-        taken = [metric for metric in metrics if self._selector.takes(*metric)]
-        found = list(keys_of(metric for metric in taken if self._travels(*metric)))
-        self.refused += len(taken) - len(found)
-        new = set(found) - self._names
-        self._names |= new
-        self._bytes += sum(map(len, new))
+        """Raises Rejected where all of them together are more than is let in, or than anybody can hold."""
+        for name, dimensions in metrics:
+            if not self._selector.takes(name, dimensions):
+                continue
+            key = key_of(name, dimensions) if self._travels(name, dimensions) else None
+            if key is None:
+                self.refused += 1
+            elif key not in self._names:
+                self._names.add(key)
+                self._bytes += len(key)
+                self._series += len(self._selector.statistics(name))
+        most = self._limits.series_per_target_max
+        if self._series > most:
+            what = (
+                f"more than {most:,} series: select fewer with `only`, or raise limits.series_per_target_max"
+            )
+            raise Rejected("aws ListMetrics", "too_many", what)
         if self._bytes > NAMES_BYTES_MAX:
             what = f"the names of {len(self):,} metrics take more than {NAMES_BYTES_MAX >> 20} MB"
             raise Rejected("aws ListMetrics", "too_many", f"{what}: select fewer with `only`")
@@ -171,8 +185,8 @@ def series_of(
 ) -> list[Series]:
     """The series that a profile asks for, of the metrics that are listed; each once."""
     selector = Selector(profile, tags)
-    taken = (metric for metric in metrics if selector.takes(*metric))
-    return list(selector.series(sorted(set(keys_of(taken))), target))
+    taken = {key_of(*metric) for metric in metrics if selector.takes(*metric)} - {None}
+    return list(selector.series(sorted(key for key in taken if key is not None), target))
 
 
 def dimensions_of_all(only: Sequence[Selection]) -> tuple[str, ...]:
