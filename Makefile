@@ -19,9 +19,9 @@ run: setup ## Run it all here: ONCE=1, TRACES=DIR, OUT=DIR, SHARDS=n, SEED=n
 	@$(BIN)/python -m workers.cli run $(if $(ONCE),--once) $(if $(TRACES),--traces "$(TRACES)") \
 	  $(if $(OUT),--out "$(OUT)") $(if $(SHARDS),--shards $(SHARDS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
-scale: setup ## Change the number of exporters of what runs here: SHARDS=n
+scale: setup ## Change the number of exporters of what runs here, or of a Helm release: SHARDS=n, RELEASE=, NAMESPACE=
 	@$(if $(SHARDS),,echo "say how many: make scale SHARDS=4" >&2; exit 2)
-	@$(BIN)/python -m workers.cli scale $(SHARDS)
+	@$(BIN)/python -m workers.cli scale $(SHARDS) $(if $(RELEASE),--release "$(RELEASE)") $(if $(NAMESPACE),--namespace "$(NAMESPACE)") $(ARGS)
 
 backfill: setup ## Land what is missing: FROM=TIME, TO=TIME, ACCOUNT=, SERVICE=, VIA=, DRY_RUN=1
 	@$(if $(FROM),,echo "say from when: make backfill FROM=2026-11-24T05:00:00Z" >&2; exit 2)

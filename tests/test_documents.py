@@ -58,7 +58,7 @@ def help_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_every_headgate_command_of_the_readme_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
     named = {words[1] for words in commands(README) if words[0].endswith("headgate")}
     named |= set(re.findall(r"`headgate ([a-z]+)", README))
-    assert named == set(COMMANDS) - {"scale", "down"}  # those two stand behind `run`, and as make targets
+    assert named == set(COMMANDS) - {"down"}  # which stands behind `run`, and as a make target
     for command in named:
         assert f"headgate {command}" in help_of([command], capsys)
 

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import http.server
+import json
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from ingest.errors import Transient
 from tests.scale_scene import play, quantile
+from workers.cli import main
+from workers.scale import Page, owners_in, settled, waiting_for
 
 
 async def test_1_4_2_16_3_exporters_lose_no_window_and_pay_for_none_twice(
@@ -28,3 +41,127 @@ async def test_1_4_2_16_3_exporters_lose_no_window_and_pay_for_none_twice(
         result.paid_twice,
         result.in_flight_at_kills,
     )
+
+
+# --- headgate scale -------------------------------------------------------------------------------------------
+
+
+def page_of(
+    owners: Sequence[str], alive: Sequence[str], *, settled: bool, assigned: Sequence[str] = ()
+) -> Page:
+    return {
+        "slots": len(owners),
+        "settled": settled,
+        "shards": [
+            {
+                "shard": name,
+                "alive": name in alive,
+                "slots": [i for i, owner in enumerate(owners) if owner == name],
+                "assigned": [i for i, owner in enumerate(assigned or owners) if owner == name],
+            }
+            for name in sorted({*owners, *alive, *assigned})
+        ],
+    }
+
+
+def test_what_is_waited_for_is_said() -> None:
+    assert waiting_for(page_of("aabb", "ab", settled=True), ["a", "b"]) == ""
+    assert waiting_for(page_of("aaaa", "a", settled=True), ["a", "b"]) == "b not there yet"
+    assert waiting_for(page_of("aabb", "ab", settled=True), ["a"]) == "b not gone yet"
+    astray = page_of("aabb", "ab", settled=False, assigned="abab")
+    assert waiting_for(astray, ["a", "b"]) == "2 of 4 slots not owned as assigned"
+    resting = page_of("aabb", "ab", settled=False)
+    assert waiting_for(resting, ["a", "b"]) == "the group to come to rest"
+
+
+async def test_the_wait_outlasts_a_coordinator_that_does_not_answer_and_ends_in_time() -> None:
+    pages = iter(
+        [
+            OSError("refused"),
+            page_of("aa", "a", settled=False, assigned="ab"),
+            page_of("ab", "ab", settled=True),
+        ]
+    )
+    said: list[str] = []
+
+    def look() -> Page:
+        match next(pages):
+            case OSError() as error:
+                raise error
+            case page:
+                return page
+
+    assert owners_in(await settled(look, ["a", "b"], said.append)) == {0: "a", 1: "b"}
+    assert said == ["waiting: the coordinator does not answer: refused", "waiting: b not there yet"]
+    with pytest.raises(Transient, match="not settled after 0 s: b not there yet"):
+        await settled(lambda: page_of("aa", "a", settled=True), ["a", "b"], said.append, timeout_s=0)
+
+
+class Coordinator(http.server.BaseHTTPRequestHandler):
+    """A page that changes when `helm` has been called."""
+
+    called: ClassVar[Path]
+
+    def do_GET(self) -> None:
+        after = self.called.exists()
+        page = page_of("abcabc" if after else "ababab", "abc" if after else "ab", settled=True)
+        names = {"a": "exporter-1", "b": "exporter-2", "c": "exporter-3"}
+        for shard in page["shards"]:
+            shard["shard"] = names[shard["shard"]]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(page).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """helm and kubectl as programs that write down how they were called; kubectl forwards to a coordinator here."""
+    calls = tmp_path / "calls"
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), type("C", (Coordinator,), {"called": tmp_path / "helm-called"})
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    forward = f"Forwarding from 127.0.0.1:{server.server_port} -> 9100"
+    for name, body in {
+        "helm": f'touch "{tmp_path}/helm-called"',
+        "kubectl": f'case "$*" in *port-forward*) echo "{forward}"; exec sleep 60;; *) echo deployment.apps/hg-coordinator;; esac',
+    }.items():
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\necho "{name} $*" >> "{calls}"\n{body}\n')
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    yield calls
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_release_is_upgraded_with_its_values_and_waited_for(
+    cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["scale", "3", "--release", "hg", "--namespace", "metrics", "--chart", "chart", "--json"]) == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert (found["added"], found["removed"], found["slots"]) == (["exporter-3"], [], 6)
+    assert [(m["slot"], m["from"], m["to"]) for m in found["moves"]] == [
+        (2, "exporter-1", "exporter-3"),
+        (3, "exporter-2", "exporter-1"),
+        (4, "exporter-1", "exporter-2"),
+        (5, "exporter-2", "exporter-3"),
+    ]
+    assert cluster.read_text().splitlines() == [
+        "kubectl -n metrics get deployment -l app.kubernetes.io/instance=hg,app.kubernetes.io/component=coordinator -o name",
+        "kubectl -n metrics port-forward deployment.apps/hg-coordinator :9100",
+        "helm upgrade hg chart --namespace metrics --reuse-values --set shards=3",
+    ]
+
+
+def test_more_shards_than_slots_are_refused_before_helm_is_called(
+    cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["scale", "7", "--release", "hg"]) == 3
+    assert "7 shards would share 6 slots" in capsys.readouterr().err
+    assert "helm" not in cluster.read_text()

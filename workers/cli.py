@@ -16,7 +16,7 @@ from shard_config.load import ConfigErrors
 
 COMMANDS = {
     "run": "run",
-    "scale": "local",
+    "scale": "scale",
     "down": "local",
     "status": "status",
     "gaps": "gaps",
@@ -31,6 +31,7 @@ COMMANDS = {
     "import": "yace",
     "preflight": "preflight",
     "quote": "quote",
+    "plan": "plan",
     "pause": "pause",
     "resume": "pause",
     "dead": "dead",

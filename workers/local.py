@@ -373,36 +373,12 @@ def _readyz(port: int) -> Callable[[], bool]:
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    scale = commands.add_parser(
-        "scale",
-        help="change the number of exporters of the local stack",
-        description="Adds or removes exporters of the stack that runs here. The others are not restarted; those that go drain first, and "
-        "their slots move to the others when their sessions have timed out (15 s).",
-    )
-    scale.add_argument("shards", type=int, help=f"how many there shall be, 1 to {SHARDS_MAX}")
-    scale.set_defaults(run=_run_scale)
     down = commands.add_parser(
         "down",
         help="stop the local stack",
         description="Stops the stack that runs here, and ends what a stack that was killed has left. Logs and data stay until the next start.",
     )
     down.set_defaults(run=_run_down)
-
-
-def _run_scale(args: argparse.Namespace) -> int:
-    slots = find_config(None).slots
-    if args.shards > slots:
-        raise Fatal(
-            "scale", f"{args.shards} shards would share {slots} slots", f"the most there can be is {slots}"
-        )
-
-    def show(name: str, what: str) -> None:
-        print(f"{name} {what}", flush=True)
-
-    added, removed = asyncio.run(LocalStack().scale(args.shards, show))
-    changes = [f"added {name}" for name in added] + [f"removed {name}" for name in removed]
-    print(", ".join(changes) or f"there are {args.shards} exporters already")
-    return 0
 
 
 def _run_down(_: argparse.Namespace) -> int:
