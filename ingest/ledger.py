@@ -34,6 +34,7 @@ from ingest.model import LookStatus, Receipt, ReceiptItem, SourceName, Task, Tas
 from ingest.ports import Advance, Record, StoredPosition
 from ingest.sinks.connection import open_connection, translated
 from shard_config.model import Postgres
+from shard_config.units import UnitPlan
 
 SINK = "ledger"
 """The projection's name in `positions`."""
@@ -217,7 +218,7 @@ class Ledger:
         before = None if before_s is None else _at(before_s)
         async with self.connected() as connection, connection.transaction(readonly=True):
             planned = [row for query in _PLANNED_UNTIL for row in await connection.fetch(query, before)]
-            slots = await _planned_slots(connection)
+            kept = await _kept_plan(connection)
             series = await _series(connection, LEARNED_FROM)
             known = await connection.fetch("SELECT task_id FROM tasks ORDER BY planned_at DESC LIMIT 100000")
             unanswered = await connection.fetch(_UNANSWERED)
@@ -227,7 +228,7 @@ class Ledger:
             services[row["service"]] = max(services.get(row["service"], row["until_s"]), row["until_s"])
         return PlannersMemory(
             planned_until_s=until,
-            slots=slots,
+            slots=kept.slots,
             series=series,
             task_ids=frozenset(row["task_id"] for row in known),
             unanswered=tuple(wire.decode_task(row["value"]) for row in unanswered),
@@ -238,10 +239,10 @@ class Ledger:
         async with self.connected() as connection:
             return await _series(connection, within)
 
-    async def planned_slots(self) -> dict[str, int]:
-        """The slots of the last plan that was kept, by unit. Raises Transient."""
+    async def kept_plan(self) -> UnitPlan:
+        """The last plan that was kept: see `remember_plan`. Raises Transient."""
         async with self.connected() as connection:
-            return await _planned_slots(connection)
+            return await _kept_plan(connection)
 
     async def remember_plan(self, slots: Mapping[str, int], weights: Mapping[str, float], now_s: int) -> None:
         """Keep the plan, by unit, so that the next one moves little. Raises Transient."""
@@ -278,9 +279,9 @@ async def _series(connection: asyncpg.Connection, within: timedelta) -> dict[str
     return found
 
 
-async def _planned_slots(connection: asyncpg.Connection) -> dict[str, int]:
-    rows = await connection.fetch("SELECT target, slot FROM targets")
-    return {row["target"]: row["slot"] for row in rows}
+async def _kept_plan(connection: asyncpg.Connection) -> UnitPlan:
+    rows = await connection.fetch("SELECT target, slot, weight FROM targets")
+    return UnitPlan({r["target"]: r["slot"] for r in rows}, {r["target"]: r["weight"] for r in rows})
 
 
 def _decode(record: Record) -> Task | Receipt:

@@ -430,7 +430,7 @@ async def test_the_plan_that_is_remembered_replaces_the_one_before(store: Store)
     await store.ledger.remember_plan({"a": 1, "b": 2}, {"a": 1.0, "b": 2.0}, NOON_S)
     after = {"b": 3, "c#ec2": 4, "c#rds": 5}
     await store.ledger.remember_plan(after, dict.fromkeys(after, 1.0), NOON_S)
-    assert (await store.ledger.memory()).slots == await store.ledger.planned_slots() == after
+    assert (await store.ledger.memory()).slots == (await store.ledger.kept_plan()).slots == after
 
 
 # --- what has no past, and what is folded -----------------------------------------------------------------------

@@ -55,7 +55,7 @@ RECALL_INTERVAL_S = 10.0
 ANNOUNCED_AT_ONCE = 500
 PLAN_KEPT_S = 3600.0
 """Targets are weighed anew and the plan is written down so often, and at each change of the configuration."""
-LEARNED_FROM = timedelta(hours=2)
+LATELY = timedelta(hours=2)
 """Looks of the last so long say what a service weighs now; of one without, what was known holds."""
 
 ASKED_OF_NOBODY = (TaskKind.PAUSED, TaskKind.BUDGET)
@@ -354,7 +354,7 @@ async def _remember(ledger: Ledger, clock: Clock, lifecycle: Lifecycle) -> Plann
 async def _keep_plan(coordinator: Coordinator, ledger: Ledger, clock: Clock) -> None:
     """Weigh anew by what was learned, and keep the plan, so that the next life's moves little. Both may as well not be."""
     try:
-        await coordinator.reweigh(await ledger.series(LEARNED_FROM))
+        await coordinator.reweigh(await ledger.series(LATELY))
         await ledger.remember_plan(coordinator.slots, coordinator.weights, clock.now_s())
     except Transient as error:
         _log.warning("plan_not_remembered", error=str(error))
