@@ -2,8 +2,8 @@
 
 Guarantees:
 
-* *Small, also while it grows*: 8 bytes a series and 4 a window, and 1 a series while a look is under way. Series lie in blocks of at most
-  `BLOCK_MAX`, in order of their ids, so that nothing is ever sorted or copied as a whole.
+* *Small, also while it grows*: 8 bytes a series and 4 a window, and 1 a series while a look is under way. Series lie in blocks of about
+  `BLOCK`, as they came, each in order of its ids: nothing is sorted or copied as a whole, and a batch finds its series in a block or two.
 * *Never half known*: a series that a look meets twice, or whose value has no digest that means anything (NaN), is not known after it.
 
 A digest has 32 bits. One change in four thousand million passes for none, until the window is sealed: that goes by 64 bits
@@ -18,9 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK_MAX = 32_768
-ADDED_MAX = 16_384
-"""Series found new that wait, unsorted, to be brought into the blocks."""
+BLOCK = 32_768
 
 _Ids = NDArray[np.uint64]
 _Digests = NDArray[np.uint32]
@@ -51,10 +49,9 @@ class _Block:
             column = self.digests[start_s] = np.zeros(len(self.ids), np.uint32)
         return column
 
-    def take(self, order: NDArray[np.intp] | _Mask | slice) -> _Block:
-        """Some of its series, copied."""
-        met = None if self.met is None else self.met[order].copy()
-        return _Block(self.ids[order].copy(), {s: c[order].copy() for s, c in self.digests.items()}, met)
+    def take(self, some: _Mask) -> _Block:
+        """Some of its series, of no look."""
+        return _Block(self.ids[some], {s: c[some] for s, c in self.digests.items()})
 
 
 class Known:
@@ -66,6 +63,8 @@ class Known:
         self._added: list[_Block] = []
         self._series = 0
         self._waiting = 0
+        self._last = 0
+        """The block that had series of the last batch: the next one's are there, or in the one after."""
 
     @property
     def entries(self) -> int:
@@ -102,28 +101,36 @@ class Known:
             else:
                 lost[here] = cells.finite[here]
         short = np.maximum(cells.digests.astype(np.uint32), np.uint32(1))
-        at = np.full(len(ids), -1, np.int64)
+        at, last = np.full(len(ids), -1, np.int64), self._last
         said = np.zeros(len(ids), np.bool_)
         said[cells.rows] = True
-        for block, mine in self._places(ids):
-            found = np.minimum(np.searchsorted(block.ids, ids[mine]), len(block.ids) - 1)
-            there = (block.ids[found] == ids[mine]) & said[mine]
+        (rest,) = np.nonzero(said)
+        for n in range(len(self._blocks)):
+            if not len(rest):
+                break
+            number = (self._last + n) % len(self._blocks)
+            block = self._blocks[number]
+            found = np.minimum(np.searchsorted(block.ids, ids[rest]), len(block.ids) - 1)
+            there = block.ids[found] == ids[rest]
             if not there.any():
                 continue
-            at[mine[there]] = found[there]
+            last = number
+            mine, found, rest = rest[there], found[there], rest[~there]
+            at[mine] = found
             block.met = np.zeros(len(block.ids), np.bool_) if block.met is None else block.met
             of_block = np.zeros(len(ids), np.bool_)
-            of_block[mine[there]] = True
+            of_block[mine] = True
             for start_s, here in windows.items():
                 some = here[of_block[cells.rows[here]]]
                 place = at[cells.rows[some]]
                 column, once = block.column(start_s), ~block.met[place]
                 unchanged[some] = once & (column[place] == short[some])
                 column[place] = np.where(once & cells.finite[some], short[some], 0)
-            again = found[there][block.met[found[there]]]
+            again = found[block.met[found]]
             for column in block.digests.values():
                 column[again] = 0
-            block.met[found[there]] = True
+            block.met[found] = True
+        self._last = last
         self._add(ids, at < 0, windows, short, cells, room, lost)
         return unchanged, lost
 
@@ -134,20 +141,6 @@ class Known:
                 return False
             self.starts_s.append(start_s)
         return True
-
-    def _places(self, ids: _Ids) -> Iterable[tuple[_Block, NDArray[np.intp]]]:
-        """The blocks that may have some of these ids, and which."""
-        if len(self._blocks) < 2:
-            return [(block, np.arange(len(ids))) for block in self._blocks]
-        firsts = np.array([block.ids[0] for block in self._blocks[1:]])
-        which = np.searchsorted(firsts, ids, side="right")
-        order = np.argsort(which, kind="stable")
-        bounds = np.searchsorted(which[order], np.arange(len(self._blocks) + 1)).tolist()
-        return [
-            (b, order[bounds[n] : bounds[n + 1]])
-            for n, b in enumerate(self._blocks)
-            if bounds[n] < bounds[n + 1]
-        ]
 
     def _add(
         self,
@@ -180,36 +173,34 @@ class Known:
             digests[start_s] = column[rows]
         self._added.append(_Block(ids[rows], digests, np.ones(len(rows), np.bool_)))
         self._waiting += len(rows)
-        if self._waiting >= ADDED_MAX:
-            self._sort_in()
+        if self._waiting >= BLOCK:
+            self._sort()
 
-    def _sort_in(self) -> None:
-        """Bring what was added into the blocks."""
-        if not self._added:
-            return
-        added, self._added = _joined(self._added, self.starts_s), []
-        blocks = self._blocks or [added.take(slice(0, 0))]
-        firsts = np.array([block.ids[0] for block in blocks[1:]], np.uint64)
-        bounds = [0, *np.searchsorted(added.ids, firsts).tolist(), len(added.ids)]
-        self._blocks = []
-        for n, block in enumerate(blocks):
-            part = added.take(slice(bounds[n], bounds[n + 1]))
-            self._blocks += _parted(_joined([block, part], self.starts_s) if len(part.ids) else block)
-        self._series = sum(len(block.ids) for block in self._blocks)
-        self._waiting = 0
+    def _sort(self) -> None:
+        """Make a block of what was added."""
+        if self._added:
+            self._blocks.append(_joined(self._added, self.starts_s))
+            self._added, self._waiting = [], 0
+            self._series = sum(len(block.ids) for block in self._blocks)
 
     def settle(self) -> None:
         """A look is over: put what it found in order, and forget what nothing is known of."""
-        self._sort_in()
-        kept = []
+        self._sort()
+        kept: list[_Block] = []
         for block in self._blocks:
             block.met = None
             has = np.zeros(len(block.ids), np.bool_)
             for column in block.digests.values():
                 has |= column != 0
-            if has.any():
-                kept.append(block if has.all() else block.take(has))
-        self._blocks = kept
+            if not has.any():
+                continue
+            if not has.all():
+                block = block.take(has)
+            if kept and len(kept[-1].ids) + len(block.ids) <= BLOCK:
+                block = _joined([kept.pop(), block], self.starts_s)
+                block.met = None
+            kept.append(block)
+        self._blocks, self._last = kept, 0
         self._series = sum(len(block.ids) for block in kept)
         if not kept:
             self.starts_s = []
@@ -239,11 +230,3 @@ def _joined(blocks: list[_Block], starts_s: list[int]) -> _Block:
     if first.all():
         return _Block(ids, digests, met)
     return _Block(ids[first], {s: c[first] for s, c in digests.items()}, met[first])
-
-
-def _parted(block: _Block) -> list[_Block]:
-    """A block, in halves where it is too large. Recursion is bounded: what is joined is at most BLOCK_MAX and what was added."""
-    if len(block.ids) <= BLOCK_MAX:
-        return [block]
-    middle = len(block.ids) // 2
-    return [*_parted(block.take(slice(None, middle))), *_parted(block.take(slice(middle, None)))]
