@@ -4,14 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check bench scale backfill down clean
+.PHONY: help setup run test test-docker test-k8s helm-docs check bench scale backfill down clean
 .SUFFIXES:
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 help: ## List what there is to do
-	@awk -F ':[^#]*## ' '/^[a-z]+:.*## / { printf "  make %-8s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':[^#]*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s  %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/.complete .headgate/kafka-libs/.complete ## Install everything into this folder; instant where it is done
 
@@ -31,8 +31,19 @@ backfill: setup ## Land what is missing: FROM=TIME, TO=TIME, ACCOUNT=, SERVICE=,
 down: ## Stop what runs here, whatever state it is in
 	@if [ -e .venv/.complete ]; then $(BIN)/python -m workers.cli down; else echo "nothing runs here"; fi
 
-test: setup .headgate/versitygw.complete ## Run the tests; ARGS goes to pytest
+test: setup .headgate/versitygw.complete .headgate/helm.complete ## Run the tests; ARGS goes to pytest
 	@$(BIN)/python -m pytest -q $(ARGS)
+
+test-docker: setup ## Build the image and run it, where a Docker engine answers: HEADGATE_TEST_BASE=image
+	@$(BIN)/python -c 'import docker; docker.from_env(timeout=5).ping()' 2>/dev/null || \
+	  { echo "test-docker: no Docker engine answers (DOCKER_HOST), so the image is not tested" >&2; exit 2; }
+	@TESTCONTAINERS_RYUK_DISABLED=true $(BIN)/python -m pytest -q -m docker tests/test_docker.py $(ARGS)
+
+test-k8s: setup .headgate/helm.complete ## Install and scale the chart on a real control plane: TOOLS=folder with kubecp, kwok
+	@$(BIN)/python -m pytest -q -m k8s $(ARGS) || { code=$$?; [ $$code = 5 ] && echo "test-k8s: there are no such tests yet" >&2; exit $$code; }
+
+helm-docs: setup .headgate/helm.complete ## Write what is made of the chart's values: its README, schema and goldens
+	@$(BIN)/python -m tests.helm_chart
 
 check: setup ## Lint, format and types, as CI does
 	@$(BIN)/python -m ruff check
@@ -54,6 +65,20 @@ clean: ## Stop what runs here; remove .headgate and .venv
 	  echo "setup: versitygw into .headgate/bin, a second S3 for the tests (two minutes, once)"; \
 	  GOBIN="$(CURDIR)/.headgate/bin" timeout 900 go install github.com/versity/versitygw/cmd/versitygw@v1.8.0 \
 	    >.headgate/go.log 2>&1 </dev/null || echo "setup: versitygw was not built, see .headgate/go.log"; \
+	fi
+	@touch $@
+
+# For the chart's tests. Without Go, or where they cannot be built, those that need them are skipped and say so.
+.headgate/helm.complete:
+	@mkdir -p .headgate/bin
+	@if [ -x .headgate/bin/helm ] && [ -x .headgate/bin/kubeconform ]; then :; \
+	elif command -v go >/dev/null; then \
+	  echo "setup: helm and kubeconform into .headgate/bin, for the chart's tests (five minutes, once)"; \
+	  export GOBIN="$(CURDIR)/.headgate/bin" CGO_ENABLED=0 GOFLAGS=-trimpath; H=helm.sh/helm/v3; \
+	  { timeout 900 go install -ldflags "-s -w -X $$H/internal/version.version=v3.22.0 -X $$H/pkg/chartutil.k8sVersionMajor=1 -X $$H/pkg/chartutil.k8sVersionMinor=37" $$H/cmd/helm@v3.22.0 && \
+	    timeout 900 go install -ldflags '-s -w' github.com/yannh/kubeconform/cmd/kubeconform@v0.8.0; } \
+	    >.headgate/go-helm.log 2>&1 </dev/null || echo "setup: helm was not built, see .headgate/go-helm.log"; \
+	else echo "setup: no Go here, so the chart's tests are skipped unless helm and kubeconform are on the PATH"; \
 	fi
 	@touch $@
 
