@@ -18,9 +18,9 @@ from typing import Final
 from ingest.budget import ZERO, Poll, Polling, ticks
 from ingest.charges import Charge, Reason, day_of
 from ingest.model import SourceName
-from ingest.spending import metrics_usd, payer_of, payers_of, statistics_share
+from ingest.spending import metrics_usd, payer_of, payers_of
 from shard_config.model import Config
-from shard_config.price import DAY_S, Prices
+from shard_config.price import DAY_S, Prices, statistics_share
 
 BY: Final = ("account", "region", "service", "reason", "day")
 

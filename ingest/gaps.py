@@ -162,7 +162,7 @@ def healable(
             how=f"CloudWatch keeps periods of {coarsest_s} s for {kept_days} days",
         )
     looks = len(blocks(grid, grid.floor(gap.start_s), grid.ceil(gap.end_s)))
-    usd = None if series is None else prices.get_metric_data_usd(looks * series)
+    usd = None if series is None else prices.get_metric_data_usd(looks * series, gap.service)
     return replace(gap, heal_from="cloudwatch", how=f"at {period_s} s", usd=usd)
 
 

@@ -404,4 +404,4 @@ class _Judge:
             items=items,
         )
         series = self._s.series.get((target, service), UNKNOWN_SERIES)
-        return Ask(task, block_start_s, self._rules.prices.get_metric_data_usd(series))
+        return Ask(task, block_start_s, self._rules.prices.get_metric_data_usd(series, service))

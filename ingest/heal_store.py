@@ -95,12 +95,14 @@ _SERIES = """SELECT target, service, (SELECT series FROM looks l
     ORDER BY finished_at DESC LIMIT 1) AS series
 FROM unnest($1::text[], $2::text[]) AS asked (target, service)"""
 
-_SPENT = """SELECT coalesce(sum(a.reserved_usd) FILTER (WHERE l.task_id IS NULL), 0) AS reserved,
-    coalesce(sum(l.billed), 0) AS billed, (SELECT count(*) FROM attempts a
-        WHERE allocated_at > $2 AND NOT EXISTS (SELECT FROM looks l WHERE l.task_id = a.task_id)) AS pending
+_SPENT = """SELECT a.service, coalesce(sum(a.reserved_usd) FILTER (WHERE l.task_id IS NULL), 0) AS reserved,
+    coalesce(sum(l.billed), 0)::bigint AS billed
 FROM attempts a LEFT JOIN LATERAL (
     SELECT task_id, sum(metrics_billed) AS billed FROM looks WHERE task_id = a.task_id GROUP BY task_id) l ON true
-WHERE a.allocated_at >= $1"""
+WHERE a.allocated_at >= $1 GROUP BY a.service"""
+
+_ASKS = """SELECT count(*) FROM attempts a
+WHERE allocated_at > $1 AND NOT EXISTS (SELECT FROM looks l WHERE l.task_id = a.task_id)"""
 
 _STOPPED = "SELECT account, service FROM stretches WHERE stopped"
 
@@ -172,13 +174,19 @@ class HealStore:
         windows = [_window(r) for r in rows]
         recent = now - timedelta(seconds=MEMORY_S)
         midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
-        spent = await connection.fetchrow(_SPENT, midnight, recent)
+        spent = await connection.fetch(_SPENT, midnight)
         common: dict[str, Any] = {
             "now_s": now_s,
             "windows": windows,
             "announced": announced,
-            "spent_usd": spent["reserved"] + rules.prices.get_metric_data_usd(int(spent["billed"])),
-            "pending_asks": spent["pending"],
+            "spent_usd": sum(
+                (
+                    s["reserved"] + rules.prices.get_metric_data_usd(int(s["billed"]), s["service"])
+                    for s in spent
+                ),
+                Decimal(),
+            ),
+            "pending_asks": await connection.fetchval(_ASKS, recent),
         }
         if not windows:
             return Situation(**common)

@@ -116,7 +116,6 @@ async def recheck(
             await _again(connection, config, clock, report, source, window, of_look, done)
     finally:
         await source.close()
-    done.usd = Prices.of(config.aws).look_usd(done.metrics_billed, done.requests)
     return done
 
 
@@ -147,6 +146,8 @@ async def _again(
     done.windows += 1
     done.metrics_billed += outcome.metrics_billed
     done.requests.update(outcome.requests)
+    prices = Prices.of(config.aws, config.services)
+    done.usd += prices.look_usd(outcome.metrics_billed, outcome.requests, window.service)
     if outcome.status is not LookStatus.COMPLETE:
         done.unanswered[f"{outcome.status}: {outcome.detail}"] += 1
         return

@@ -63,7 +63,7 @@ class Asked:
     continued_once: Decimal = Decimal()
     in_doubt: int = 0
     lists: int = 0
-    """Requests that were sent: throttled ones too, which AWS does not bill."""
+    """Requests that were answered."""
 
     def by(self, reading: Reading) -> Decimal:
         """The metrics that AWS bills by a reading."""

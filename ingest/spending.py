@@ -21,7 +21,7 @@ from ingest.pauses import Pauses
 from ingest.schedule import grids_of
 from ingest.sinks.connection import translated
 from shard_config.model import Config, ServiceProfile
-from shard_config.price import STATISTICS_IN_ONE, Prices
+from shard_config.price import Prices, statistics_share
 
 LOCK_ID = 0x42554447  # BUDG
 WAITING_MAX = 20_000
@@ -175,18 +175,6 @@ def metrics_usd(metrics: int, profile: ServiceProfile | None, prices: Prices) ->
     """What GetMetricData bills for so many queries of a service, as the prices read the price list."""
     share = statistics_share(profile) if prices.statistics_count_once else Decimal(1)
     return prices.get_metric_data_usd(metrics) * share
-
-
-def statistics_share(profile: ServiceProfile | None) -> Decimal:
-    """Metrics per query where up to five statistics of a metric count once: exact where all metrics have as many statistics."""
-    if profile is None:
-        return Decimal(1)
-    per_metric = (
-        [len(profile.statistics)]
-        if profile.metrics == "all"
-        else [len(m.statistics) for m in profile.metrics]
-    )
-    return Decimal(sum(-(-n // STATISTICS_IN_ONE) for n in per_metric)) / sum(per_metric)
 
 
 def cloudwatch(some: Iterable[Charge]) -> list[Charge]:

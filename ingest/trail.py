@@ -191,7 +191,7 @@ def _asked(config: Config, row: asyncpg.Record) -> Asked:
         observed_at=row["observed_at"],
         series=row["series"],
         requests=requests,
-        usd=Prices.of(config.aws).look_usd(row["metrics_billed"], requests),
+        usd=Prices.of(config.aws, config.services).look_usd(row["metrics_billed"], requests, row["service"]),
         archive_key=row["archive_key"],
     )
 

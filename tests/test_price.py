@@ -6,8 +6,11 @@ from decimal import Decimal
 
 import pytest
 
-from shard_config.model import Aws
-from shard_config.price import Prices
+from ingest.spending import metrics_usd
+from shard_config.load import shipped_services
+from shard_config.model import Aws, MetricProfile, ServiceProfile
+from shard_config.price import Prices, statistics_share
+from shard_config.quote import count_of
 
 PRICES = Prices()
 
@@ -57,3 +60,30 @@ def test_a_configuration_states_its_prices() -> None:
     )
     assert Prices.of(aws) == expected
     assert Prices.of(Aws()) == Prices()
+
+
+def test_queries_become_dollars_by_the_reading_of_statistics_in_one_place() -> None:
+    """Budgets, gaps, healing, backfills and quotes agree, whatever the switch says."""
+    seven = ServiceProfile(
+        service="seven",
+        namespace="N",
+        metrics=tuple(
+            MetricProfile(name=n, statistics=("Sum", "Average", "Minimum", "Maximum", "p50", "p90", "p99"))
+            for n in ("A", "B")
+        ),
+    )
+    services = (seven, shipped_services()["ec2"])
+    each, once = (Prices.of(Aws(statistics_count_once=s), services) for s in (False, True))
+    assert statistics_share(seven) == Decimal(2) / 7
+    for profile in services:
+        count = count_of(profile, 1000)
+        assert each.get_metric_data_usd(count.queries, profile.service) == metrics_usd(
+            count.queries, profile, each
+        )
+        assert once.get_metric_data_usd(count.queries, profile.service) == pytest.approx(
+            metrics_usd(count.queries, profile, once)
+        )
+    assert once.get_metric_data_usd(7000, "seven") == pytest.approx(Decimal("0.02"))
+    assert once.look_usd(7000, {"ListMetrics": 1000}, "seven") == pytest.approx(Decimal("0.03"))
+    # Of no service, or of one that is gone: the dearer reading.
+    assert once.get_metric_data_usd(7000) == once.get_metric_data_usd(7000, "gone") == Decimal("0.07")

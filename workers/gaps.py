@@ -41,7 +41,7 @@ async def find(config: Config, only: Filter) -> tuple[list[Gap], list[Gap]]:
     connection = await open_connection(config.postgres, "headgate gaps")
     try:
         keeps_s = config.kafka.raw_retention_s
-        grids, prices = grids_of(config), Prices.of(config.aws)
+        grids, prices = grids_of(config), Prices.of(config.aws, config.services)
         found = await gaps(connection, now, grids, prices, kafka_keeps_s=keeps_s, only=only)
         return found, await not_polled(connection, now, grids, prices, only=only)
     finally:

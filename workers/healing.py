@@ -206,7 +206,7 @@ def rules_of(config: Config, *, whole: bool = True) -> Rules:
     """What a configuration says about healing."""
     return Rules(
         heal=config.heal,
-        prices=Prices.of(config.aws),
+        prices=Prices.of(config.aws, config.services),
         revision=config.revision,
         grids=grids_of(config),
         task_deadline_s=config.task_deadline_s,

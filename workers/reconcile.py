@@ -69,7 +69,7 @@ def says(found: Reconciled, bill: Bill, config: Config, alone: bool) -> list[str
         "(other callers in these accounts)."
     )
     lists, sent = found.total("lists_billed"), found.total("lists_ledger")
-    more = " The ledger counts what was sent; AWS does not bill what it throttled." if sent > lists else ""
+    more = " More than the bill: it may not be whole." if sent > lists else ""
     said.append(f"ListMetrics: {lists:,.0f} requests billed, {sent:,.0f} in the ledger.{more}")
     price = found.usd_per_1000_metrics
     if price is not None and abs(price - Decimal(str(config.aws.usd_per_1000_metrics))) > Decimal("0.000001"):

@@ -9,7 +9,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -67,7 +67,7 @@ class Status:
     projection: GroupStatus | None
     dead_letters: int | None
     dollars: float | None
-    """What the receipts say was billed; ListMetrics as if the month's free million were used up."""
+    """The most that what the receipts count may cost: by the dearer reading of statistics, ListMetrics as if the month's free million were used up."""
     prices: Prices
     budget: Decision | None
     """The UTC day's dollars against the budgets, and how polls are stretched for them now."""
@@ -196,11 +196,13 @@ async def _members(admin: AIOKafkaAdminClient, topics: Mapping[str, str]) -> dic
 # --- for people -------------------------------------------------------------------------------------------------
 
 
-def render(status: Status, targets_max: int | None = None) -> RenderableType:
-    """Tables for a terminal. With `targets_max`, only the targets that need attention most."""
+def render(
+    status: Status, targets_max: int | None = None, shards: Callable[[], RenderableType] | None = None
+) -> RenderableType:
+    """Tables for a terminal. With `targets_max`, only the targets that need attention most; `shards` makes another table of them."""
     parts: list[RenderableType] = [Text(f"error: {e}", style="bold red") for e in status.errors]
     if status.ledger is not None:
-        parts += [_summary(status, status.ledger), _shards(status, status.ledger)]
+        parts += [_summary(status, status.ledger), shards() if shards else _shards(status, status.ledger)]
         parts.append(_targets(status.ledger, targets_max))
     return Group(*parts)
 
@@ -345,6 +347,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--config", type=Path, help="headgate.yaml; default: the running local stack's")
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="refresh until Ctrl-C; by shard also since when, load, tasks in flight, and slots that move, as they do",
+    )
+    parser.add_argument(
         "--hours", type=float, default=SINCE_S / 3600, help="windows of the last so many hours (%(default)g)"
     )
     parser.set_defaults(run=run)
@@ -356,6 +363,12 @@ def run(args: argparse.Namespace) -> int:
     since_s = int(args.hours * 3600)
     if config.run.horizon_s is not None:
         since_s = max(since_s, clock.now_s() - config.run.horizon_s[0] + 1)
+    if args.watch:
+        from workers.watch import watch
+
+        stack = local.find_running() if args.config is None else None
+        asyncio.run(watch(Console(), config, clock, stack, since_s))
+        return 0
     found = asyncio.run(status(config, clock, since_s))
     if args.json:
         sys.stdout.write(to_json(found) + "\n")
