@@ -269,7 +269,7 @@ def _stretch(
     points = _points(known, end - first) if means is not Means.NOWHERE else 0
     if means is Means.CLOUDWATCH:
         calls = len(_items(grid, start_s, end_s, period_s))
-        usd = None if known.billed is None else prices.get_metric_data_usd(calls * known.billed)
+        usd = None if known.billed is None else prices.get_metric_data_usd(calls * known.billed, service)
         detail = f"at {period_s} s"
         if period_s != grid.period_s:
             detail += ", as series of their own: it no longer keeps a finer period"
