@@ -189,7 +189,7 @@ class Backfill:
         if asked.via != Means.CLOUDWATCH:
             receipts = await read_manifests(self._archive, survey, self._reach_s)
         via = Means.CLOUDWATCH if asked.via == Means.CLOUDWATCH else None
-        stretches = survey.plan(via, self._clock.now_s(), Prices.of(config.aws))
+        stretches = survey.plan(via, self._clock.now_s(), Prices.of(config.aws, config.services))
         stretches = without_paused(stretches, paused)
         tasks = tasks_of(stretches, self._grids, config.revision, asked.backfill_id, asked.revision)
         if tasks:
