@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -37,6 +42,7 @@ from tests.conftest import eventually
 from workers import shards
 from workers.lifecycle import Lifecycle
 from workers.names import exporter_group
+from workers.servers import free_ports, get_local
 from workers.shards import (
     Board,
     History,
@@ -308,6 +314,7 @@ def test_a_leader_that_was_behind_asks_again_once_it_has_read_the_rest() -> None
 # --- on a real broker -----------------------------------------------------------------------------------------
 
 SLOTS = 12
+SESSION_S = 6
 
 
 @dataclass
@@ -345,7 +352,7 @@ class Fleet:
     """Shards and a coordinator's publisher on one topic."""
 
     def __init__(self, bootstrap: str, prefix: str) -> None:
-        self.kafka = Kafka(bootstrap=bootstrap, prefix=prefix, session_timeout_s=6)
+        self.kafka = Kafka(bootstrap=bootstrap, prefix=prefix, session_timeout_s=SESSION_S)
         self.producer = Producer(bootstrap, "test")
         self.admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
         self.shards: dict[str, Shard] = {}
@@ -379,7 +386,7 @@ class Fleet:
 
         return Consumer(
             self.kafka.bootstrap, self.kafka.topic("collect"), exporter_group(self.kafka), client_id=name,
-            instance_id=name, clock=SystemClock(), session_timeout_s=6, assigned=assigned, revoked=revoked,
+            instance_id=name, clock=SystemClock(), session_timeout_s=SESSION_S, assigned=assigned, revoked=revoked,
             assignor=assignor,
         )  # fmt: skip
 
@@ -503,3 +510,70 @@ def test_a_clock_that_is_behind_does_not_lose_a_name_to_an_older_process() -> No
         check_name(board, Incarnation("a", 8_000, 2, "h", 2))
     check_name(board, Incarnation("a", 9_001, 0, "h", 2))
     check_name(board, Incarnation("b", 1, 0, "h", 2))
+
+
+def exporter_process(config: Path, port: int) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "workers.cli",
+        "exporter",
+        "--config",
+        str(config),
+        "--shard",
+        "exporter-1",
+    ]
+    return subprocess.Popen(
+        [*command, "--metrics-port", str(port)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+async def test_of_two_processes_with_one_name_the_older_exits_with_3_within_a_session_timeout(
+    kafka_bootstrap: str, topic_prefix: str, tmp_path: Path
+) -> None:
+    async with fleet(kafka_bootstrap, topic_prefix) as all_of:
+        config = tmp_path / "headgate.yaml"
+        config.write_text(
+            f"kafka: {{bootstrap: '{kafka_bootstrap}', prefix: {topic_prefix}, session_timeout_s: {SESSION_S}}}\n"
+            f"slots: {SLOTS}\naccounts: [{{id: '123456789012', regions: [eu-west-1], services: [ec2]}}]\n"
+        )
+        ports = free_ports(2)
+
+        async def ready(port: int) -> bool:
+            try:
+                return bool(await asyncio.to_thread(get_local, f"http://127.0.0.1:{port}/readyz", 1.0))
+            except OSError:
+                return False
+
+        older = exporter_process(config, ports[0])
+        newer = None
+        try:
+            await eventually(lambda: ready(ports[0]), timeout_s=30)
+            newer = exporter_process(config, ports[1])
+            await eventually(lambda: ready(ports[1]), timeout_s=30)
+            taken_ms = all_of.board.incarnations["exporter-1"].started_at_ms
+            _, log = await asyncio.to_thread(older.communicate, timeout=SESSION_S)
+            assert older.returncode == 3
+            [stopped] = [
+                line
+                for line in map(json.loads, log.splitlines())
+                if line["event"] == "worker_stopped_for_safety"
+            ]
+            assert stopped["remedy"] == "give each its own name"
+            assert f"(pid {newer.pid} on " in stopped["what"]
+            ended_ms = datetime.fromisoformat(stopped["timestamp"]).timestamp() * 1000
+            assert ended_ms - taken_ms < SESSION_S * 1000
+            # Whoever took the name has the slots, and goes when it is told to.
+            await all_of.settles("exporter-1")
+            newer.send_signal(signal.SIGTERM)
+            await asyncio.to_thread(newer.communicate, timeout=20)
+            assert newer.returncode == 0
+        finally:
+            for process in (older, newer):
+                if process is not None:
+                    process.kill()
+                    process.communicate()

@@ -20,7 +20,6 @@ from typing import Any
 
 import asyncpg
 from rich.console import Console
-from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ingest.clock import SystemClock
@@ -31,8 +30,9 @@ from workers.local import LocalStack, StackSpec, find_config
 from workers.samples import export_csv
 from workers.scenes import Scene, made_up_scene, traces_scene
 from workers.servers import get_local
-from workers.status import Status, render, status
+from workers.status import Status, status
 from workers.verify import Verdict, verify
+from workers.watch import watch as watch_status
 
 NO_PROGRESS_S = 180.0
 """A run to the end gives up where nothing more lands for this long."""
@@ -234,11 +234,7 @@ def _print_summary(
 async def watch(stack: LocalStack, console: Console) -> None:
     """Show the status until cancelled."""
     config = find_config(stack.config_path)
-    clock = SystemClock(config.run.clock_offset_s)
-    with Live(console=console, refresh_per_second=2, screen=False) as live:
-        while True:
-            live.update(render(await status(config, clock), targets_max=12))
-            await asyncio.sleep(2)
+    await watch_status(console, config, SystemClock(config.run.clock_offset_s), stack)
 
 
 # --- the command ------------------------------------------------------------------------------------------------
