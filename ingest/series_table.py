@@ -79,7 +79,8 @@ class TableCache:
                 self._bytes -= self._cost(dropped)
 
 
-_encoded = TableCache()
+_encoded = TableCache(bytes_max=48 * 1024 * 1024)
+"""100,000 series, which whoever asks for them keeps as well (`ingest.sources.packed`)."""
 _decoded = TableCache()
 
 

@@ -47,7 +47,7 @@ def test_what_was_packed_is_unpacked_with_the_ids_that_it_has() -> None:
 
 
 def test_the_same_series_are_the_same_object_as_long_as_they_are_among_the_most_recent() -> None:
-    unpacked = Unpacked(tables_max=2)
+    unpacked = Unpacked(series_max=9)
     [a], [b], [c] = packed(3), packed(4), packed(5)
     first = unpacked.table(a, 60)
     unpacked.table(b, 60)
