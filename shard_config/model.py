@@ -124,6 +124,8 @@ class Resources(Strict):
     """As ec2:instance, the ResourceTypeFilters of tag:GetResources."""
     arns: tuple[Pattern, ...] = Field(min_length=1)
     """Patterns that are searched in an ARN; their named groups are dimensions, as instance/(?P<InstanceId>[^/]+), an underscore for a space."""
+    unreached: str = ""
+    """What of the service no tag selects, and why: `headgate check` says so where tags are asked for."""
 
 
 class ServiceProfile(Strict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from ingest.sources.discovery import request_of
 from ingest.sources.selection import Metric, Names, Selector, TagIndex, series_of, tag_keys
 from shard_config.load import shipped_services
 from shard_config.model import Limits, MetricProfile, Resources, Selection, ServiceProfile
+from workers.cli import main
 
 TARGET = Target("cloudwatch", "100000000001", "eu-west-1")
 METRICS: list[Metric] = [
@@ -194,3 +196,15 @@ def test_names_without_end_are_an_error_before_they_fill_the_memory(monkeypatch:
     names.add([("same", ())] * 1000)
     with pytest.raises(Rejected, match="select fewer"):
         names.add([(f"metric-{n}", ()) for n in range(100)])
+
+
+def test_check_says_what_tags_do_not_reach(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    account = "{id: '111122223333', regions: [eu-west-1], services: [apigateway, sqs]}"
+    said = []
+    for service in ("apigateway", "sqs"):
+        path = tmp_path / f"{service}.yaml"
+        only = "{only: [{tags: {env: prod}}]}"
+        path.write_text(f"accounts: [{account}]\nservices: {{{service}: {only}}}\n")
+        assert main(["check", str(path)]) == 0
+        said.append("which do not reach REST APIs" in capsys.readouterr().out)
+    assert said == [True, False]

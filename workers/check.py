@@ -35,9 +35,18 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.config} is right: {len(grids)} targets, configuration revision {config.revision}")
     for target, services in grids.items():
         print(f"  {target}: {', '.join(f'{g.service} each {g.poll_interval_s} s' for g in services)}")
-    for line in added:
+    for line in [*_unreached(config), *added]:
         print(line)
     return 0
+
+
+def _unreached(config: Config) -> list[str]:
+    """What selections by tags leave out without anybody's having meant it."""
+    return [
+        f"{p.service} is selected by tags, which do not reach {p.resources.unreached}"
+        for p in config.services
+        if p.resources is not None and p.resources.unreached and any(only.tags for only in p.only)
+    ]
 
 
 def _with_organization(config: Config, organization: Organization, *, live: bool) -> tuple[Config, list[str]]:
