@@ -136,7 +136,7 @@ async def test_a_configmaps_link_that_is_swapped_is_a_change(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("line", "key"),
     [
-        ("slots: 9", "slots"),
+        ("slots: 99", "slots"),
         ("kafka: {prefix: other}", "kafka"),
         ("postgres: {password: x}", "postgres"),
         ("s3: {bucket: other}", "s3"),
@@ -152,6 +152,14 @@ async def test_what_cannot_change_under_way_is_refused_with_the_remedy(
         refuse_fixed(rig.settings.file, load(path, environ={}), "headgate.yaml")
     assert await rig.look() == [ONE]
     assert rig.applied == []
+
+
+async def test_less_slots_are_refused_for_ever_and_not_only_under_way(path: Path) -> None:
+    rig = Rig(path, text_of(ONE))
+    rig.write(text_of(ONE, TWO, more="slots: 9"))
+    with pytest.raises(ConfigErrors, match="slots: 9 are less than the 24 there are, and slots never shrink"):
+        refuse_fixed(rig.settings.file, load(path, environ={}), "headgate.yaml")
+    assert await rig.look() == [ONE]
 
 
 async def test_a_secret_that_changed_behind_the_file_is_read_at_a_signal(path: Path, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ from workers.healing import Healer, keep_pauses, read_pauses
 from workers.lifecycle import Lifecycle, add_worker_arguments, run_worker
 from workers.members import Lister
 from workers.reload import Settings
+from workers.setup import until_slots_fit
 from workers.shards import Board, Publisher
 
 _log = structlog.get_logger()
@@ -288,6 +289,7 @@ async def serve(config: Config, lifecycle: Lifecycle, path: Path | None = None) 
     spending = Ledger(config.postgres, "headgate budgets", {})
     board = Board(config.kafka, "coordinator")
     try:
+        await until_slots_fit(config, lifecycle)
         memory = await _remember(ledger, clock, lifecycle)
         if lifecycle.stop.is_set():
             return

@@ -166,10 +166,14 @@ class Settings:
 def refuse_fixed(old: Config, new: Config, name: str) -> None:
     """Raise ConfigErrors where `new` changes what cannot change under way; `name` is the file's."""
     changed = [key for key in FIXED if getattr(old, key) != getattr(new, key)]
-    if changed:
-        raise ConfigErrors(
-            [ConfigError(name, 0, key, "cannot change under way", "restart to change") for key in changed]
-        )
+    errors = [ConfigError(name, 0, key, "cannot change under way", "restart to change") for key in changed]
+    if new.slots < old.slots:
+        what = f"{new.slots} are less than the {old.slots} there are, and slots never shrink"
+        errors = [e for e in errors if e.path != "slots"] + [
+            ConfigError(name, 0, "slots", what, "set it back")
+        ]
+    if errors:
+        raise ConfigErrors(errors)
 
 
 def _digest(path: Path) -> str:

@@ -1,6 +1,8 @@
 """`headgate setup`: topics, positions, the store's schema and the bucket. Safe to run at any time, any number of times.
 
-A topic that is there keeps its partitions: their number never changes within a topic's name, for keys would move.
+A topic that is there keeps its partitions: their number never changes within a topic's name, for keys would move. Only `collect` grows, whose
+records are put into their slot by the planner: with more `slots`, while no exporter runs. Slots never shrink: tasks may wait in those that
+would be left behind.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import structlog
 from aiobotocore.session import get_session
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -21,11 +24,15 @@ from ingest.brokers import client_options
 from ingest.clock import SystemClock
 from ingest.errors import Fatal, Transient
 from ingest.log import commit_start
+from ingest.membership import look_at_group
 from ingest.sinks.migrate import migrate
 from ingest.sinks.postgres import PostgresSink
 from shard_config.model import S3, Config, Kafka
 from workers import local
+from workers.lifecycle import Lifecycle
 from workers.names import exporter_group, landing_group, ledger_group
+
+_log = structlog.get_logger()
 
 COMPACTED = frozenset({"shards"})
 """Of these Kafka keeps the last record of each key, for ever."""
@@ -61,6 +68,8 @@ async def setup(config: Config) -> list[str]:
     async with kafka_admin(config.kafka) as admin:
         for name, count in partitions_of(config).items():
             topic = f"{config.kafka.prefix}.{name}"
+            if name == "collect" and await _grow(admin, config):
+                done.append(f"topic {topic} grown to {count} partitions")
             if await _create_topic(admin, topic, count, config.kafka.replication, _kept(config.kafka, name)):
                 done.append(f"topic {topic} with {count} partitions")
     kafka = config.kafka
@@ -128,6 +137,61 @@ async def _create_topic(
                 "the number never changes within a name: set it back, or choose another kafka.prefix",
             )
     return created
+
+
+async def _grow(admin: AIOKafkaAdminClient, config: Config) -> bool:
+    """Give `collect` the slots that are missing; False where none is. Raises Fatal where exporters run, or where there are more already."""
+    if await _slots_there(admin, config) in (None, config.slots):
+        return False
+    group = exporter_group(config.kafka)
+    if (await look_at_group(admin, group)).members:
+        # A slot that an exporter meets before it has a position looks like one that was lost.
+        raise Fatal(
+            f"group {group}", "has members, and slots grow while no exporter runs", "stop the exporters, and run `headgate setup` again"
+        )  # fmt: skip
+    topic = config.kafka.topic("collect")
+    await admin.create_partitions({topic: NewPartitions(config.slots)})
+    return True
+
+
+async def _slots_there(admin: AIOKafkaAdminClient, config: Config) -> int | None:
+    """Partitions of `collect`; None where it is not there. Raises Fatal where they are more than the configuration's slots."""
+    topic = config.kafka.topic("collect")
+    # All topics are listed, for a broker may create one that is asked for by its name.
+    if topic not in await admin.list_topics():
+        return None
+    there = len((await admin.describe_topics([topic]))[0]["partitions"])
+    if there > config.slots:
+        raise Fatal(
+            f"topic {topic}",
+            f"has {there} partitions, and the configuration says slots: {config.slots}",
+            f"slots never shrink: set it to {there}, or choose another kafka.prefix",
+        )
+    return there
+
+
+async def check_slots(config: Config) -> None:
+    """Raise Fatal unless `collect` has a partition for each configured slot, and no more. Raises Transient."""
+    async with kafka_admin(config.kafka) as admin:
+        there = await _slots_there(admin, config)
+    if there != config.slots:
+        what = (
+            "is not there"
+            if there is None
+            else f"has {there} partitions, and {config.slots} slots are configured"
+        )
+        raise Fatal(f"topic {config.kafka.topic('collect')}", what, "run `headgate setup`")
+
+
+async def until_slots_fit(config: Config, lifecycle: Lifecycle) -> None:
+    """`check_slots`, again and again until Kafka answers, or until told to stop. Raises Fatal."""
+    while not lifecycle.stop.is_set():
+        try:
+            await check_slots(config)
+            return
+        except Transient as error:
+            _log.warning("slots_not_known", error=str(error))
+            await lifecycle.pause(error.retry_after_s)
 
 
 async def _create_bucket(s3: S3) -> bool:
