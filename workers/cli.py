@@ -35,6 +35,7 @@ COMMANDS = {
     "pause": "pause",
     "resume": "pause",
     "dead": "dead",
+    "doctor": "doctor",
     "setup": "setup",
     "positions": "positions",
     "coordinator": "coordinator",
