@@ -9,7 +9,7 @@ Guarantees:
 * a shard that takes a target over uses the listing of the one before, as long as that is not older than the interval;
 * series that a listing has and the one before had not are looked for back to when they may have begun (`Listing.late`), until such a
   look is published, whichever shard takes it;
-* one listing in flight per (target, service); of a million metrics the names alone are in memory, 100 bytes each, until they are packed.
+* one listing in flight per (target, service); of a million metrics the names alone are in memory, compressed, until they are packed.
 """
 
 from __future__ import annotations
