@@ -7,11 +7,11 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import pytest
@@ -19,19 +19,24 @@ import pytest
 from ingest.backfill import DROPPED, KnownLook, Means, Stretch, Survey, reach_s, tasks_of, windows_by_service
 from ingest.clock import ManualClock
 from ingest.errors import HeadgateError
-from ingest.model import Target, TaskKind, Window
+from ingest.model import Target, Task, TaskItem, TaskKind, Window
 from ingest.pauses import Pause, Pauses
 from ingest.replay import Scope
 from ingest.replay_cost import PAUSED, replay_cost, without_paused
 from ingest.schedule import Grid
 from shard_config.load import loads
+from shard_config.model import retention_s
 from shard_config.price import Prices
 from shard_config.price_list import PriceList
 from tests.replay_scene import config_text
+from tests.test_ledger import Store, ledger_database, receipt_of, store
 from workers.backfill import asked_of, register
+from workers.backfill_asking import unanswered
 from workers.backfill_plan import Ask
 from workers.pace import LIVE_LAG_MAX, YIELD_MAX_S, Pace
 from workers.setup import setup
+
+__all__ = ["ledger_database", "store"]  # the fixtures
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = Target("cloudwatch", "123456789012", "eu-west-1")
@@ -243,6 +248,65 @@ def test_tasks_are_backlog_cover_exactly_the_gap_and_never_expire() -> None:
     assert asked == [Window(s, s + 300) for s in range(FROM_S, NOW_S, 300)]
     assert {(t.kind, t.expires_s, t.revision) for t in tasks} == {(TaskKind.BACKLOG, 0, 5)}
     assert all(1 << 30 <= t.attempt < 1 << 31 for t in tasks)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_a_backfill_that_was_stopped_asks_for_what_is_left_also_at_different_periods(share: float) -> None:
+    """Some tasks have landed; a quarter of an hour later the same command plans again."""
+    scope, grids = Scope(NOW_S - 70 * DAY_S, NOW_S), {TARGET: (EC2,)}
+
+    def plan_at(now_s: int, landed: Sequence[TaskItem]) -> list[Task]:
+        survey = Survey(scope, 0)
+        survey.expect(grids, now_s)
+        for item in landed:
+            survey.landed(TARGET, item.service, item.start_s, item.end_s)
+        return tasks_of(survey.plan(None, now_s, Prices()), grids, "c" * 16, "f" * 16, 0)
+
+    first = plan_at(NOW_S, ())
+    items = [item for task in first for item in task.items]
+    assert [p for p, _ in groupby(item.period_s or 60 for item in items)] == [3600, 300, 60]
+    done = items[: int(len(items) * share)]
+
+    left = plan_at(NOW_S + 900, done)
+
+    known = {task.task_id for task in first[: len(done)]}
+    assert not known & {task.task_id for task in left}
+    asked = [(w, item.period_s or 60) for task in left for item in task.items for w in item.windows()]
+    covered = {w for item in done for w in item.windows()} | {w for w, _ in asked}
+    assert covered >= {Window(s, s + 300) for s in range(scope.from_s, scope.to_s, 300)}
+    again = {w for item in done for w in item.windows()} & {w for w, _ in asked}
+    assert len(again) <= 3600 // 300, "but for the rest of an hour that is asked for whole"
+    for window, period_s in asked:
+        assert window.start_s >= NOW_S + 900 - retention_s(period_s) - period_s
+    # What has not been asked at all is asked by the very same tasks, so that one under way is met, not doubled.
+    same = {task.task_id for task in left} & {task.task_id for task in first}
+    assert len(first) - len(done) - len(same) <= 4, (
+        "two edges of retention have moved on, each between two tasks"
+    )
+
+
+async def test_what_was_asked_at_one_period_is_not_asked_again_at_another(store: Store) -> None:
+    """With --via cloudwatch all windows are asked for; the edges of retention have moved on since it was stopped."""
+    scope, grids = Scope(NOW_S - 15 * DAY_S - 70_000, NOW_S - 15 * DAY_S + 30_000), {TARGET: (EC2,)}
+
+    def plan_at(now_s: int, backfill_id: str = "f" * 16) -> list[Task]:
+        survey = Survey(scope, 0)
+        survey.expect(grids, now_s)
+        found = survey.plan(Means.CLOUDWATCH, now_s, Prices())
+        return tasks_of(found, grids, "c" * 16, backfill_id, 0)
+
+    first = plan_at(NOW_S)
+    assert [i.period_s for t in first for i in t.items] == [300, 300, 0, 0, 0]
+    answered = first[:3]
+    await store.project(*first)
+    await store.project(*(receipt_of(t, observed_s=NOW_S, counts=[], batches=[]) for t in answered))
+    await store.fold()
+
+    left = await unanswered(store.sql, plan_at(NOW_S + 900))
+
+    assert left == first[3:]
+    other = plan_at(NOW_S, "0" * 16)
+    assert await unanswered(store.sql, other) == other
 
 
 def test_stretches_of_one_means_are_what_a_scope_takes() -> None:

@@ -332,7 +332,9 @@ async def _run(config: Config, asked: Ask, clock: Clock, args: argparse.Namespac
         if not args.yes and not _confirmed(console):
             return 2
         with watching(console) as tell:
+            before_s = time.process_time()
             done = await backfill.execute(plan, tell)
+            done.cpu_seconds = time.process_time() - before_s
     return _report(console, asked, plan, done, args.json)
 
 

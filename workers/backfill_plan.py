@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -33,12 +33,11 @@ from ingest.sinks.postgres import PostgresSink
 from shard_config.model import Config, Postgres
 from shard_config.price import Prices
 from workers.audit import samples_kept_from_s
+from workers.backfill_asking import ask, unanswered
 from workers.backfilling import (
     Done,
     LedgerAnnouncer,
     ReplaySink,
-    answers,
-    ask,
     has_positions,
     is_emptied,
     read_ledger,
@@ -193,13 +192,13 @@ class Backfill:
         stretches = without_paused(stretches, paused)
         tasks = tasks_of(stretches, self._grids, config.revision, asked.backfill_id, asked.revision)
         if tasks:
-            answered = await self._answered(tasks)
-            if answered:
+            again = await self._unanswered(tasks)
+            if len(again) < len(tasks):
                 notes.append(
-                    f"{len(answered)} of {len(tasks)} tasks have their answer from before and are not asked again; "
+                    f"{len(tasks) - len(again)} of {len(tasks)} tasks have their answer from before and are not asked again; "
                     "a higher --revision asks anew"
                 )
-            tasks = [t for t in tasks if t.task_id not in answered]
+            tasks = again
         left = sum(s.windows for s in stretches if s.detail == PAUSED)
         if left:
             notes.append(
@@ -224,12 +223,10 @@ class Backfill:
             notes.append(f"reading what is kept takes {cost}")
         return cost
 
-    async def _answered(self, tasks: list[Task]) -> frozenset[str]:
+    async def _unanswered(self, tasks: Sequence[Task]) -> list[Task]:
         connection = await open_connection(self._config.postgres, "headgate backfill plan")
         try:
-            return frozenset(
-                r["task_id"] for r in await answers(connection, [t.task_id for t in tasks]) if r["landed"]
-            )
+            return await unanswered(connection, tasks)
         finally:
             connection.terminate()
 

@@ -1,8 +1,8 @@
-"""What `headgate backfill` does: surveys, replays and asks. `workers.backfill` is the command around it.
+"""What `headgate backfill` does: surveys and replays. `workers.backfill` is the command around it.
 
 * *Live data goes first*: no consumer group is joined; landings are paced (`Pace`), and wait while live consumers fall behind.
 * *It can be stopped at any time*: positions are in the sink, moved with the rows that they stand for, under the backfill's own name
-  (`backfill:<id>`), until it is done; tasks for CloudWatch have ids made from what was asked.
+  (`backfill:<id>`), until it is done. What CloudWatch is asked for is in `workers.backfill_asking`.
 * *A replay lands through `ingest.landing.Landing`*, exactly as live consumers do.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -25,20 +25,16 @@ from ingest.clock import Clock
 from ingest.errors import Rejected, Transient
 from ingest.landing import Landing
 from ingest.log import Outgoing, Sender
-from ingest.model import Receipt, Target, Task, TaskKind
+from ingest.model import Receipt, Target
 from ingest.ports import Record, Sink
 from ingest.replay import Replay
 from ingest.sinks.connection import translated
-from shard_config.model import Config
-from shard_config.units import Places
 from workers.consumer import slices
 from workers.pace import Pace
 
 _log = structlog.get_logger()
 
 RETRIES = 5
-TASKS_IN_FLIGHT = 16
-TASK_POLL_S = 0.5
 MANIFESTS_AT_ONCE = 16
 READS_TOGETHER = 32
 """Records that a replay has read before they are cut into landings."""
@@ -70,10 +66,6 @@ _UNHEARD = """SELECT DISTINCT task_id FROM unnest($1::text[], $2::text[], $3::te
 WHERE NOT EXISTS (SELECT FROM looks l WHERE l.task_id = n.task_id) AND NOT EXISTS (
     SELECT FROM sealed_days d WHERE d.target = n.target AND d.service = n.service AND d.covered @> n.at)"""
 
-_ANSWERED = """SELECT task_id, bool_and(landed_at IS NOT NULL) AS landed, bool_and(status = 'complete') AS complete,
-    sum(points)::bigint AS points, sum(metrics_billed)::bigint AS metrics_billed, max(status || ': ' || detail) AS detail
-FROM looks WHERE task_id = ANY($1) GROUP BY task_id"""
-
 
 class ReplaySink(Sink, Protocol):
     """A sink that keeps positions of a reader that comes and goes."""
@@ -96,6 +88,7 @@ class Done:
     metrics_billed: int = 0
     receipts: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
 
 
@@ -286,97 +279,6 @@ class LedgerAnnouncer:
             self._topic, [Outgoing(str(r.target).encode(), wire.encode_receipt(r)) for r in new]
         )
         return len(new)
-
-
-# --- asking CloudWatch ----------------------------------------------------------------------------------------
-
-
-async def ask(
-    tasks: Sequence[Task],
-    connection: asyncpg.Connection,
-    sender: Sender,
-    config: Config,
-    clock: Clock,
-    done: Done,
-    tell: Tell,
-) -> None:
-    """Have exporters execute the tasks, a few at a time, and wait until what they bring has landed.
-
-    A task that has a receipt already is not asked again. Raises Transient where nothing moves any more.
-    """
-    with translated("ledger"):
-        rows = await connection.fetch("SELECT target, slot FROM targets")
-        places = Places({row["target"]: row["slot"] for row in rows})
-        planned = await connection.fetch(
-            "SELECT task_id FROM tasks WHERE task_id = ANY($1)", [t.task_id for t in tasks]
-        )
-    before = {row["task_id"] for row in planned}
-    waiting = {t.task_id: t for t in tasks}
-    to_announce = list(tasks)
-    in_flight: dict[str, Task] = {}
-    patience_s = 3.0 * config.task_deadline_s + 60.0
-    moved_s = clock.monotonic_s()
-    while waiting:
-        for row in await answers(connection, waiting):
-            in_flight.pop(row["task_id"], None)
-            if row["landed"]:
-                _count(waiting.pop(row["task_id"]), row, done)
-                moved_s = clock.monotonic_s()
-        answered = {t.task_id for t in tasks} - waiting.keys()
-        to_announce = [t for t in to_announce if t.task_id not in answered]
-        some, to_announce = _next(to_announce, TASKS_IN_FLIGHT - len(in_flight))
-        await _announce(some, before, places, sender, config)
-        in_flight |= {t.task_id: t for t in some}
-        tell(1 - len(waiting) / len(tasks), done)
-        if clock.monotonic_s() - moved_s > patience_s:
-            raise Transient(
-                "collect",
-                f"{len(waiting)} tasks have no landed answer after {patience_s:g} s without progress",
-                "see that exporters and consumers run; the same command goes on where this one was",
-            )
-        if waiting:
-            await clock.sleep(TASK_POLL_S)
-
-
-def _next(tasks: list[Task], count: int) -> tuple[list[Task], list[Task]]:
-    return tasks[: max(0, count)], tasks[max(0, count) :]
-
-
-async def answers(connection: asyncpg.Connection, tasks: Iterable[str]) -> list[asyncpg.Record]:
-    """Of those tasks that have a receipt: task_id, landed, complete, points, metrics_billed, detail. Raises Transient."""
-    with translated("ledger"):
-        rows: list[asyncpg.Record] = await connection.fetch(_ANSWERED, list(tasks))
-    return rows
-
-
-async def _announce(
-    tasks: Sequence[Task], before: set[str], places: Places, sender: Sender, config: Config
-) -> None:
-    kafka = config.kafka
-    if not tasks:
-        return
-    await sender.send(
-        kafka.topic("ledger"), [Outgoing(str(t.target).encode(), wire.encode_task(t)) for t in tasks]
-    )
-    # One that was announced before we were stopped may be archived by now: then it is not paid for again.
-    ready = [replace(t, kind=TaskKind.AGAIN.value) if t.task_id in before else t for t in tasks]
-    await sender.send(
-        kafka.topic("collect"),
-        [
-            Outgoing(
-                str(t.target).encode(), wire.encode_task(t), places.of(str(t.target), t.items[0].service)
-            )
-            for t in ready
-        ],
-    )
-
-
-def _count(task: Task, row: asyncpg.Record, done: Done) -> None:
-    done.tasks += 1
-    done.points += row["points"]
-    done.metrics_billed += row["metrics_billed"]
-    if not row["complete"]:
-        done.problems.append(f"{task.target} until {_at(task.tick_s):%Y-%m-%dT%H:%MZ}: {row['detail']}")
 
 
 def _look_of(row: asyncpg.Record) -> KnownLook:
