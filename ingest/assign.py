@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ingest import avro
 from ingest.errors import Rejected
@@ -40,8 +40,8 @@ class Assignment:
     """Those that were alive, with or without slots."""
     owners: tuple[str, ...]
     weights: tuple[float, ...]
-    parts: Mapping[str, int] = field(default_factory=dict)
-    """By target that more than one shard has a part of: how many have one."""
+    shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """By quota (`account/region`) that several shards take from, and shard: its part of the quota, in (0, 1)."""
 
     @property
     def order(self) -> tuple[int, int]:
@@ -50,6 +50,10 @@ class Assignment:
 
     def slots_of(self, shard: str) -> list[int]:
         return [slot for slot, owner in enumerate(self.owners) if owner == shard]
+
+    def shares_of(self, shard: str) -> dict[str, float]:
+        """By quota that this shard does not have alone, its part."""
+        return {quota: shards[shard] for quota, shards in self.shares.items() if shard in shards}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ class Member:
     shard: str
     epoch: int = 0
     assignment: Assignment | None = None
-    """That assignment, where it is small."""
+    """That assignment without its shares, where it is small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +175,7 @@ def encode_assignment(assignment: Assignment) -> bytes:
         "shards": list(assignment.shards),
         "owners": [index[owner] for owner in assignment.owners],
         "weights": list(assignment.weights),
-        "parts": dict(assignment.parts),
+        "shares": {quota: dict(shards) for quota, shards in assignment.shares.items()},
     }
     return avro.write("assignment", fields)
 
@@ -189,7 +193,7 @@ def decode_assignment(value: bytes) -> Assignment:
         tuple(shards),
         tuple(shards[i] for i in owners),
         tuple(weights),
-        datum["parts"],
+        datum["shares"],
     )
 
 
@@ -206,7 +210,8 @@ def decode_incarnation(value: bytes) -> Incarnation:
 
 def encode_member(member: Member) -> bytes:
     """A member's user data. Raises Rejected."""
-    value = b"" if member.assignment is None else encode_assignment(member.assignment)
+    # Shares are not the leader's business, and may be many.
+    value = b"" if member.assignment is None else encode_assignment(replace(member.assignment, shares={}))
     if len(value) > MEMBER_ASSIGNMENT_BYTES_MAX:
         value = b""
     return avro.write("member", {"shard": member.shard, "epoch": member.epoch, "assignment": value})

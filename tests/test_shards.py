@@ -19,6 +19,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ingest import reassign
 from ingest.assign import (
     MEMBER_ASSIGNMENT_BYTES_MAX,
     Assignment,
@@ -32,25 +33,24 @@ from ingest.assign import (
     newest,
     owners_of,
 )
-from ingest.clock import SystemClock
+from ingest.clock import ManualClock, SystemClock
 from ingest.errors import Fatal, Rejected
 from ingest.group import Consumer
 from ingest.log import Producer, commit_start
 from ingest.membership import GroupLook, ShardAssignor, look_at_group, remove_members
+from ingest.reassign import History, Planned, next_assignment, slot_weights
+from ingest.sources.limiter import Limiter
 from shard_config.model import Kafka
+from shard_config.units import UnitPlan
 from tests.conftest import eventually
-from workers import shards
 from workers.lifecycle import Lifecycle
 from workers.names import exporter_group
 from workers.servers import free_ports, get_local
 from workers.shards import (
     Board,
-    History,
     Publisher,
     check_name,
     follow,
-    next_assignment,
-    slot_weights,
     take_name,
 )
 
@@ -69,6 +69,14 @@ def published(epoch: int, owners: Sequence[str], weights: Sequence[float] = ()) 
         tuple(sorted(set(owners))),
         tuple(owners),
         tuple(weights or [1.0] * len(owners)),
+    )
+
+
+def planned(weights: Sequence[float]) -> Planned:
+    """A target a slot."""
+    units = [f"cloudwatch/{slot:012}/eu-west-1" for slot in range(len(weights))]
+    return Planned(
+        UnitPlan({u: i for i, u in enumerate(units)}, dict(zip(units, weights, strict=True))), len(units)
     )
 
 
@@ -93,7 +101,7 @@ def test_one_function_what_the_coordinator_publishes_is_what_the_group_fell_back
         slots = owners_of(current, live, len(weights))
         owned = {name: tuple(i for i, owner in enumerate(slots) if owner == name) for name in live}
         now_s += 10
-        made = next_assignment(current, GroupLook(True, owned, {}), tuple(weights), 0, now_s, History())
+        made = next_assignment(current, GroupLook(True, owned, {}), planned(weights), 0, now_s, History())
         if current is None:
             # Before anything was published the group knew no weights.
             assert made is not None
@@ -214,7 +222,7 @@ def decided(
     weights: Sequence[float] = EVEN.weights,
     history: History | None = None,
 ) -> Assignment | None:
-    return next_assignment(EVEN, look, tuple(weights), 5_000, now_s, history or History())
+    return next_assignment(EVEN, look, planned(weights), 5_000, now_s, history or History())
 
 
 def test_where_all_is_as_published_nothing_is() -> None:
@@ -235,7 +243,7 @@ def test_a_shard_that_came_is_published_with_the_weights_the_group_knew() -> Non
 
 def test_an_epoch_is_above_all_that_members_have_seen() -> None:
     # The topic was lost, and the members remember.
-    made = next_assignment(None, replace(FOLLOWED, epoch=41), EVEN.weights, 0, 100.0, History())
+    made = next_assignment(None, replace(FOLLOWED, epoch=41), planned(EVEN.weights), 0, 100.0, History())
     assert made is not None
     assert (made.epoch, made.owners) == (42, EVEN.owners)
 
@@ -244,16 +252,16 @@ def test_publications_are_bounded_in_time() -> None:
     history = History()
     came = GroupLook(True, {**FOLLOWED.members, "c": ()}, {}, 1)
     assert decided(came, 1000.0, history=history) is not None
-    assert decided(came, 1000.0 + shards.PUBLISH_EVERY_S - 0.1, history=history) is None
-    assert decided(came, 1000.0 + shards.PUBLISH_EVERY_S, history=history) is not None
+    assert decided(came, 1000.0 + reassign.PUBLISH_EVERY_S - 0.1, history=history) is None
+    assert decided(came, 1000.0 + reassign.PUBLISH_EVERY_S, history=history) is not None
 
 
 def test_weights_move_slots_only_where_balance_asks_and_seldom() -> None:
     history = History()
     assert decided(FOLLOWED, 1000.0, (1.1, 1.0, 1.0, 1.0), history) is None
     heavy = (50.0, 1.0, 50.0, 1.0)
-    assert decided(FOLLOWED, 1000.0 + shards.WEIGHTS_EVERY_S - 1, heavy, history) is None
-    made = decided(FOLLOWED, 1000.0 + shards.WEIGHTS_EVERY_S, heavy, history)
+    assert decided(FOLLOWED, 1000.0 + reassign.WEIGHTS_EVERY_S - 1, heavy, history) is None
+    made = decided(FOLLOWED, 1000.0 + reassign.WEIGHTS_EVERY_S, heavy, history)
     assert made is not None
     assert made.reason == "weights have changed"
     assert made.owners[0] != made.owners[2]
@@ -263,10 +271,44 @@ def test_a_group_that_stands_still_with_other_owners_is_told_again() -> None:
     history = History()
     astray = replace(FOLLOWED, members={"a": (0, 1), "b": (2, 3)})
     assert decided(astray, 1000.0, history=history) is None
-    assert decided(astray, 1000.0 + shards.FOLLOW_S - 1, history=history) is None
-    made = decided(astray, 1000.0 + shards.FOLLOW_S, history=history)
+    assert decided(astray, 1000.0 + reassign.FOLLOW_S - 1, history=history) is None
+    made = decided(astray, 1000.0 + reassign.FOLLOW_S, history=history)
     assert made is not None
     assert (made.epoch, made.owners) == (2, EVEN.owners)
+
+
+def test_a_quota_that_several_shards_take_from_is_divided_and_published_anew_when_it_changes() -> None:
+    name = "cloudwatch/000000000001/eu-west-1"
+    split = UnitPlan(
+        {f"{name}#ec2": 0, f"{name}#rds": 1, f"{name}#sqs": 2},
+        {f"{name}#ec2": 60.0, f"{name}#rds": 30.0, f"{name}#sqs": 10.0},
+    )
+    history = History(moved_for_weights_s=1000.0)
+    made = next_assignment(EVEN, FOLLOWED, Planned(split, 4), 5_000, 1000.0, history)
+    assert made is not None
+    assert (made.epoch, made.owners, made.reason) == (2, EVEN.owners, "quotas are shared otherwise")
+    assert made.shares_of("a") == {"000000000001/eu-west-1": pytest.approx(0.9 * 0.7 + 0.05)}
+    assert made.shares_of("a")["000000000001/eu-west-1"] + made.shares_of("b")[
+        "000000000001/eu-west-1"
+    ] == pytest.approx(1)
+    assert decode_assignment(encode_assignment(made)) == made
+    assert next_assignment(made, FOLLOWED, Planned(split, 4), 9_000, 1100.0, history) is None
+    whole = Planned(UnitPlan({name: 0}, {name: 100.0}), 4)
+    alone = next_assignment(made, FOLLOWED, whole, 9_000, 1200.0, history)
+    assert alone is not None
+    assert alone.shares == {}
+
+
+async def test_a_part_of_a_quota_spaces_requests_accordingly() -> None:
+    clock = ManualClock(0)
+    limiter = Limiter(clock)
+    limiter.parts = {("1", "eu"): 0.25}
+    for key in (("1", "eu", "GetMetricData"), ("2", "eu", "GetMetricData")):
+        start_s = clock.monotonic_s()
+        for _ in range(9):
+            await limiter.acquire(key, 0.5, deadline_s=1000)
+        took_s = clock.monotonic_s() - start_s
+        assert took_s == pytest.approx(8 * 0.5 / limiter.parts.get(key[:2], 1.0), abs=2 * limiter.BURST_S)
 
 
 # --- the assignor ---------------------------------------------------------------------------------------------
@@ -348,6 +390,10 @@ class Shard:
         await self.board.close()
 
 
+def unit(slot: int) -> str:
+    return f"cloudwatch/{slot:012}/eu-west-1"
+
+
 class Fleet:
     """Shards and a coordinator's publisher on one topic."""
 
@@ -356,11 +402,15 @@ class Fleet:
         self.producer = Producer(bootstrap, "test")
         self.admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
         self.shards: dict[str, Shard] = {}
-        self.weights: dict[str, float] = {f"t{i}": 1.0 for i in range(SLOTS)}
+        self.weights: dict[str, float] = {unit(i): 1.0 for i in range(SLOTS)}
         self.board = Board(self.kafka, "coordinator")
-        slots = {f"t{i}": i for i in range(SLOTS)}
+        slots = {unit(i): i for i in range(SLOTS)}
         self.publisher = Publisher(
-            self.kafka, self.producer, self.board, SystemClock(), lambda: (slots, self.weights, SLOTS)
+            self.kafka,
+            self.producer,
+            self.board,
+            SystemClock(),
+            lambda: Planned(UnitPlan(slots, self.weights), SLOTS),
         )
         self.lifecycle = Lifecycle()
 
@@ -449,8 +499,8 @@ async def test_a_group_follows_what_is_published_and_nothing_moves_twice(
         assert all(set(after[n]) <= set(before[n]) for n in before)
 
         # Weights that ask for moves: those, and no more, in one rebalance.
-        all_of.weights |= {f"t{slot}": 40.0 for slot in after["s-1"]}
-        all_of.publisher.history.moved_for_weights_s = -shards.WEIGHTS_EVERY_S
+        all_of.weights |= {unit(slot): 40.0 for slot in after["s-1"]}
+        all_of.publisher.history.moved_for_weights_s = -reassign.WEIGHTS_EVERY_S
         rebalances = all_of.rebalances()
         epoch = all_of.board.assignment.epoch  # type: ignore[union-attr]
 
@@ -481,7 +531,7 @@ async def test_a_look_at_the_group_names_shards_slots_and_the_newest_epoch(
         assert page["epoch"] == 1
         [shard] = page["shards"]
         assert (shard["pid"], shard["weight"], shard["slots"]) == (os.getpid(), SLOTS, list(range(SLOTS)))
-        assert shard["targets"] == [f"t{i}" for i in range(SLOTS)]
+        assert shard["targets"] == [unit(i) for i in range(SLOTS)]
 
 
 async def test_of_two_with_one_name_the_older_ends_and_the_newer_goes_on(

@@ -888,10 +888,10 @@ ASSIGNMENT = Assignment(
     ("exporter-1", "exporter-2", "exporter-3"),
     ("exporter-2", "exporter-1", "exporter-2"),
     (1.0, 2.5, 1.0),
-    {"cloudwatch/123456789012/eu-west-1": 2},
+    {"123456789012/eu-west-1": {"exporter-1": 0.25, "exporter-2": 0.75}},
 )
 INCARNATION = Incarnation("exporter-1", 1_767_268_800_123, 0x1234_5678_9ABC, "host.example", 4242)
-MEMBER = Member("exporter-1", 7, ASSIGNMENT)
+MEMBER = Member("exporter-1", 7, replace(ASSIGNMENT, shares={}))
 
 GOLDEN_WRITERS: dict[str, Callable[[], bytes]] = {
     "assignment.v1": lambda: encode_assignment(ASSIGNMENT),

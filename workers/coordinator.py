@@ -33,12 +33,13 @@ from ingest.ledger import Ledger, PlannersMemory
 from ingest.log import Outgoing, Producer, Sender
 from ingest.model import Target, Task, TaskKind
 from ingest.pauses import Pauses, split
+from ingest.reassign import Planned
 from ingest.schedule import Grid, divide, due, grids_of, horizon
 from ingest.spending import payers_of
 from ingest.weights import weights_of
 from shard_config.load import load
 from shard_config.model import Config
-from shard_config.units import Places, plan_units
+from shard_config.units import Places, UnitPlan, plan_units
 from workers import local
 from workers.budgets import Budgeter
 from workers.healing import Healer, keep_pauses, read_pauses
@@ -165,9 +166,9 @@ class Coordinator:
         return len(planned)
 
     @property
-    def planned(self) -> tuple[Mapping[str, int], Mapping[str, float], int]:
-        """Slot by target, weight by target, number of slots."""
-        return self.slots, self.weights, self._config.slots
+    def planned(self) -> Planned:
+        """The plan as it is now, for shards."""
+        return Planned(UnitPlan(self.slots, self.weights), self._config.slots, payers_of(self._config))
 
     @property
     def behind(self) -> bool:

@@ -356,7 +356,9 @@ async def serve(config: Config, shard: str, lifecycle: Lifecycle, path: Path | N
             try:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(board.run(lifecycle))
-                    group.create_task(follow(board, exporter.consumer, assignor, mine, lifecycle))
+                    group.create_task(
+                        follow(board, exporter.consumer, assignor, mine, lifecycle, cloudwatch.share_quotas)
+                    )
                     group.create_task(exporter.run(lifecycle))
                     group.create_task(settings.run(lifecycle, apply))
             finally:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pydantic import ValidationError
 
 from ingest.assign import Assignment, assign
+from ingest.reassign import slot_weights
 from ingest.schedule import grids_of
 from ingest.spending import payers_of
 from ingest.weights import weights_of
@@ -18,7 +19,6 @@ from shard_config.load import ConfigError, ConfigErrors
 from shard_config.model import Account, Config
 from shard_config.plan import least_moved
 from shard_config.units import Places, UnitPlan, Weights, inherit, parse_unit, plan_units
-from workers.shards import slot_weights
 
 Series = Mapping[str, Mapping[str, float]]
 

@@ -4,8 +4,7 @@
   group gave it other slots than a newer published assignment says asks for a rebalance: once an epoch.
 * **Identity**: whoever starts with a name writes down its incarnation, greater than any that was written. An older one that sees it ends, with
   exit code 3, and does not join again.
-* **Published** is what the group's leader would compute (`ingest.assign`), and only where that is news: shards came or went, weights have
-  changed so that balance asks for moves, or the group did not follow for FOLLOW_S. At most once in PUBLISH_EVERY_S.
+* **Published** is what the group's leader would compute, where that is news (`ingest.reassign`).
 * Two coordinators do no harm: they compute the same.
 """
 
@@ -17,7 +16,7 @@ import secrets
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -27,16 +26,13 @@ from aiokafka.errors import KafkaError
 from prometheus_client import Counter, Gauge
 
 from ingest.assign import (
-    SLOT_WEIGHT_MIN,
     Assignment,
     Incarnation,
-    assign,
     decode_assignment,
     decode_incarnation,
     encode_assignment,
     encode_incarnation,
     moves,
-    owners_of,
 )
 from ingest.brokers import client_options
 from ingest.clock import Clock
@@ -44,6 +40,7 @@ from ingest.errors import Fatal, Rejected, Transient
 from ingest.group import Consumer
 from ingest.log import Outgoing, Sender, quietly
 from ingest.membership import GroupLook, ShardAssignor, look_at_group
+from ingest.reassign import History, Planned, next_assignment
 from shard_config.model import Kafka
 from workers.lifecycle import Lifecycle
 from workers.names import exporter_group
@@ -55,11 +52,6 @@ SHARD_KEY = b"shard:"
 READ_TIMEOUT_S = 30.0
 """For reading the topic to its end; it is compacted, and small."""
 LOOK_EVERY_S = 1.0
-PUBLISH_EVERY_S = 3.0
-WEIGHTS_EVERY_S = 600.0
-"""A rebalance makes every shard drain, so drifting weights move slots seldom."""
-FOLLOW_S = 30.0
-"""A group that stands still with other owners for so long is told again."""
 MOVES_KEPT = 200
 
 EPOCH = Gauge("headgate_assignment_epoch", "Epoch of the newest assignment of slots to shards that was read.")
@@ -197,14 +189,24 @@ def check_name(board: Board, mine: Incarnation) -> None:
 
 
 async def follow(
-    board: Board, consumer: Consumer, assignor: ShardAssignor, mine: Incarnation, lifecycle: Lifecycle
+    board: Board,
+    consumer: Consumer,
+    assignor: ShardAssignor,
+    mine: Incarnation,
+    lifecycle: Lifecycle,
+    shared: Callable[[Mapping[str, float]], None] = lambda _: None,
 ) -> None:
-    """Until told to stop: keep the name, or raise Fatal; and ask for a rebalance where a newer assignment gives other slots."""
+    """Until told to stop: keep the name, or raise Fatal; and ask for a rebalance where a newer assignment gives other slots.
+
+    `shared` is told, by quota that others take from, this shard's part.
+    """
     asked = 0
     while not lifecycle.stop.is_set():
         board.changed.clear()
         check_name(board, mine)
         published = board.assignment
+        if published is not None:
+            shared(published.shares_of(mine.shard))
         if published is not None and published.epoch > asked and assignor.differs(published):
             asked = published.epoch
             REJOINS.inc()
@@ -215,68 +217,6 @@ async def follow(
 
 
 # --- the coordinator ------------------------------------------------------------------------------------------
-
-
-def slot_weights(slots: Mapping[str, int], weights: Mapping[str, float], count: int) -> tuple[float, ...]:
-    """By slot, the sum of its targets' weights, and at least SLOT_WEIGHT_MIN."""
-    found = [0.0] * count
-    for target, slot in slots.items():
-        found[slot] += weights.get(target, 0.0)
-    return tuple(max(SLOT_WEIGHT_MIN, weight) for weight in found)
-
-
-@dataclass(slots=True)
-class History:
-    """What the coordinator remembers between two looks, in seconds of a clock that never steps back."""
-
-    published_s: float = -PUBLISH_EVERY_S
-    moved_for_weights_s: float = -WEIGHTS_EVERY_S
-    astray_since_s: float | None = None
-    """Since when the group stands still with other owners than were published."""
-
-
-def next_assignment(
-    current: Assignment | None,
-    look: GroupLook,
-    weights: tuple[float, ...],
-    now_ms: int,
-    now_s: float,
-    history: History,
-) -> Assignment | None:
-    """What to publish now, or None; `history` is kept up to date.
-
-    Whoever came or went first, by the weights that the group's leader knew, so that the result is the same; new weights later.
-    """
-    owned = {slot: shard for shard, slots in look.members.items() for slot in slots}
-    if not look.stable or not look.members or now_s - history.published_s < PUBLISH_EVERY_S:
-        return None
-    live = tuple(sorted(look.members))
-    epoch = 1 + max(look.epoch, current.epoch if current else 0)
-    if current is None or len(current.owners) != len(weights):
-        before = owned if current is None else dict(enumerate(current.owners))
-        made = Assignment(epoch, now_ms, "the first assignment", live, assign(weights, live, before), weights)
-    elif (came := set(live) - set(current.shards)) | (went := set(current.shards) - set(live)):
-        owners = owners_of(current, live, len(weights))
-        reason = "; ".join(
-            f"{', '.join(sorted(who))} {what}" for who, what in ((came, "came"), (went, "went")) if who
-        )
-        made = Assignment(epoch, now_ms, reason, live, owners, current.weights)
-    elif current.weights != weights and now_s - history.moved_for_weights_s >= WEIGHTS_EVERY_S:
-        history.moved_for_weights_s = now_s
-        owners = assign(weights, live, dict(enumerate(current.owners)))
-        if owners == current.owners:
-            return None
-        made = Assignment(epoch, now_ms, "weights have changed", live, owners, weights)
-    elif owned != dict(enumerate(current.owners)):
-        history.astray_since_s = now_s if history.astray_since_s is None else history.astray_since_s
-        if now_s - history.astray_since_s < FOLLOW_S:
-            return None
-        made = replace(current, epoch=epoch, published_at_ms=now_ms, reason="the group did not follow")
-    else:
-        history.astray_since_s = None
-        return None
-    history.published_s, history.astray_since_s = now_s, None
-    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,8 +238,7 @@ class Publisher:
     sender: Sender
     board: Board
     clock: Clock
-    plan: Callable[[], tuple[Mapping[str, int], Mapping[str, float], int]]
-    """Slot by target, weight by target, number of slots."""
+    plan: Callable[[], Planned]
     look: GroupLook = field(default_factory=lambda: GroupLook(False, {}, {}))
     history: History = field(default_factory=History)
     noted: deque[Noted] = field(default_factory=lambda: deque(maxlen=MOVES_KEPT))
@@ -329,11 +268,9 @@ class Publisher:
         """Publish what follows from the last look, if anything does. Raises Transient."""
         if not self.board.read:
             return
-        slots, weights, count = self.plan()
         current = self.board.assignment
         now_ms, now_s = self.clock.now_ms(), self.clock.monotonic_s()
-        by_slot = slot_weights(slots, weights, count)
-        made = next_assignment(current, self.look, by_slot, now_ms, now_s, self.history)
+        made = next_assignment(current, self.look, self.plan(), now_ms, now_s, self.history)
         if made is None:
             return
         await self.sender.send(self.kafka.topic("shards"), [Outgoing(KEY, encode_assignment(made), 0)])
@@ -345,12 +282,12 @@ class Publisher:
 
     def page(self) -> dict[str, Any]:
         """`/shards`: who owns what now, by the group and as published. JSON-able; times are milliseconds since the epoch, UTC."""
-        slots, weights, count = self.plan()
+        planned = self.plan()
+        count, by_slot = planned.slots, planned.weights
         assignment = self.board.assignment
         owned = {slot: shard for shard, theirs in self.look.members.items() for slot in theirs}
-        by_slot = slot_weights(slots, weights, count)
         targets: dict[int, list[str]] = {}
-        for target, slot in sorted(slots.items()):
+        for target, slot in sorted(planned.units.slots.items()):
             targets.setdefault(slot, []).append(target)
         wanted = dict(enumerate(assignment.owners)) if assignment else {}
 
@@ -367,6 +304,7 @@ class Publisher:
                 "assigned": assignment.slots_of(name) if assignment else [],
                 "targets": [t for s in mine for t in targets.get(s, ())],
                 "weight": sum(by_slot[s] for s in mine if s < count),
+                "quotas": assignment.shares_of(name) if assignment else {},
             }
 
         names = self.look.members.keys() | (set(assignment.shards) if assignment else set())

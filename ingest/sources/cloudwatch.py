@@ -163,6 +163,14 @@ class CloudWatchSource:
         """Share the listings with other shards through a cache: without one each lists for itself."""
         self._discovery.share(cache)
 
+    def share_quotas(self, shares: Mapping[str, float]) -> None:
+        """By `account/region` whose quota other shards take from, too, this one's part of it; all others are its own alone."""
+        self._asking.aws.limiter.parts = {
+            (account, region): share
+            for quota, share in shares.items()
+            for account, _, region in [quota.partition("/")]
+        }
+
     def configure(self, config: Config) -> None:
         """Take another configuration: looks in flight go on with theirs, listings that depend on nothing else are kept."""
         self._asking = self._asking.succeeded_by(config)

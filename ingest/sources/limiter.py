@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -56,6 +57,8 @@ class Limiter:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._buckets: dict[Key, _Bucket] = {}
+        self.parts: Mapping[tuple[str, str], float] = {}
+        """By account and region whose quota other processes take from, too: this one's part of it, in (0, 1)."""
 
     def _bucket(self, key: Key) -> _Bucket:
         """The bucket as of now. There are as many as configured accounts × regions × three APIs."""
@@ -76,8 +79,9 @@ class Limiter:
             account, region, api = key
             raise Transient(f"aws {api} {account}/{region}", "the quota leaves no turn before the deadline")
         unused_s = turn_s - self.BURST_S
-        bucket.next_call_s = max(bucket.next_call_s, unused_s) + cost_s / bucket.share
-        bucket.next_points_s = max(bucket.next_points_s, unused_s) + points_cost_s / bucket.share
+        share = bucket.share * self.parts.get(key[:2], 1.0)
+        bucket.next_call_s = max(bucket.next_call_s, unused_s) + cost_s / share
+        bucket.next_points_s = max(bucket.next_points_s, unused_s) + points_cost_s / share
         if turn_s > now_s:
             await self._clock.sleep(turn_s - now_s)
 
