@@ -215,9 +215,16 @@ def _decode(encoded: bytes, limits: Limits) -> tuple[tuple[Series, ...], tuple[t
     _check_indices(texts, columns, limits)
     fields = [[texts[i] for i in column.tolist()] for column in columns]
     dimensions = zip(fields[-2], fields[-1], strict=True)
+    same: dict[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]] = {}
+
+    def once(pairs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+        # A resource has many metrics, and its dimensions are half of what a series takes.
+        return same.setdefault(pairs, pairs)
+
     series = tuple(
         Series(
-            SeriesKey(account, region, namespace, metric, tuple(islice(dimensions, n)), stat, period), unit
+            SeriesKey(account, region, namespace, metric, once(tuple(islice(dimensions, n))), stat, period),
+            unit,
         )
         for account, region, namespace, metric, stat, unit, n, period in zip(
             *fields[:6], per_series.tolist(), periods, strict=True
