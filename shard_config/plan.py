@@ -10,8 +10,8 @@ mean slot is the *level*, L = W_light / (k − heavy), and the *cap* is L + max(
 * **Determinism**: the result depends on the arguments' content alone: not on the order of a mapping, nor on machine, process or Python.
 * **Stability**: against `previous` it moves at most 1.1 of the least weight that any plan with this Balance has to move, whatever changed
   (targets, weights, slots, retirements). A target that is new moves nothing.
-* **Company**: a light target that has to be placed goes where its company is (`together`), if that slot stays within 1.05 · L. This costs
-  nothing of the others: it moves nothing, and exceeds no cap.
+* **Company**: a light target that has to be placed goes where its company is (`together`), if that slot stays within 1.025 · L. This costs
+  nothing of the others: it moves nothing, exceeds no cap, and leaves half of the margin to weights that drift.
 
 Why Stability holds. Whatever a plan does, the targets of a slot that is gone move. A slot that is not to hold a heavy target keeps light
 ones up to the cap: it loses all heavy ones and the lightest set of light ones that reaches its excess. A slot that holds a heavy target
@@ -20,7 +20,7 @@ taking those where the second kind is cheapest against the first. That is a lowe
 or is new finds a place without moving more: each heavy target an empty slot, and each light one the lightest slot, which is below the
 level, and so stays below the cap. The factor 1.1 is the lightest set's: finding that is a subset sum, which `_shed` approximates
 from above. A margin of 0.05 · L before anything moves keeps small changes of weights from moving anything. `least_moved` computes the bound
-with targets that could be cut anywhere, and so never more than it.
+with sets that could be cut anywhere, but for their lightest target, and so never more than it.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def plan(
     giants = frozenset(order[:heavy])
     found = _keep(_held(order, usable, previous or {}), weights, giants, cap)
     rest = [t for t in order if t not in found]
-    _place(rest, found, weights, giants, usable, together or {}, level * (1 + MARGIN))
+    _place(rest, found, weights, giants, usable, together or {}, level * (1 + MARGIN / 2))
     return {target: found[target] for target in sorted(found)}
 
 
@@ -91,7 +91,7 @@ def least_moved(
     previous: Mapping[str, int],
     retired: Collection[int] = frozenset(),
 ) -> float:
-    """The weight that any plan in Balance moves at least, were targets divisible: a lower bound, in the weights' unit."""
+    """A lower bound on the weight that any plan in Balance moves, in the weights' unit."""
     usable = _usable(slots, retired)
     order = _heaviest_first(weights)
     heavy, _, cap = _heavy_level_cap([weights[target] for target in order], len(usable))
@@ -99,7 +99,10 @@ def least_moved(
     shared: list[float] = []
     lost: list[float] = []
     for targets in _held(order, usable, previous).values():
-        shared.append(min(cap, _sum((t for t in targets if t not in giants), weights)))
+        light = [weights[t] for t in targets if t not in giants and weights[t] > 0]
+        excess = math.fsum(light) - cap
+        too_much = max(excess, light[-1]) if excess > ROUNDING * cap else 0.0
+        shared.append(math.fsum(light) - too_much)
         lost.append(shared[-1] - (weights[targets[0]] if targets and targets[0] in giants else 0.0))
     kept = math.fsum(shared) - math.fsum(heapq.nsmallest(heavy, lost))
     return max(0.0, _sum((t for t in order if t in previous), weights) - kept)

@@ -113,14 +113,13 @@ def units_of(
     totals = {target: math.fsum(services.values()) for target, services in weights.items()}
     ceiling = max(whole_below, _level(weights, math.fsum(totals.values()), slots))
     split_before = {parse_unit(unit)[0] for unit in previous if "#" in unit}
-    whole_before = {unit for unit in previous if "#" not in unit}
-    units: dict[str, float] = {}
-    for target, services in weights.items():
-        bound = JOIN_UP_TO if target in split_before else SPLIT_ABOVE if target in whole_before else 1.0
-        if len(services) < 2 or totals[target] <= bound * ceiling * (1 + ROUNDING):
-            units[target] = totals[target]
-        else:
-            units |= {unit_name(target, service): weight for service, weight in services.items()}
+    before = frozenset(previous)
+    units = dict(totals)
+    for target in [t for t, total in totals.items() if total > JOIN_UP_TO * ceiling * (1 + ROUNDING)]:
+        bound = JOIN_UP_TO if target in split_before else SPLIT_ABOVE if target in before else 1.0
+        if len(weights[target]) > 1 and totals[target] > bound * ceiling * (1 + ROUNDING):
+            del units[target]
+            units |= {unit_name(target, service): weight for service, weight in weights[target].items()}
     return units
 
 
@@ -170,9 +169,12 @@ def quota_of(unit: str, via: Mapping[str, str]) -> str | None:
 def together_of(units: Iterable[str], via: Mapping[str, str]) -> dict[str, str]:
     """Quota by unit, of the units that share one with another."""
     by_quota: dict[str, list[str]] = defaultdict(list)
+    asked_for_others = set(via.values())
     for unit in units:
-        # Without a monitoring account only parts of one target share.
-        if (via or "#" in unit) and (quota := quota_of(unit, via)) is not None:
+        # All others are alone: one account and region is one target.
+        account = unit.split("/", 2)[1]
+        shares = "#" in unit or account in via or account in asked_for_others
+        if shares and (quota := quota_of(unit, via)) is not None:
             by_quota[quota].append(unit)
     return {unit: quota for quota, sharers in by_quota.items() if len(sharers) > 1 for unit in sharers}
 

@@ -209,12 +209,12 @@ def test_company(problem: tuple[Weights, int, dict[str, int], frozenset[int]], d
     assert is_balanced({t: s for t, s in found.items() if t in positive}, weights, heavy, cap)
 
 
-def test_company_stays_within_5_percent_of_the_level_and_then_finds_another_home() -> None:
+def test_company_leaves_half_of_the_margin_and_then_finds_another_home() -> None:
     weights = {f"t{i}": 1.0 for i in range(400)}
     found = plan(weights, 10, together={f"t{i}": "x" for i in range(60)})
     homes = Counter(found[f"t{i}"] for i in range(60))
     assert len(homes) <= 3
-    assert max(loads_of(found, weights).values()) <= 42
+    assert max(loads_of(found, weights).values()) <= 41
 
 
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=14), st.integers(1, 10))

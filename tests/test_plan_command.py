@@ -75,8 +75,8 @@ def test_more_slots_move_targets_for_balance_and_at_least_what_is_said() -> None
     proposal = propose(changed(CONFIG, [], [], 16), KNOWN)
     assert {c.why for c in proposal.changes} == {"balance"}
     assert proposal.moved == sum(m.weight for m in moves(KEPT.slots, proposal.plan.slots, KEPT.weights))
-    # 30 of 300 on 16 slots: level 562.5, and one more may stay. Of 1,200 and 900 that is 337.5 and 37.5 too much, or two targets and one.
-    assert proposal.least == 6 * 337.5 + 2 * 37.5
+    # 30 of 300 on 16 slots: level 562.5, and one more may stay. Of 1,200 337.5 are too much, of 900 one target.
+    assert proposal.least == 6 * 337.5 + 2 * 300
     assert proposal.moved == 6 * 600 + 2 * 300
     assert {c.after for c in proposal.changes} == set(range(8, 16))
 
