@@ -48,7 +48,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument("--release", metavar="R", help="default: whatever release of Headgate is there")
     parser.add_argument("--namespace", metavar="N", help="default: the context's")
-    parser.add_argument("--context", help="of kubeconfig; default: the current one")
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.set_defaults(run=run)
 
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"headgate doctor: {error}: pip install 'headgate[kubernetes]'", file=sys.stderr)
         return 2
     try:
-        cluster = Cluster(args.context)
+        cluster = Cluster()
     except Rejected as error:
         print(f"headgate: {error}", file=sys.stderr)
         return 2

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from http.client import HTTPException
 from typing import Any
 
 import httpx2
@@ -18,7 +20,19 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ingest.errors import HeadgateError, Rejected, Transient
 from workers.pods.diagnosis import limits_cpu, wants_log
-from workers.pods.seen import Object, Seen, Usage, amount, condition, is_unplaced, name_of, part_of
+from workers.pods.seen import (
+    Object,
+    Seen,
+    Usage,
+    amount,
+    condition,
+    is_ready,
+    is_unplaced,
+    label,
+    name_of,
+    part_of,
+)
+from workers.scale import forwarded
 
 TIMEOUT_S = 10.0
 PAGE = 500
@@ -44,9 +58,7 @@ class Cluster:
                 )
             self._http = Client(config, ConnectionParams(timeout=httpx2.Timeout(TIMEOUT_S)))
         except (ConfigError, OSError, KeyError) as error:
-            raise Rejected(
-                "kubeconfig", "not usable", f"{error}; set KUBECONFIG, or pass --context"
-            ) from error
+            raise Rejected("kubeconfig", "not usable", f"{error}; set KUBECONFIG") from error
         self.server = str(config.cluster.server)
         self.namespace = config.namespace
 
@@ -106,7 +118,7 @@ def look(cluster: Cluster, namespace: str, release: str | None) -> Seen:
         events=unseen.items(cluster, f"/api/v1/namespaces/{namespace}/events"),
         usage=_usage(cluster, namespace, selector, pods, unseen),
         logs=_logs(cluster, namespace, pods, unseen),
-        shards=_shards(cluster, namespace, deployments, unseen),
+        shards=_shards(namespace, pods, unseen),
     )
     return replace(_around(cluster, namespace, seen, unseen), unseen=tuple(unseen.said))
 
@@ -201,17 +213,19 @@ def _logs(cluster: Cluster, namespace: str, pods: Sequence[Object], unseen: _Uns
     return logs
 
 
-def _shards(
-    cluster: Cluster, namespace: str, deployments: Sequence[Object], unseen: _Unseen
-) -> Mapping[str, Any] | None:
-    """/shards of the coordinator, through the API server; it may be kept out by the NetworkPolicy, and readiness has to do then."""
-    service = next((name_of(d) for d in deployments if part_of(d) == "coordinator"), None)
-    if service is None:
-        return None
+def _shards(namespace: str, pods: Sequence[Object], unseen: _Unseen) -> Mapping[str, Any] | None:
+    """/shards of the coordinator, by kubectl's port-forward: the API server's own proxy is what the chart's NetworkPolicy keeps out."""
+    coordinator = next((p for p in pods if part_of(p) == "coordinator" and is_ready(p)), None)
+    if coordinator is None:
+        return None  # it has its own verdict, and nothing to tell
+
+    async def page() -> Mapping[str, Any]:
+        async with forwarded(label(coordinator, "app.kubernetes.io/instance"), namespace) as ask:
+            return await asyncio.to_thread(ask)
+
     try:
-        page = cluster.get(f"/api/v1/namespaces/{namespace}/services/{service}:metrics/proxy/shards").json()
-    except (Transient, Rejected, ValueError) as error:
-        what = error.what if isinstance(error, HeadgateError) else "no JSON"
-        unseen.said.append(f"the coordinator's /shards: {what}")
+        return asyncio.run(page())
+    except (HeadgateError, OSError, ValueError, HTTPException) as error:
+        said = error.what if isinstance(error, HeadgateError) else str(error)
+        unseen.said.append(f"the coordinator's /shards: {said}")
         return None
-    return page if isinstance(page, Mapping) else None
