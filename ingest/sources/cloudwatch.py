@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,10 +33,9 @@ from ingest.sources.aws_errors import Denied
 from ingest.sources.columns import Look, batch_of, columns_of
 from ingest.sources.discovery import Asked, Discovery
 from ingest.sources.limiter import points_per_s
-from ingest.sources.listing import Cache, Late, Listing
+from ingest.sources.listing import Cache, Late, Listing, back_to_s
 from ingest.sources.look import Emit, detail_of, relay, said_of
 from ingest.sources.metric_data import (
-    POINTS_PER_CALL_MAX,
     Answer,
     Call,
     GetMetricData,
@@ -91,6 +91,8 @@ class _Run:
     observed_at_ms: int = 0
     denied: bool = False
     failures_in_a_row: int = 0
+    left: Counter[str] = field(default_factory=Counter)
+    """By StatusCode, the queries that the last round left open."""
     notes: dict[str, str] = field(default_factory=dict)
     """By what they say but for its numbers: a fault strikes many calls, at another character each."""
 
@@ -132,19 +134,6 @@ def _remember(looks: dict[_Of, T], of: _Of, what: T) -> None:
     looks[of] = what
     if len(looks) > REMEMBERED_MAX:
         del looks[next(iter(looks))]
-
-
-def back_to_s(listing: Listing, item: TaskItem, period_s: int) -> int:
-    """Where a look begins, for the sake of series that were found late: a window's start, not after the item's.
-
-    Not before what CloudWatch keeps at this period, and not so early that a series would not fit into one call.
-    """
-    late = listing.late
-    if late is None or item.end_s < late.until_s:
-        return item.start_s
-    reach_s = min(retention_s(period_s), POINTS_PER_CALL_MAX * period_s)
-    earliest_s = -(-(item.end_s - reach_s) // item.grid_s) * item.grid_s
-    return min(item.start_s, max(late.from_s // item.grid_s * item.grid_s, earliest_s))
 
 
 class CloudWatchSource:
@@ -284,6 +273,7 @@ class CloudWatchSource:
             if not open_rows:
                 return
             if pause_s is None or self._clock.monotonic_s() + pause_s >= run.ask_deadline_s:
+                run.left.update(answer.statuses.get(row, "absent") for row in open_rows)
                 break
             await self._clock.sleep(pause_s)
         for observed_at_ms in sorted({observed for observed, _ in partly.values()}):
@@ -386,9 +376,13 @@ class CloudWatchSource:
             status = LookStatus.EXPIRED
             run.note(f"periods of {run.period_s} s are kept for {kept_s // 3600} h")
         missing = run.queries - run.complete - run.forbidden
+        left = ", ".join(f"{count} {status}" for status, count in sorted(run.left.items()))
         counts = [
             f"{count} of {run.queries} queries {what}"
-            for count, what in ((run.forbidden, "are forbidden"), (missing, "have no whole answer"))
+            for count, what in (
+                (run.forbidden, "are forbidden"),
+                (missing, "have no whole answer" + f": {left}" * bool(left)),
+            )
             if count
         ]
         went_back = status in (LookStatus.COMPLETE, LookStatus.PARTIAL) and run.look.item != item

@@ -24,11 +24,12 @@ import structlog
 
 from ingest.clock import Clock
 from ingest.errors import HeadgateError, Rejected
-from ingest.model import Target
+from ingest.model import Target, TaskItem
+from ingest.sources.metric_data import POINTS_PER_CALL_MAX
 from ingest.sources.packed import PackedTable, load
 from ingest.sources.selection import asks_tags
 from ingest.validate import Reason
-from shard_config.model import Limits, ServiceProfile
+from shard_config.model import Limits, ServiceProfile, retention_s
 
 log = structlog.get_logger()
 
@@ -86,6 +87,19 @@ def depends_on(profile: ServiceProfile, limits: Limits) -> str:
     what = profile.model_dump(mode="json", include=keys | ({"resources"} if asks_tags(profile) else set()))
     what["limits"] = [limits.dimensions_max, limits.label_bytes_max]
     return blake2b(orjson.dumps(what, option=orjson.OPT_SORT_KEYS), digest_size=16).hexdigest()
+
+
+def back_to_s(listing: Listing, item: TaskItem, period_s: int) -> int:
+    """Where a look begins, for the sake of series that were found late: a window's start, not after the item's.
+
+    Not before what CloudWatch keeps at this period, and not so early that a series would not fit into one call.
+    """
+    late = listing.late
+    if late is None or item.end_s < late.until_s:
+        return item.start_s
+    reach_s = min(retention_s(period_s), POINTS_PER_CALL_MAX * period_s)
+    earliest_s = -(-(item.end_s - reach_s) // item.grid_s) * item.grid_s
+    return min(item.start_s, max(late.from_s // item.grid_s * item.grid_s, earliest_s))
 
 
 # --- as bytes -------------------------------------------------------------------------------------------------
