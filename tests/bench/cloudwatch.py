@@ -285,6 +285,9 @@ async def _look_once(url: str, end_s: int) -> tuple[int, float, float]:
     await source.close()
     if not isinstance(outcome, Outcome) or outcome.status != LookStatus.COMPLETE:
         raise RuntimeError(f"the look was not complete: {outcome}")
+    if look is not None:
+        look.finish(outcome, item.grid_s)
+        changed.keep([look])
     return points, peak_mb(getpid()), time.process_time()
 
 
