@@ -178,3 +178,19 @@ def test_a_hangup_is_told_to_the_worker_and_does_not_end_it() -> None:
         assert worker.stdout.readline() == "False True\n"
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(timeout=10) == 0
+
+
+def test_a_worker_has_pages_of_its_own_as_json_and_no_others() -> None:
+    port = free_ports(1)[0]
+    text = f"""
+    async def main(lifecycle):
+        lifecycle.pages["shards"] = lambda: {{"epoch": 7}}
+        await lifecycle.stop.wait()
+    sys.exit(run_worker("w", main, metrics_port={port}))
+    """
+    with process(text) as worker:
+        wait_for(port)
+        assert get(port, "/shards") == (200, '{"epoch": 7}')
+        assert get(port, "/other")[0] == 404
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(10) == 0

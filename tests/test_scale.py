@@ -7,15 +7,19 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from ingest.errors import Transient
+from ingest.sinks.connection import open_connection
+from ingest.sinks.migrate import migrate
+from shard_config.model import Postgres
 from tests.scale_scene import play, quantile
 from workers.cli import main
-from workers.scale import Page, owners_in, settled, waiting_for
+from workers.scale import Page, owners_in, settled, waiting_for, windows_lost
 
 
 async def test_1_4_2_16_3_exporters_lose_no_window_and_pay_for_none_twice(
@@ -165,3 +169,34 @@ def test_more_shards_than_slots_are_refused_before_helm_is_called(
     assert main(["scale", "7", "--release", "hg"]) == 3
     assert "7 shards would share 6 slots" in capsys.readouterr().err
     assert "helm" not in cluster.read_text()
+
+
+_WINDOW = """INSERT INTO windows (target, service, window_start, window_end, settles_at, planned_at, sealed_at, declared, declared_at)
+    VALUES ($1, 'ec2', $2::timestamptz, $2::timestamptz + interval '300 s', $3, $2, $4, $5, $6)"""
+
+
+async def test_windows_lost_are_those_that_passed_their_deadline_or_expired_during_the_change(
+    database: str,
+) -> None:
+    postgres = Postgres(dsn=database)
+    await migrate(postgres)
+    since = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
+    now = since + timedelta(seconds=60)
+    # The deadline is the settling time, an interval of 300 s and 120 s of grace later.
+    passed, before, later = (since - timedelta(seconds=420) + timedelta(seconds=s) for s in (30, -30, 90))
+    rows = {
+        "passed": (passed, None, None, None),
+        "passed before": (before, None, None, None),
+        "in time": (later, None, None, None),
+        "sealed": (passed, since, None, None),
+        "expired": (later, None, "expired", since + timedelta(seconds=5)),
+        "expired before": (before, None, "expired", since - timedelta(seconds=5)),
+        "declared otherwise": (passed, None, "abandoned", since + timedelta(seconds=5)),
+    }
+    connection = await open_connection(postgres, "test")
+    try:
+        for target, row in rows.items():
+            await connection.execute(_WINDOW, target, since - timedelta(hours=1), *row)
+    finally:
+        await connection.close()
+    assert await windows_lost(postgres, since, now) == 2
