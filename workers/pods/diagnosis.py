@@ -90,10 +90,11 @@ def diagnose(seen: Seen, now: datetime) -> Report:
     fine: list[str] = []
     starting: list[str] = []
     for pod in sorted(seen.pods, key=name_of):
-        if pod["metadata"].get("deletionTimestamp"):
-            continue  # another one is made in its place
-        found = _of_pod(pod, seen, now)
+        leaving = pod["metadata"].get("deletionTimestamp")
+        found = list(_not_gone(pod, leaving, now)) if leaving else _of_pod(pod, seen, now)
         verdicts += found
+        if leaving:
+            continue  # neither fine nor starting: another one is made in its place
         if not found:
             done = is_ready(pod) or pod["status"].get("phase") == "Succeeded"
             (fine if done else starting).append(name_of(pod))
@@ -150,6 +151,22 @@ def _limit(pod: Object, container: str, kind: str) -> str | None:
 def _young(pod: Object, now: datetime) -> bool:
     since = pod["status"].get("startTime") or pod["metadata"]["creationTimestamp"]
     return now - datetime.fromisoformat(since) < STARTING
+
+
+def _not_gone(pod: Object, due: str, now: datetime) -> Iterable[Verdict]:
+    """It should have ended at `due`; a shard's next pod is made only when the one before is gone."""
+    late_s = (now - datetime.fromisoformat(due)).total_seconds()
+    if late_s > STARTING.total_seconds():
+        node = pod["spec"].get("nodeName", "?")
+        held = ", ".join(pod["metadata"].get("finalizers", ()))
+        yield Verdict(
+            name_of(pod),
+            "it does not go away, and a shard has no other pod until it is gone",
+            f"due since {due}, {late_s:.0f} s ago, on {node}" + (f", held by {held}" if held else ""),
+            f"whoever set {held} has to take it off"
+            if held
+            else f"where {node} is gone for good: kubectl delete node {node}, or kubectl delete pod {name_of(pod)} --force",
+        )
 
 
 def _evicted(pod: Object) -> Verdict:

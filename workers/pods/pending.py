@@ -38,12 +38,17 @@ _COMPUTED = re.compile(
     r"Insufficient (cpu|memory)|Too many pods|.*taint|.*(node affinity|node selector)|.*unschedulable|.*[Pp]ersistent[Vv]olume[Cc]laim|.*persistent volume"
 )
 """Reasons of the scheduler that have verdicts of their own, with numbers."""
+_RESERVED = "node-role.kubernetes.io/"
+"""Taints of nodes that run the control plane: nobody wants Headgate there."""
 _SPREAD_REMEDY = "set pod.spread to ScheduleAnyway, or add a node where none of these pods is"
 
 
 def unmade(deployment: Object, seen: Seen) -> Iterable[Verdict]:
-    """Of a Deployment whose pods the API refuses: quota, priority class, or another rule."""
+    """Of a Deployment whose pods the API refuses: quota, priority class, or another rule. And of one that somebody has stopped."""
     failure = condition(deployment, "ReplicaFailure")
+    if deployment.get("spec", {}).get("replicas") == 0:
+        stopped, again = name_of(deployment), "kubectl scale --replicas=1 deployment"
+        yield Verdict(stopped, "somebody has stopped it", "spec.replicas is 0", f"{again} {stopped}")
     if failure.get("status") != "True":
         return
     message = str(failure.get("message", ""))
@@ -109,10 +114,10 @@ def unplaced(pod: Object, seen: Seen) -> list[Verdict]:
     found = list(_claims(pod, seen, message))
     if seen.nodes:
         around = places(pod, seen.nodes, seen.others)
-        found += _taints(name, around, message)
         found += _selectors(name, around, message)
         found += _cordoned(name, around, message)
         found += _shortages(pod, around, said, seen, message)
+        found += _taints(pod, around, message, alone=not found)
     found += [
         Verdict(name, f"no node takes it: {r}", message, _other(r)) for r in said if not _COMPUTED.match(r)
     ]
@@ -144,25 +149,32 @@ def _other(reason: str) -> str:
 # --- nodes ----------------------------------------------------------------------------------------------------
 
 
-def _taints(name: str, around: Sequence[Place], message: str) -> Iterable[Verdict]:
+def _taints(pod: Object, around: Sequence[Place], message: str, *, alone: bool) -> Iterable[Verdict]:
+    """`alone`: nothing else is known to be wrong, so that what does not help much is said as well."""
+    name, ask = name_of(pod), requests(pod)
     tainted = [p for p in around if p.taints and not p.unmet and not p.cordoned]
     unwell = [p for p in tainted if any(passing(t) for t in p.taints)]
     for key in dict.fromkeys(str(t["key"]) for p in unwell for t in p.taints if passing(t)):
-        nodes = _names(p for p in unwell if any(t["key"] == key for t in p.taints))
-        remedy = f"heal the node rather than tolerate it: kubectl describe node {nodes.split(',')[0]}"
-        yield Verdict(name, f"a node is not well: {nodes} has {key}", message, remedy)
+        ill = [p for p in unwell if any(t["key"] == key for t in p.taints)]
+        remedy = f"heal the node rather than tolerate it: kubectl describe node {ill[0].name}"
+        yield Verdict(name, f"a node is not well: {_names(ill)} has {key}", message, remedy)
     groups: dict[str, list[Place]] = {}
     for p in tainted:
         if not any(passing(t) for t in p.taints):
             groups.setdefault(", ".join(sorted(toleration_of(t) for t in p.taints)), []).append(p)
     for tolerations, group in groups.items():
+        room = sum(p.free.holds(ask) for p in group)
+        reserved = all(str(t["key"]).startswith(_RESERVED) for t in group[0].taints)
+        if not alone and (reserved or not room):
+            continue
         nodes = _names(group)
         marks = ", ".join(sorted({f"{t['key']}={t.get('value', '')}:{t['effect']}" for t in group[0].taints}))
         yield Verdict(
             name,
             f"it does not tolerate the taint of {nodes}: {marks}",
             message,
-            f"pod.tolerations: [{tolerations}], where {nodes} may run Headgate; or add nodes without the taint",
+            f"pod.tolerations: [{tolerations}], where {nodes} may run Headgate (there is room for {room} such pods); "
+            "or add nodes without the taint",
         )
 
 
