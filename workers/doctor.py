@@ -46,7 +46,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "in plain words, with the evidence and a remedy in numbers: the request to set, the nodes to add, the toleration to write down. Changes "
         "nothing. It takes the cluster of KUBECONFIG, or of the pod that it runs in. What it may not read it names. Exit code 1 where something is wrong.",
     )
-    parser.add_argument("--release", metavar="R", help="default: whatever release of Headgate is there")
+    parser.add_argument("--release", metavar="R", help="default: the only one of the namespace")
     parser.add_argument("--namespace", metavar="N", help="default: the context's")
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.set_defaults(run=run)

@@ -100,7 +100,7 @@ class Cluster:
 
 
 def look(cluster: Cluster, namespace: str, release: str | None) -> Seen:
-    """The release, or every one of the namespace. Raises Rejected where there is none, and as `Cluster.get` does."""
+    """The release, or the only one of the namespace. Raises Rejected where there is none, or more; and as `Cluster.get` does."""
     selector = "app.kubernetes.io/name=headgate" + (
         f",app.kubernetes.io/instance={release}" if release else ""
     )
@@ -111,11 +111,14 @@ def look(cluster: Cluster, namespace: str, release: str | None) -> Seen:
         raise Rejected(
             f"namespace {namespace}", "empty", f"there is no {name}: helm list -A has all releases"
         )
+    found = sorted({label(thing, "app.kubernetes.io/instance") for thing in (*pods, *deployments)})
+    if len(found) > 1:
+        raise Rejected(f"namespace {namespace}", "several releases", f"{', '.join(found)}: say --release")
     unseen = _Unseen()
     seen = Seen(
         pods=pods,
         deployments=deployments,
-        events=unseen.items(cluster, f"/api/v1/namespaces/{namespace}/events"),
+        events=unseen.items(cluster, "events", f"/api/v1/namespaces/{namespace}/events"),
         usage=_usage(cluster, namespace, selector, pods, unseen),
         logs=_logs(cluster, namespace, pods, unseen),
         shards=_shards(namespace, pods, unseen),
@@ -132,11 +135,12 @@ class _Unseen:
     def note(self, what: str, error: HeadgateError) -> None:
         self.said.append(f"{what}: {error.what}")
 
-    def items(self, cluster: Cluster, path: str, **selectors: str) -> list[Object]:
+    def items(self, cluster: Cluster, what: str, path: str, **selectors: str) -> list[Object]:
+        """Empty where it is refused, and `what` is noted."""
         try:
             return cluster.items(path, **selectors)
         except (Transient, Rejected) as error:
-            self.note(path.rsplit("/", 1)[-1], error)
+            self.note(what, error)
             return []
 
 
@@ -144,20 +148,26 @@ def _around(cluster: Cluster, namespace: str, seen: Seen, unseen: _Unseen) -> Se
     waiting = [p for p in seen.pods if is_unplaced(p)]
     if waiting:
         alive = "status.phase!=Succeeded,status.phase!=Failed"
-        seen = replace(
-            seen,
-            nodes=unseen.items(cluster, "/api/v1/nodes"),
-            others=unseen.items(cluster, "/api/v1/pods", fieldSelector=alive) or seen.pods,
-        )
+        others = unseen.items(cluster, "all pods of the cluster", "/api/v1/pods", fieldSelector=alive)
+        # Without what runs on them, nodes would look empty, and every number be wrong.
+        nodes = unseen.items(cluster, "nodes", "/api/v1/nodes") if others else ()
+        seen = replace(seen, nodes=nodes, others=others)
     if any("persistentVolumeClaim" in v for p in waiting for v in p["spec"].get("volumes", ())):
         seen = replace(
             seen,
-            claims=unseen.items(cluster, f"/api/v1/namespaces/{namespace}/persistentvolumeclaims"),
-            volumes=unseen.items(cluster, "/api/v1/persistentvolumes"),
-            classes=unseen.items(cluster, "/apis/storage.k8s.io/v1/storageclasses"),
+            claims=unseen.items(
+                cluster, "volume claims", f"/api/v1/namespaces/{namespace}/persistentvolumeclaims"
+            ),
+            volumes=unseen.items(cluster, "volumes", "/api/v1/persistentvolumes"),
+            classes=unseen.items(cluster, "storage classes", "/apis/storage.k8s.io/v1/storageclasses"),
         )
     if any(condition(d, "ReplicaFailure") for d in seen.deployments):
-        seen = replace(seen, priorities=unseen.items(cluster, "/apis/scheduling.k8s.io/v1/priorityclasses"))
+        seen = replace(
+            seen,
+            priorities=unseen.items(
+                cluster, "priority classes", "/apis/scheduling.k8s.io/v1/priorityclasses"
+            ),
+        )
     return seen
 
 
@@ -167,7 +177,7 @@ def _usage(
     path = f"/apis/metrics.k8s.io/v1beta1/namespaces/{namespace}/pods"
     usage = {
         (name_of(pod), c["name"]): Usage(amount("memory", c.get("usage", {}).get("memory", 0)))
-        for pod in unseen.items(cluster, path, labelSelector=selector)
+        for pod in unseen.items(cluster, "memory in use (metrics.k8s.io)", path, labelSelector=selector)
         for c in pod.get("containers", ())
     }
     limited = sorted({p["spec"]["nodeName"] for p in pods if limits_cpu(p) and p["spec"].get("nodeName")})
