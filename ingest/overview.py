@@ -164,7 +164,8 @@ async def overview(connection: asyncpg.Connection, now: datetime, since: datetim
     problems: dict[str, list[str]] = {}
     for row in newest:
         if row["status"] != "complete":
-            text = f"{row['service']} {row['status']}: {row['detail']}"
+            said = row["detail"].removeprefix(f"{row['target']} {row['service']}: ")
+            text = f"{row['service']} {row['status']}: {said}"
             problems.setdefault(row["target"], []).append(text)
     return Overview(
         now=now,

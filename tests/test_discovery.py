@@ -347,7 +347,7 @@ async def test_a_listing_that_comes_to_nothing_is_paid_for_ever_more_rarely_and_
                 assert outcome.requests["ListMetrics"] == 3
                 tried_s.append(s.clock.now_s() - begun_s)
             else:
-                assert "listed again in" in outcome.detail
+                assert "tried again within 3600 s" in outcome.detail
             s.clock.advance(300)
         monkeypatch.setattr(simulated_cloudwatch, "LIST_PAGE", 500)
         s.clock.advance(3600)
@@ -368,8 +368,9 @@ async def test_a_first_listing_that_comes_to_nothing_is_no_look_and_not_paid_for
             s.clock.advance(200)
     assert [o.requests.get("ListMetrics") for o in outcomes] == [3, None, 3]
     assert {o.status for o in outcomes} == {LookStatus.FAILED}
-    assert "more than 3 pages; listed again in " in outcomes[1].detail
+    assert "more than 3 pages; tried again within 3600 s" in outcomes[1].detail
     assert "split the service's profile" in outcomes[1].detail
+    assert outcomes[0].detail == outcomes[1].detail
 
 
 async def test_a_listing_that_cost_nothing_is_tried_again_at_the_next_look(

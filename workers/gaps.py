@@ -74,7 +74,8 @@ def render(found: Sequence[Gap]) -> Table:
     for name in ("target", "service", "from", "to", "windows", "why", "attempts", "heal from", "dollars"):
         table.add_column(name, justify="right" if name in ("windows", "attempts", "dollars") else "left")
     for gap, row in list(zip(found, rows_of(found), strict=True))[:ROWS_MAX]:
-        why = f"{gap.reason.replace('_', ' ')}: {gap.detail}" if gap.detail else gap.reason.replace("_", " ")
+        said = gap.detail.removeprefix(f"{gap.target} {gap.service}: ")
+        why = f"{gap.reason.replace('_', ' ')}: {said}" if said else gap.reason.replace("_", " ")
         table.add_row(
             gap.target,
             gap.service,

@@ -163,7 +163,7 @@ class Discovery:
                         return known
             failure, now_s = self._failures.get(key), self._clock.monotonic_s()
             if failure is not None and failure.depends == depends and now_s < failure.until_s:
-                return self._last(key, depends, failure.error, failure.until_s - now_s)
+                return self._last(key, profile, depends, failure.error, waits=True)
             return await self._refresh(asked, key, profile, depends, deadline_s, tally)
 
     def age_s(self, target: Target, service: str) -> float:
@@ -210,7 +210,7 @@ class Discovery:
             )
             if not isinstance(error, HeadgateError):
                 raise
-            return self._last(key, depends, failure, wait_s)
+            return self._last(key, profile, depends, failure, waits=wait_s > 0)
         self._failures.pop(key, None)
         if old is not None:
             fresh = replace(fresh, late=await self._late(key, old, fresh, profile))
@@ -231,9 +231,12 @@ class Discovery:
             del self._failures[next(iter(self._failures))]
         return wait_s
 
-    def _last(self, key: Key, depends: str, failure: HeadgateError, wait_s: float) -> Listing:
+    def _last(
+        self, key: Key, profile: ServiceProfile, depends: str, failure: HeadgateError, *, waits: bool
+    ) -> Listing:
         """The last listing, for want of a newer one. Raises what befell that where there is none."""
-        again = f"; listed again in {int(wait_s)} s" if wait_s else ""
+        # No seconds that are left: a gap's windows with one and the same reason are one line.
+        again = f"; tried again within {profile.discovery_interval_s} s" if waits else ""
         old = self._known(key, depends)
         if old is None and isinstance(failure, Denied):
             raise failure
