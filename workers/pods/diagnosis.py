@@ -154,14 +154,14 @@ def _young(pod: Object, now: datetime) -> bool:
 
 
 def _not_gone(pod: Object, due: str, now: datetime) -> Iterable[Verdict]:
-    """It should have ended at `due`; a shard's next pod is made only when the one before is gone."""
+    """It should have ended at `due`; Recreate, as shards have it, makes no new version of a pod before the old one is gone."""
     late_s = (now - datetime.fromisoformat(due)).total_seconds()
     if late_s > STARTING.total_seconds():
         node = pod["spec"].get("nodeName", "?")
         held = ", ".join(pod["metadata"].get("finalizers", ()))
         yield Verdict(
             name_of(pod),
-            "it does not go away, and a shard has no other pod until it is gone",
+            "it does not go away, and an upgrade waits for it",
             f"due since {due}, {late_s:.0f} s ago, on {node}" + (f", held by {held}" if held else ""),
             f"whoever set {held} has to take it off"
             if held
