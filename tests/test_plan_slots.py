@@ -10,7 +10,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from ingest.errors import Fatal
 from ingest.membership import GroupLook
 from shard_config.model import S3, Config, Kafka, Postgres
-from workers import coordinator, setup
+from workers import coordinator, plan, setup
 from workers.lifecycle import Lifecycle
 from workers.names import exporter_group
 
@@ -47,6 +47,8 @@ async def test_slots_grow_with_positions_and_shrinking_stops_setup_and_coordinat
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await setup.setup(config)
+    doubts = (await plan.ask(config)).doubts
+    assert doubts == ("no plan is kept yet: the one before is that of the configuration as it is",)
     more = with_slots(config, 5)
     with pytest.raises(Fatal, match=r"has 3 partitions, and 5 slots are configured \(run `headgate setup`\)"):
         await setup.check_slots(more)
