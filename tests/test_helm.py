@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from shard_config.load import loads
-from shard_config.model import Config
+from shard_config.model import Config, Kafka
 from tests.helm_chart import (
     CHART,
     GOLDEN,
@@ -31,6 +31,7 @@ from tests.helm_chart import (
     values_of,
 )
 from workers import consumer, exporter
+from workers.names import landing_group
 
 MADE = "run `make helm-docs`"
 CRDS = "PodMonitor,ScaledObject,TriggerAuthentication"
@@ -313,6 +314,8 @@ def test_setup_runs_before_everything_and_brings_all_that_it_needs(rendered: Ren
     )
     spec = hooks["Job/headgate-setup"]["spec"]["template"]["spec"]
     assert spec["containers"][0]["args"] == ["setup", "--config", "/etc/headgate/headgate.yaml"]
+    [rule] = hooks["Job/headgate-setup"]["spec"]["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2, 3])
     # What is an ordinary part of the release is not there yet at an install.
     assert spec["serviceAccountName"] == "headgate-setup"
     assert spec["volumes"] == [{"name": "config", "configMap": {"name": "headgate-setup"}}]
@@ -366,7 +369,7 @@ def test_keda_asks_kafka_as_the_workers_do(rendered: Render) -> None:
     [trigger] = found["ScaledObject/headgate-consumer-postgres"]["spec"]["triggers"]
     assert trigger["metadata"] == {
         "bootstrapServers": "kafka.example.internal:9094",
-        "consumerGroup": "headgate.postgres",
+        "consumerGroup": landing_group(Kafka()),
         "topic": "headgate.raw",
         "lagThreshold": "1000",
         "tls": "enable",
