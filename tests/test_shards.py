@@ -45,6 +45,7 @@ from shard_config.units import UnitPlan
 from tests.conftest import eventually
 from workers.lifecycle import Lifecycle
 from workers.names import exporter_group
+from workers.preflight_parts import _topic_is_wrong
 from workers.servers import free_ports, get_local
 from workers.shards import (
     Board,
@@ -627,3 +628,18 @@ async def test_of_two_processes_with_one_name_the_older_exits_with_3_within_a_se
                 if process is not None:
                     process.kill()
                     process.communicate()
+
+
+def test_a_topic_of_shards_has_to_be_compacted_and_all_others_must_not() -> None:
+    described = {"topic": "t.shards", "partitions": [{"replicas": [1]}]}
+
+    def wrong(policy: str, retention_ms: int | None) -> str | None:
+        found = _topic_is_wrong(
+            described, {"cleanup.policy": policy, "retention.ms": "9"}, 1, Kafka(), retention_ms
+        )
+        return found[0] if found else None
+
+    assert wrong("compact", None) is None
+    assert wrong("delete", None) == "is not compacted, which forgets records"
+    assert wrong("delete", 9) is None
+    assert wrong("compact", 9) == "is compacted, which loses records"

@@ -9,7 +9,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment
 from aiokafka.errors import KafkaError
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -29,6 +28,7 @@ from ingest.budget import Decision
 from ingest.clock import Clock, SystemClock
 from ingest.errors import HeadgateError, Transient
 from ingest.gaps import Filter, not_polled
+from ingest.membership import look_at_group
 from ingest.overview import Overview, overview
 from ingest.schedule import grids_of
 from ingest.sinks.connection import open_connection
@@ -147,7 +147,6 @@ async def _kafka(kafka: Kafka) -> tuple[dict[str, GroupStatus], int]:
     try:
         await admin.start()
         await reader.start()
-        members = await _members(admin, topics)
         groups = {}
         for group, topic in topics.items():
             ends = await _ends(reader, topic)
@@ -156,7 +155,9 @@ async def _kafka(kafka: Kafka) -> tuple[dict[str, GroupStatus], int]:
                 tp.partition: max(0, end - (committed[tp].offset if tp in committed else 0))
                 for tp, end in ends.items()
             }
-            groups[group] = GroupStatus(group, topic, members.get(group, {}), lag)
+            found = await look_at_group(admin, group)
+            members = {name: list(partitions) for name, partitions in found.members.items()}
+            groups[group] = GroupStatus(group, topic, members, lag)
         dead = sum((await _ends(reader, kafka.topic("dead"))).values())
     finally:
         await reader.stop()
@@ -171,26 +172,6 @@ async def _ends(reader: AIOKafkaConsumer, topic: str) -> dict[TopicPartition, in
         [TopicPartition(topic, p) for p in sorted(found)]
     )
     return ends
-
-
-async def _members(admin: AIOKafkaAdminClient, topics: Mapping[str, str]) -> dict[str, dict[str, list[int]]]:
-    """By group and member (its client id), the partitions that it owns."""
-    found: dict[str, dict[str, list[int]]] = {}
-    for group in topics:
-        # One at a time: of an answer about two groups aiokafka 0.14 misreads the second, and closes the connection.
-        [answer] = await admin.describe_consumer_groups([group])
-        for error_code, name, _state, _kind, _protocol, members, *_ in answer.groups:
-            if error_code:
-                continue
-            owned: dict[str, list[int]] = {}
-            for _member_id, client_id, _host, _metadata, assignment in (m[-5:] for m in members):
-                partitions: list[int] = []
-                if assignment:
-                    for _topic, some in ConsumerProtocolMemberAssignment.decode(assignment).assignment:
-                        partitions += some
-                owned[client_id] = sorted(partitions)
-            found[name] = owned
-    return found
 
 
 # --- for people -------------------------------------------------------------------------------------------------
