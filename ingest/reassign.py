@@ -1,9 +1,9 @@
 """When a new assignment of slots to shards is published, and which. Pure.
 
-* Only where it is news: shards came or went, weights have changed so that balance asks for moves, a quota is shared otherwise, or the group did
+* Only where it is news: shards came or went, weights have changed, a quota is shared otherwise, or the group did
   not follow for FOLLOW_S. At most once in PUBLISH_EVERY_S.
 * Who came or went comes first, by the weights that the group's leader knew: so it is what the leader has computed already, and nobody
-  joins again for it. New weights come later, and seldom.
+  joins again for it. New weights come later, and seldom; they move only what balance asks for.
 * Its epoch is above all that the topic or a member has seen.
 """
 
@@ -116,7 +116,8 @@ def _owners(
     if current.weights != weights and now_s - history.moved_for_weights_s >= WEIGHTS_EVERY_S:
         history.moved_for_weights_s = now_s
         owners = assign(weights, live, dict(enumerate(current.owners)))
-        return _Owners("weights have changed", owners, weights) if owners != current.owners else None
+        # Published even where nothing moves: whoever comes next is given slots by these.
+        return _Owners("weights have changed", owners, weights)
     if owned == dict(enumerate(current.owners)):
         history.astray_since_s = None
         return None

@@ -259,7 +259,9 @@ def test_publications_are_bounded_in_time() -> None:
 
 def test_weights_move_slots_only_where_balance_asks_and_seldom() -> None:
     history = History()
-    assert decided(FOLLOWED, 1000.0, (1.1, 1.0, 1.0, 1.0), history) is None
+    light = decided(FOLLOWED, 1000.0, (1.1, 1.0, 1.0, 1.0), history)
+    assert light is not None
+    assert (light.owners, light.weights) == (EVEN.owners, (1.1, 1.0, 1.0, 1.0))
     heavy = (50.0, 1.0, 50.0, 1.0)
     assert decided(FOLLOWED, 1000.0 + reassign.WEIGHTS_EVERY_S - 1, heavy, history) is None
     made = decided(FOLLOWED, 1000.0 + reassign.WEIGHTS_EVERY_S, heavy, history)
