@@ -19,8 +19,14 @@ from workers.pods.seen import Seen, is_ready, is_unplaced, label, name_of
 
 LATER = timedelta(minutes=10)
 """The doctor comes so long after: a pod of a test is always young."""
-_NOISE = {"managedFields", "resourceVersion", "uid", "generation", "selfLink"}
-_NODE_NOISE = {"images", "nodeInfo", "daemonEndpoints", "addresses", "conditions"}
+_NOISE = {
+    "managedFields", "resourceVersion", "uid", "generation", "selfLink", "images", "nodeInfo", "daemonEndpoints",
+    "addresses", "template", "strategy", "livenessProbe", "readinessProbe", "startupProbe", "securityContext",
+    "volumeMounts", "env", "args", "ports", "hostIP", "hostIPs", "podIP", "podIPs", "topologySpreadConstraints",
+    "source", "reportingComponent", "reportingInstance", "configMap", "projected", "checksum/config",
+    "kubectl.kubernetes.io/last-applied-configuration", "deployment.kubernetes.io/revision",
+}  # fmt: skip
+"""What no verdict reads."""
 
 
 class Scene:
@@ -100,13 +106,17 @@ class Scene:
                 "seen": _plain(seen),
                 "verdicts": [dataclasses.asdict(v) for v in report.verdicts],
             }
-            text = json.dumps(case, indent=1).replace(str(self.plane.folder), "FOLDER")
+            text = json.dumps(case, indent=1)
+            assert str(self.plane.folder) not in text, "a path of this machine"
             (self.record / f"{self.name}.json").write_text(text + "\n")
         return seen, report
 
 
 def _plain(seen: Seen) -> dict[str, Any]:
-    """Without what no verdict reads: other namespaces' pods are there to take room."""
+    """Without what no verdict reads."""
+    events = [e for e in seen.events if e.get("type") == "Warning" or "Claim" in e["involvedObject"]["kind"]]
+    others = [{"metadata": {"name": name_of(p)}, "spec": p["spec"]} for p in seen.others]
+    seen = dataclasses.replace(seen, events=events, others=others)
     plain = {f.name: _trimmed(getattr(seen, f.name)) for f in dataclasses.fields(Seen)}
     plain["usage"] = [[*key, dataclasses.asdict(usage)] for key, usage in seen.usage.items()]
     return plain
@@ -114,8 +124,7 @@ def _plain(seen: Seen) -> dict[str, Any]:
 
 def _trimmed(value: Any) -> Any:
     if isinstance(value, Mapping):
-        noise = _NOISE | (_NODE_NOISE if "allocatable" in value else set())
-        return {k: _trimmed(v) for k, v in value.items() if k not in noise}
+        return {k: _trimmed(v) for k, v in value.items() if k not in _NOISE}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_trimmed(v) for v in value]
     return value

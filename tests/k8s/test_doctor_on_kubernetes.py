@@ -356,7 +356,7 @@ def test_who_may_read_one_namespace_only_is_told_what_was_not_looked_at(scene: S
     (tmp_path / "reader.conf").write_text(yaml.safe_dump(config))
     report = scene.look(tmp_path / "reader.conf")[1]
     (verdict,) = report.verdicts
-    assert verdict.what == "no node takes it; the nodes could not be looked at, see below"
+    assert verdict.what == "no node takes it; the nodes could not be looked at"
     assert "Insufficient cpu" in verdict.evidence
     assert "all pods of the cluster: HTTP 403" in "; ".join(report.unseen)
 

@@ -66,7 +66,7 @@ def unmade(deployment: Object, seen: Seen) -> Iterable[Verdict]:
     elif priority := re.search(r"no PriorityClass with name (\S+) was found", message):
         what = f"its pod is not made: there is no PriorityClass {priority[1]}"
         others = [name_of(p) for p in seen.priorities if not name_of(p).startswith("system-")]
-        instead = f", or set pod.priorityClassName to {' or '.join(others) if others else 'nothing'}"
+        instead = f", or set pod.priorityClassName to {' or '.join(others) or 'none'}"
         remedy = f"kubectl create priorityclass {priority[1]} --value=1000{instead}"
     else:
         what = "its pod is not made: the API refuses it"
@@ -102,7 +102,7 @@ def _up(resource: str, value: int) -> int:
 def unplaced(pod: Object, seen: Seen) -> list[Verdict]:
     """Of a pod that the scheduler has looked at: every obstacle with its remedy, one verdict each."""
     name, placed = name_of(pod), condition(pod, "PodScheduled")
-    message = str(placed.get("message", ""))
+    message = _of_nodes(str(placed.get("message", "")))
     if placed.get("reason") == "SchedulingGated":
         gates = ", ".join(g["name"] for g in pod["spec"].get("schedulingGates", ()))
         return [
@@ -122,16 +122,21 @@ def unplaced(pod: Object, seen: Seen) -> list[Verdict]:
         Verdict(name, f"no node takes it: {r}", message, _other(r)) for r in said if not _COMPUTED.match(r)
     ]
     if not found:
-        looked = "" if seen.nodes else "; the nodes could not be looked at, see below"
+        looked = "" if seen.nodes else "; the nodes could not be looked at"
+        remedy = (
+            f"kubectl describe pod {name} has what the scheduler tried"
+            if seen.nodes
+            else "let the doctor list nodes, and the pods of all namespaces: then it says how much is missing"
+        )
         found = [
-            Verdict(
-                name,
-                f"no node takes it{looked}",
-                message or "the scheduler has said nothing",
-                "see the evidence",
-            )
+            Verdict(name, f"no node takes it{looked}", message or "the scheduler has said nothing", remedy)
         ]
     return found
+
+
+def _of_nodes(message: str) -> str:
+    """Without what the scheduler says of preemption, which is `not found` where it did not try."""
+    return re.sub(r" (preemption: .*|not found)$", "", message)
 
 
 def _other(reason: str) -> str:
@@ -240,7 +245,7 @@ def _shortages(
     yield Verdict(
         name_of(pod),
         f"no node has the {' and '.join(short) or 'room for another pod'} that it asks for: {ask}",
-        f"{message.split(' preemption: ')[0]} Most is free on {free.name}: {free.free}, of {free.size}.",
+        f"{message} Most is free on {free.name}: {free.free}, of {free.size}.",
         "; or ".join(filter(None, (down, scale))),
     )
 
