@@ -314,9 +314,10 @@ async def serve(config: Config, lifecycle: Lifecycle, path: Path | None = None) 
         publisher = Publisher(config.kafka, producer, board, clock, lambda: coordinator.planned)
         lifecycle.pages["shards"] = publisher.page
         async with asyncio.TaskGroup() as group:
-            group.create_task(coordinator.run(lifecycle))
             group.create_task(board.run(lifecycle))
             group.create_task(publisher.run(lifecycle))
+            await publisher.rest(lifecycle)
+            group.create_task(coordinator.run(lifecycle))
             group.create_task(keep_pauses(coordinator, pauses, lifecycle))
             group.create_task(settings.run(lifecycle, apply))
             group.create_task(lister.run(lifecycle, lambda: settings.file, settings.look_now))

@@ -53,6 +53,7 @@ READ_TIMEOUT_S = 30.0
 """For reading the topic to its end; it is compacted, and small."""
 LOOK_EVERY_S = 1.0
 MOVES_KEPT = 200
+REST_S = 10.0
 
 EPOCH = Gauge("headgate_assignment_epoch", "Epoch of the newest assignment of slots to shards that was read.")
 MOVED = Counter("headgate_slots_moved_total", "Slots that a newer assignment gave to another shard.")
@@ -240,6 +241,7 @@ class Publisher:
     clock: Clock
     plan: Callable[[], Planned]
     look: GroupLook = field(default_factory=lambda: GroupLook(False, {}, {}))
+    looked: bool = False
     history: History = field(default_factory=History)
     noted: deque[Noted] = field(default_factory=lambda: deque(maxlen=MOVES_KEPT))
 
@@ -253,6 +255,7 @@ class Publisher:
                         admin = AIOKafkaAdminClient(**client_options(self.kafka))
                         await admin.start()
                     self.look = await look_at_group(admin, exporter_group(self.kafka))
+                    self.looked = True
                     await self.step()
                 except (Transient, KafkaError, OSError) as error:
                     _log.warning("shards_not_published", error=str(error))
@@ -280,16 +283,34 @@ class Publisher:
         self.noted += (Noted(made.published_at_ms, m.slot, m.before, m.after, made.reason) for m in moved)
         _log.info("assignment_published", epoch=made.epoch, reason=made.reason, moves=len(moved))
 
+    @property
+    def settled(self) -> bool:
+        """Whether every slot is owned as published, by the last look."""
+        owned = {slot: shard for shard, theirs in self.look.members.items() for slot in theirs}
+        wanted = dict(enumerate(self.board.assignment.owners)) if self.board.assignment else {}
+        return self.look.stable and bool(wanted) and owned == wanted and len(owned) == self.plan().slots
+
+    async def rest(self, lifecycle: Lifecycle) -> None:
+        """Wait until the shards that are there own their slots, for `REST_S` at most; not at all where there is none.
+
+        A task that is announced before that waits through a rebalance, and whoever takes it then must count as in doubt what its former
+        owner may have paid for it.
+        """
+        deadline_s = self.clock.monotonic_s() + REST_S
+        while not self.settled and self.clock.monotonic_s() < deadline_s:
+            if self.looked and not self.look.members:
+                return
+            if await lifecycle.pause(0.2):
+                return
+
     def page(self) -> dict[str, Any]:
         """`/shards`: who owns what now, by the group and as published. JSON-able; times are milliseconds since the epoch, UTC."""
         planned = self.plan()
         count, by_slot = planned.slots, planned.weights
         assignment = self.board.assignment
-        owned = {slot: shard for shard, theirs in self.look.members.items() for slot in theirs}
         targets: dict[int, list[str]] = {}
         for target, slot in sorted(planned.units.slots.items()):
             targets.setdefault(slot, []).append(target)
-        wanted = dict(enumerate(assignment.owners)) if assignment else {}
 
         def shard(name: str) -> dict[str, Any]:
             incarnation = self.board.incarnations.get(name)
@@ -313,7 +334,7 @@ class Publisher:
             "published_at_ms": assignment.published_at_ms if assignment else None,
             "reason": assignment.reason if assignment else "",
             "slots": count,
-            "settled": self.look.stable and bool(wanted) and owned == wanted and len(owned) == count,
+            "settled": self.settled,
             "shards": [shard(name) for name in sorted(names)],
             "moves": [
                 {"at_ms": n.at_ms, "slot": n.slot, "from": n.before, "to": n.after, "reason": n.reason}
