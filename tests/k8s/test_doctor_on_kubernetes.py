@@ -145,6 +145,15 @@ def test_an_affinity_that_no_node_meets(scene: Scene) -> None:
     assert {v.what for v in scene.look()[1].verdicts} == {"no node is what it asks for: pool In green"}
 
 
+def test_a_spread_that_no_node_allows(scene: Scene) -> None:
+    scene.nodes(node("node-1", "8", "32Gi"))  # without a zone
+    install(scene, "pod.spread=DoNotSchedule", ready=False)
+    scene.wait_unplaced(4)
+    verdict = scene.look()[1].verdicts[0]
+    assert "topology spread constraints" in verdict.what
+    assert "set pod.spread to ScheduleAnyway" in verdict.remedy
+
+
 def test_a_quota_that_is_used_up(scene: Scene) -> None:
     scene.nodes(node("node-1", "8", "32Gi"))
     quota = {

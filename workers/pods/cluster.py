@@ -79,7 +79,7 @@ class Cluster:
             raise Rejected(where, "login", str(error)) from error
         if answer.status_code == 200:
             return answer
-        said = answer.text[:300]
+        said = answer.text[:300].strip()
         if answer.headers.get("content-type", "").startswith("application/json"):
             said = str(answer.json().get("message", said))
         if answer.status_code == 429 or answer.status_code >= 500:

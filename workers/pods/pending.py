@@ -40,7 +40,6 @@ _COMPUTED = re.compile(
 """Reasons of the scheduler that have verdicts of their own, with numbers."""
 _RESERVED = "node-role.kubernetes.io/"
 """Taints of nodes that run the control plane: nobody wants Headgate there."""
-_SPREAD_REMEDY = "set pod.spread to ScheduleAnyway, or add a node where none of these pods is"
 
 
 def unmade(deployment: Object, seen: Seen) -> Iterable[Verdict]:
@@ -141,7 +140,9 @@ def _of_nodes(message: str) -> str:
 
 def _other(reason: str) -> str:
     if "topology spread" in reason:
-        return _SPREAD_REMEDY
+        label = "give the nodes the labels topology.kubernetes.io/zone and kubernetes.io/hostname"
+        add = label if "missing required label" in reason else "add a node where none of these pods is"
+        return f"set pod.spread to ScheduleAnyway, or {add}"
     if "affinity" in reason:
         return "change pod.affinity, or add a node that it allows"
     if "free ports" in reason:
