@@ -97,7 +97,8 @@ def _value_within(batch: Batch, limits: Limits) -> bytes | None:
     value = _zstd.compressor.compress(message)
     if len(value) > limits.payload_bytes_max:
         return None
-    return bytes(memoryview(value))  # copied, for what zstandard 0.25 returns keeps the room of what it compressed
+    # Copied, for what zstandard 0.25 returns keeps the room of what it compressed.
+    return bytes(memoryview(value))
 
 
 def _halves(batch: Batch) -> tuple[Batch, Batch]:
