@@ -303,9 +303,9 @@ class _PlaceDay:
                 version = version_of(0, done.outcome.observed_at_ms)
                 if look.versions and not done.whole:
                     version = min(look.versions)
-                found.remember(
-                    str(task.receipt.target), done, version, look.archived, merge_counts(look.alive)
-                )
+                # What a fresh look held is not among the living, and not dead for that.
+                archived = merge_counts(look.published) if self._fresh(task.receipt) else look.archived
+                found.remember(str(task.receipt.target), done, version, archived, merge_counts(look.alive))
 
     async def _archived(self) -> AsyncIterator[tuple[str, ArchivedTask | None]]:
         keys = sorted(self._keys)

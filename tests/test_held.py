@@ -82,8 +82,9 @@ class Place:
         )
         return how
 
-    async def differences(self) -> list[str]:
-        self.way.clock.advance(600)
+    async def differences(self, after_s: int = 600) -> list[str]:
+        """What an audit says, at once or when nothing is fresh any more."""
+        self.way.clock.advance(after_s)
         scope = Scope(NOON_S - 3600, NOON_S + 7200, self.target.account)
         report = await Auditor(self.way.sql, self.way.archive, self.way.config, self.way.clock, scope).run()
         assert (report.looks, report.seals) == (self.looks, 1)
@@ -116,6 +117,7 @@ async def test_a_look_that_left_out_everything_seals_its_window_on_the_rows_of_l
     assert (last.items[0].points, len(last.items[0].held)) == (0, 1)
     assert await here.seal() == "sealed"
     assert {minute for _, minute in (await here.rows()).values()} == {6}
+    assert await here.differences(after_s=0) == []
     assert await here.differences() == []
     story = await here.story()
     assert [(a.value, a.held) for a in story.answered] == [(2.0, False), (2.0, True)]
@@ -128,6 +130,7 @@ async def test_what_is_dead_is_known_to_the_look_that_seals(way: Way) -> None:
     last = await here.look({0: 1.0, 2: NAN}, {0: 5.0}, observed_min=20)
     assert last.items[0].points == 2  # the series with what is not a number
     assert await here.seal() == "sealed"
+    assert await here.differences(after_s=0) == []
     assert await here.differences() == []
 
 
