@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ingest.clock import SystemClock
+from ingest.clock import Clock, SystemClock
 from ingest.model import Batch, Outcome, SeriesKey, Target, TaskItem
+from ingest.schedule import Grid
 from ingest.sources.cloudwatch import CloudWatchSource
 from ingest.sources.selection import series_of
 from shard_config.model import Config, MetricProfile, ServiceProfile
@@ -178,3 +179,11 @@ async def looked_ahead(source: CloudWatchSource, clock: SystemClock) -> tuple[li
 
 class MovableWall(SystemClock):
     """A wall clock that a test puts forward."""
+
+
+async def everything_is_answered(source: CloudWatchSource, target: Target, grid: Grid, clock: Clock) -> None:
+    """One look at a service's last window, in full."""
+    end_s = grid.floor(clock.now_s())
+    item = TaskItem(grid.service, end_s - grid.poll_interval_s, end_s, grid.poll_interval_s)
+    async for out in source.look("0" * 32, target, item, clock.monotonic_s() + 30):
+        assert not isinstance(out, Outcome) or out.status == "complete", out

@@ -14,12 +14,12 @@ import pytest
 import yaml
 
 from ingest.clock import SystemClock
-from ingest.model import Outcome, TaskItem
 from ingest.preflight import ORGANIZATION_ACTIONS, TAG_ACTIONS, TARGET_ACTIONS
 from ingest.schedule import grids_of
 from ingest.sources.cloudwatch import CloudWatchSource
 from ingest.sources.organization import TagCache, list_organization
 from shard_config.load import loads, shipped_services
+from tests.cloudwatch_rig import everything_is_answered
 from workers.simulator import start
 from workers.world import World, account_ids
 
@@ -145,10 +145,7 @@ async def test_a_run_uses_exactly_what_the_policies_allow() -> None:
         assert (await list_organization(config, clock, TagCache())).accounts
         assert (await list_organization(everything, clock, TagCache())).accounts
         for target, [grid] in grids_of(config).items():
-            end_s = grid.floor(clock.now_s())
-            item = TaskItem(grid.service, end_s - grid.poll_interval_s, end_s, grid.poll_interval_s)
-            async for out in source.look("0" * 32, target, item, clock.monotonic_s() + 30):
-                assert not isinstance(out, Outcome) or out.status == "complete", out
+            await everything_is_answered(source, target, grid, clock)
     finally:
         await source.close()
         await simulator.close()

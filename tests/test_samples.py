@@ -23,7 +23,8 @@ from ingest.sinks.postgres import PostgresSink
 from shard_config.model import Postgres
 from tests.sink_contract import MIDNIGHT_S, make_landable
 from workers import samples
-from workers.samples import Filter, export_csv, parse_dimension, parse_time, rfc3339, show
+from workers.arguments import parse_time
+from workers.samples import Filter, export_csv, parse_dimension, rfc3339, show
 
 VALUES = [0.1, 1 / 3, -1.7976931348623157e308, 5e-324, 100.0, 1e22]
 

@@ -15,7 +15,6 @@ import pytest
 import yaml
 
 from ingest.clock import SystemClock
-from ingest.model import Outcome, TaskItem
 from ingest.schedule import grids_of
 from ingest.sources.cloudwatch import CloudWatchSource
 from shard_config.document import ConfigErrors
@@ -24,6 +23,7 @@ from shard_config.model import Config
 from shard_config.yace import read
 from shard_config.yace_facts import facts, searched
 from shard_config.yace_plan import plan_of, render
+from tests.cloudwatch_rig import everything_is_answered
 from tests.conftest import eventually
 from workers import cli
 from workers.simulated.resources import resources_of
@@ -423,10 +423,7 @@ async def ours(config: Config, truth: Listed) -> set[Asked]:
     try:
         for target, grids in grids_of(config).items():
             for grid in grids:
-                end_s = grid.floor(clock.now_s())
-                item = TaskItem(grid.service, end_s - grid.poll_interval_s, end_s, grid.poll_interval_s)
-                async for out in source.look("0" * 32, target, item, clock.monotonic_s() + 30):
-                    assert not isinstance(out, Outcome) or out.status == "complete", out
+                await everything_is_answered(source, target, grid, clock)
     finally:
         await source.close()
         await simulator.close()

@@ -34,10 +34,10 @@ from ingest.replay import Scope
 from ingest.sinks.connection import server_of
 from shard_config.model import Config, Postgres
 from workers import local
+from workers.arguments import parse_time
 from workers.backfill_plan import LIVE, NULL, Ask, Plan, Tell, opened, time_of, total_points, total_usd
 from workers.backfilling import Done
 from workers.lifecycle import configure_logs
-from workers.samples import parse_time
 
 RATE_POINTS_PER_S = 100_000
 LIKELY_POINTS_PER_S = 300_000

@@ -29,7 +29,7 @@ from ingest.errors import Transient
 from ingest.sinks.connection import open_connection
 from shard_config.model import Config
 from workers import local, reconcile
-from workers.samples import parse_time
+from workers.arguments import parse_time
 
 TIMEOUT_S = 60.0
 ROWS_MAX = 200

@@ -33,8 +33,9 @@ from ingest.revive import Plan, Reviver, plan, without_open_windows
 from ingest.validate import describe, printable
 from shard_config.model import Config
 from workers import local
+from workers.arguments import parse_time, whole_number
 from workers.lifecycle import configure_logs
-from workers.samples import parse_time, rfc3339
+from workers.samples import rfc3339
 
 LISTED = 50
 HEX_BYTES = 512
@@ -308,7 +309,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     listing.add_argument("--all", action="store_true", help="those that were replayed or discarded, too")
     listing.add_argument("--format", choices=("table", "json"), default="table")
     listing.add_argument(
-        "--limit", type=_at_least_one, default=LISTED, help="the newest so many (%(default)s)"
+        "--limit", type=whole_number, default=LISTED, help="the newest so many (%(default)s)"
     )
     listing.set_defaults(run=run, action=_list)
 
@@ -351,13 +352,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         action.add_argument(
             "--since", type=parse_time, metavar="TIME", help="written since, as 2026-11-24T05:00:00Z"
         )
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
 
 
 def run(args: argparse.Namespace) -> int:

@@ -25,7 +25,8 @@ from ingest.sinks.connection import open_connection
 from shard_config.model import Config
 from shard_config.price import Prices
 from workers import local
-from workers.samples import parse_time, rfc3339
+from workers.arguments import parse_time
+from workers.samples import rfc3339
 
 ROWS_MAX = 500
 """Lines of a table; csv and json have all."""

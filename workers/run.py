@@ -26,6 +26,7 @@ from ingest.clock import SystemClock
 from ingest.schedule import grids_of, horizon
 from ingest.sinks.connection import open_connection, translated
 from shard_config.model import Config
+from workers.arguments import whole_number
 from workers.local import LocalStack, StackSpec, find_config
 from workers.samples import export_csv
 from workers.scenes import Scene, made_up_scene, traces_scene
@@ -238,14 +239,6 @@ async def watch(stack: LocalStack, console: Console) -> None:
 
 
 # --- the command ------------------------------------------------------------------------------------------------
-
-
-def whole_number(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

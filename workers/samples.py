@@ -27,6 +27,7 @@ import asyncpg
 
 from ingest.sinks.connection import open_connection, translated
 from workers import local
+from workers.arguments import parse_time
 
 SERIES_LISTED_MAX = 1_000
 VALUES_LISTED_MAX = 10
@@ -78,19 +79,6 @@ class Labels:
 def rfc3339(at: datetime) -> str:
     """As 2026-11-24T05:00:00Z, with a fraction only where there is one."""
     return at.astimezone(UTC).replace(tzinfo=None).isoformat() + "Z"
-
-
-def parse_time(text: str) -> float:
-    """Seconds since the epoch of an RFC 3339 time (UTC where it names no zone), a date, or a number of seconds."""
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    try:
-        at = datetime.fromisoformat(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 2026-11-24T05:00:00Z") from None
-    return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
 
 
 def parse_dimension(text: str) -> tuple[str, str]:

@@ -29,6 +29,7 @@ from ingest.trail import follow
 from ingest.validate import describe
 from shard_config.model import Config
 from workers import local
+from workers.arguments import parse_time
 from workers.lifecycle import configure_logs
 from workers.samples import (
     Filter,
@@ -36,7 +37,6 @@ from workers.samples import (
     add_series_filters,
     differences,
     find_series,
-    parse_time,
     rfc3339,
 )
 
