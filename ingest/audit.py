@@ -19,8 +19,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from ingest.clock import rfc3339
 from ingest.evidence import LedgerLook, LedgerSeal, StoreRows
-from ingest.expected import Expected, LookCount, Maximum, rfc3339
+from ingest.expected import Expected, LookCount, Maximum
 from ingest.model import (
     ReceiptItem,
     SeriesIds,

@@ -292,10 +292,12 @@ class _PlaceDay:
                 except Rejected:
                     self._report.dead_batches += key not in self._a.checked
                     continue
-                (look.held if held else look.published).extend(counted(decoded.batch))
+                counts = counted(decoded.batch)
+                (look.held if held else look.published).extend(counts)
                 # What a fresh look held may stand on another that is under way.
                 if not under_way and not (held and self._fresh(task.receipt)):
                     look.versions.append(decoded.batch.version)
+                    look.taken.extend(counts)
                     look.alive += found.add(decoded, payload.batch_id, self._a.config.limits, held=held)
             if key not in self._a.checked:
                 self._check(key, task.receipt, done, look, under_way)
@@ -303,9 +305,13 @@ class _PlaceDay:
                 version = version_of(0, done.outcome.observed_at_ms)
                 if look.versions and not done.whole:
                     version = min(look.versions)
-                # What a fresh look held is not among the living, and not dead for that.
-                archived = merge_counts(look.published) if self._fresh(task.receipt) else look.archived
-                found.remember(str(task.receipt.target), done, version, archived, merge_counts(look.alive))
+                found.remember(
+                    str(task.receipt.target),
+                    done,
+                    version,
+                    merge_counts(look.taken),
+                    merge_counts(look.alive),
+                )
 
     async def _archived(self) -> AsyncIterator[tuple[str, ArchivedTask | None]]:
         keys = sorted(self._keys)

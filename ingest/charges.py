@@ -14,11 +14,12 @@ Counts are what the requests asked for: the price list is read later (`shard_con
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime
+from datetime import date, datetime
 from enum import StrEnum
 
 import asyncpg
 
+from ingest.clock import utc
 from ingest.model import (
     CONTINUED,
     LookStatus,
@@ -138,7 +139,7 @@ def reason_of(kind: str | None, attempt: int | None, again: bool) -> Reason:
 
 async def add(connection: asyncpg.Connection, receipt: Receipt, done: ReceiptItem) -> None:
     """Charge one item of a receipt whose look was inserted just now, in the same transaction."""
-    outcome, finished_at = done.outcome, _at(receipt.finished_at_ms / 1000)
+    outcome, finished_at = done.outcome, utc(receipt.finished_at_ms / 1000)
     row = await connection.fetchrow(_WHY, receipt.task_id, done.item.service, finished_at)
     reason = reason_of(row["kind"], row["attempt"], row["again"])
     of = (finished_at.date(), str(receipt.target), done.item.service)
@@ -147,7 +148,7 @@ async def add(connection: asyncpg.Connection, receipt: Receipt, done: ReceiptIte
     complete = outcome.status is LookStatus.COMPLETE and reason is not Reason.SECOND_TRY
     known = (outcome.metrics_billed, finished_at) if complete else (None, None)
     counts = (1, outcome.metrics_billed, outcome.metrics_in_doubt, 0, puts)
-    await connection.execute(_ADD, *of, reason, *counts, *known, _at(done.item.end_s))
+    await connection.execute(_ADD, *of, reason, *counts, *known, utc(done.item.end_s))
     if continued := outcome.requests.get(CONTINUED, 0):
         await connection.execute(_CONTINUED, *of, reason, continued)
     if lists := outcome.requests.get("ListMetrics", 0):
@@ -158,7 +159,7 @@ async def none(connection: asyncpg.Connection, task: Task, item: TaskItem, now: 
     """Nobody is asked for this: so no money is reserved for it."""
     nothing = (0, 0, 0, 0, 0, None, None)
     await connection.execute(
-        _ADD, now.date(), str(task.target), item.service, Reason.LIVE, *nothing, _at(item.end_s)
+        _ADD, now.date(), str(task.target), item.service, Reason.LIVE, *nothing, utc(item.end_s)
     )
 
 
@@ -192,8 +193,4 @@ async def known(connection: asyncpg.Connection, today: date) -> list[Known]:
 
 def day_of(time_s: float) -> date:
     """The UTC day of a time."""
-    return _at(time_s).date()
-
-
-def _at(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)
+    return utc(time_s).date()

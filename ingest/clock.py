@@ -8,7 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from datetime import UTC, datetime
 from typing import Protocol
+
+
+def utc(seconds: float) -> datetime:
+    """Seconds since the epoch as a datetime, in UTC."""
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def rfc3339(seconds: float) -> str:
+    """The same in words, to the second: as 2026-11-24T05:00:00Z."""
+    return utc(seconds).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Clock(Protocol):

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
@@ -16,9 +15,10 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from ingest.clock import utc
 from ingest.model import BatchId, Series, SeriesIds, SeriesKey, Target
 from ingest.sinks.connection import translated
-from ingest.sinks.rows_back import POSTGRES_EPOCH_S, RowsBack
+from ingest.sinks.rows_back import RowsBack, seconds_of
 
 Place = tuple[str, str]
 """Account and region, as they stand in the labels."""
@@ -64,8 +64,8 @@ async def store_rows(
             _ROWS.format(join="LEFT" if others else "INNER"),
             [account for account, _ in places],
             [region for _, region in places],
-            at(start_s),
-            at(end_s),
+            utc(start_s),
+            utc(end_s),
             output=rows.feed,
             format="binary",
         )
@@ -77,7 +77,7 @@ def _as_store_rows(raw: NDArray[Any]) -> StoreRows:
         raw["n"].astype(np.int64) - 1,
         raw["series"].astype(np.uint64),
         # Our timestamps are whole seconds; one that is not shows as another row.
-        raw["ts_us"].astype(np.int64) // 1_000_000 + POSTGRES_EPOCH_S,
+        seconds_of(raw),
         raw["value"].astype(np.float64),
         raw["version"].astype(np.int64),
     )
@@ -153,7 +153,7 @@ FROM looks WHERE task_id = ANY($1) AND archive_key <> '' ORDER BY finished_at, s
 async def ledger_keys(connection: asyncpg.Connection, start_s: int, end_s: int) -> dict[Target, set[str]]:
     """Archive keys of the receipts about anything in [start_s, end_s), by target. Raises Transient."""
     with translated("ledger"):
-        rows = await connection.fetch(_KEYS, at(start_s), at(end_s))
+        rows = await connection.fetch(_KEYS, utc(start_s), utc(end_s))
     found: dict[Target, set[str]] = defaultdict(set)
     for row in rows:
         found[Target.parse(row["target"])].add(row["archive_key"])
@@ -212,7 +212,7 @@ class LedgerSeal:
 
     @property
     def name(self) -> str:
-        return f"[{at(self.spans[0][0]):%Y-%m-%dT%H:%M:%SZ}, {at(self.spans[-1][1]):%Y-%m-%dT%H:%M:%SZ})"
+        return f"[{utc(self.spans[0][0]):%Y-%m-%dT%H:%M:%SZ}, {utc(self.spans[-1][1]):%Y-%m-%dT%H:%M:%SZ})"
 
     def covers(self, start_s: int) -> bool:
         return any(a <= start_s < b for a, b in self.spans)
@@ -236,7 +236,7 @@ async def ledger_seals(
 ) -> list[LedgerSeal]:
     """Seals of windows, and of folded days, that lie within [start_s, end_s). Raises Transient."""
     with translated("ledger"):
-        rows = await connection.fetch(_SEALED, [str(t) for t in targets], at(start_s), at(end_s))
+        rows = await connection.fetch(_SEALED, [str(t) for t in targets], utc(start_s), utc(end_s))
     return [
         LedgerSeal(
             row["target"],
@@ -260,8 +260,3 @@ async def forgotten_days(
             [str(t) for t in targets],
         )
     return {(row["target"], row["service"], row["number"]) for row in rows}
-
-
-def at(seconds: float) -> datetime:
-    """UTC."""
-    return datetime.fromtimestamp(seconds, UTC)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from typing import NamedTuple
 
 import numpy as np
@@ -194,7 +193,10 @@ class LookRead:
 
     published: list[WindowCount] = field(default_factory=list)
     held: list[WindowCount] = field(default_factory=list)
+    taken: list[WindowCount] = field(default_factory=list)
+    """Of those, what the store must hold by now."""
     alive: list[WindowCount] = field(default_factory=list)
+    """Of what was taken, all but the dead."""
     versions: list[int] = field(default_factory=list)
 
     @property
@@ -249,18 +251,14 @@ class Slice:
         target: str,
         done: ReceiptItem,
         version: int,
-        archived: Iterable[WindowCount],
+        taken: Iterable[WindowCount],
         alive: Iterable[WindowCount],
     ) -> None:
-        """What a complete look saw of each of its windows, less what is dead of that."""
-        dead = [(c.start_s, c.points, c.digest) for c in archived]
-        seen = [(c.start_s, c.points, c.digest) for c in done.whole] or dead
-        found = stored_counts(seen, dead + [(c.start_s, -c.points, -c.digest) for c in alive])
+        """What a complete look saw of each of its windows, less what is dead: that of `taken` which is not in `alive`."""
+        with_dead = [(c.start_s, c.points, c.digest) for c in taken]
+        seen = [(c.start_s, c.points, c.digest) for c in done.whole] or with_dead
+        found = stored_counts(seen, with_dead + [(c.start_s, -c.points, -c.digest) for c in alive])
         newest = self.newest[(target, done.item.service)]
         for window in done.item.windows():
             count = LookCount(version, done.outcome.observed_at_ms, *found.get(window.start_s, (0, 0))[:2])
             newest[window.start_s] = max(count, newest.get(window.start_s, count))
-
-
-def rfc3339(at_s: float) -> str:
-    return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -9,12 +9,13 @@ A newer look that lands opens a sealed, declared or folded window again, for wha
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 import asyncpg
 import orjson
 
 from ingest.balance import signed, stored_counts
+from ingest.clock import utc
 from ingest.model import LookStatus, version_of
 
 _NEWLY_LANDED = """UPDATE looks l SET landed_at = $2
@@ -99,13 +100,9 @@ async def _landed(
         *span,
         look["observed_at"],
         version,
-        [_at(start_s) for start_s in counts],
+        [utc(start_s) for start_s in counts],
         [points for points, _, _ in counts.values()],
         [signed(digest) for _, digest, _ in counts.values()],
         [dead for _, _, dead in counts.values()],
         look["in_part"],
     )
-
-
-def _at(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)

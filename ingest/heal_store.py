@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
 import asyncpg
 
 from ingest import pauses, wire
+from ingest.clock import utc
 from ingest.heal import (
     Announced,
     Ask,
@@ -155,7 +156,7 @@ class HealStore:
             if decision.relanded:
                 await connection.execute(_RELAND, list(decision.relanded))
             await connection.execute(
-                "DELETE FROM attempts WHERE allocated_at < $1", _at(now_s) - ATTEMPTS_KEPT
+                "DELETE FROM attempts WHERE allocated_at < $1", utc(now_s) - ATTEMPTS_KEPT
             )
         dollars = situation.spent_usd + sum((a.usd for a in asked), Decimal(0))
         return Healed(decision, tuple(a.task for a in asked), declared, dollars)
@@ -167,7 +168,7 @@ class HealStore:
         rules: Rules,
         announced: Mapping[str, Announced],
     ) -> Situation:
-        now = _at(now_s)
+        now = utc(now_s)
         grace = timedelta(seconds=GRACE_S)
         rows = await connection.fetch(_OVERDUE, self._below or now, grace, now, WINDOWS_MAX)
         self._below = _next_below(rows, self._below)
@@ -191,7 +192,7 @@ class HealStore:
         if not windows:
             return Situation(**common)
         targets = sorted({str(w.target) for w in windows})
-        oldest = _at(min(w.window.start_s for w in windows) - rules.block_s_max)
+        oldest = utc(min(w.window.start_s for w in windows) - rules.block_s_max)
         pairs = sorted({(str(w.target), w.service) for w in windows})
         heard = {r["target"]: r for r in await connection.fetch(_HEARD, targets, recent)}
         series = await connection.fetch(_SERIES, [t for t, _ in pairs], [s for _, s in pairs], recent)
@@ -217,8 +218,8 @@ class HealStore:
         task = ask.task
         [item] = task.items
         allocated = await connection.fetchval(
-            _ALLOCATE, str(task.target), item.service, _at(ask.block_start_s), task.attempt, task.task_id,
-            _at(item.start_s), _at(item.end_s), _at(now_s), ask.usd, wire.encode_task(task),
+            _ALLOCATE, str(task.target), item.service, utc(ask.block_start_s), task.attempt, task.task_id,
+            utc(item.start_s), utc(item.end_s), utc(now_s), ask.usd, wire.encode_task(task),
         )  # fmt: skip
         return allocated is not None
 
@@ -230,8 +231,8 @@ async def _declare(
     by_key = {(str(d.window.target), d.window.service, d.window.window.start_s): d for d in declared}
     keys = sorted(by_key)
     rows = await connection.fetch(
-        _DECLARE, [k[0] for k in keys], [k[1] for k in keys], [_at(k[2]) for k in keys],
-        [by_key[k].reason.value for k in keys], _at(now_s),
+        _DECLARE, [k[0] for k in keys], [k[1] for k in keys], [utc(k[2]) for k in keys],
+        [by_key[k].reason.value for k in keys], utc(now_s),
     )  # fmt: skip
     done = ((r["target"], r["service"], int(r["window_start"].timestamp())) for r in rows)
     return tuple(by_key[key] for key in sorted(done))
@@ -243,7 +244,7 @@ async def _unbalanced(connection: asyncpg.Connection, windows: list[OpenWindow])
     if not some:
         return []
     rows = await connection.fetch(
-        _UNBALANCED, [str(w.target) for w in some], [w.service for w in some], [_at(w.window.start_s) for w in some],
+        _UNBALANCED, [str(w.target) for w in some], [w.service for w in some], [utc(w.window.start_s) for w in some],
     )  # fmt: skip
     looks = {r["look_id"]: r for r in rows}
     return [
@@ -302,7 +303,3 @@ def _unlanded(row: asyncpg.Record, landed: datetime | None, before: datetime) ->
         int(row["window_end"].timestamp()),
         passed=landed is not None and landed > row["finished_at"] and row["finished_at"] < before,
     )
-
-
-def _at(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)

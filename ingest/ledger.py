@@ -22,12 +22,13 @@ import contextlib
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 import asyncpg
 import orjson
 
 from ingest import charges, settling, wire
+from ingest.clock import utc
 from ingest.errors import Fatal, Rejected
 from ingest.fold import fold_landed
 from ingest.model import LookStatus, Receipt, ReceiptItem, SourceName, Task, TaskItem, TaskKind, WindowCount
@@ -196,26 +197,26 @@ class Ledger:
                 await _advance(connection, advance)
             for fact in facts:
                 if isinstance(fact, Task):
-                    await _planned(connection, fact, _at(now_s))
+                    await _planned(connection, fact, utc(now_s))
             # Windows in one order for all processes, as `fold_landed` takes them, so that no two wait for each other.
             for fact, item in sorted(((f, i) for f in facts for i in f.items), key=_window_order):
-                await self._windows(connection, str(fact.target), _item_of(item), _at(now_s))
+                await self._windows(connection, str(fact.target), _item_of(item), utc(now_s))
                 if isinstance(fact, Receipt) and isinstance(item, ReceiptItem):
                     await _receipt(connection, fact, item)
                 elif isinstance(fact, Task):
-                    await _asked(connection, fact, _item_of(item), _at(now_s))
+                    await _asked(connection, fact, _item_of(item), utc(now_s))
 
     async def fold_landed(self, sink: str, now_s: int) -> int:
         """Mark up to 500 looks whose batches have all landed in `sink`, and their windows; returns how many. Raises Transient."""
         async with self.connected() as connection, connection.transaction():
-            return await fold_landed(connection, sink, self._settling, _at(now_s))
+            return await fold_landed(connection, sink, self._settling, utc(now_s))
 
     async def memory(self, before_s: int | None = None) -> PlannersMemory:
         """What a coordinator that starts needs to know of what was planned before. Raises Transient.
 
         With `before_s`, `planned_until_s` is of windows that ended by then.
         """
-        before = None if before_s is None else _at(before_s)
+        before = None if before_s is None else utc(before_s)
         async with self.connected() as connection, connection.transaction(readonly=True):
             planned = [row for query in _PLANNED_UNTIL for row in await connection.fetch(query, before)]
             kept = await _kept_plan(connection)
@@ -246,7 +247,7 @@ class Ledger:
 
     async def remember_plan(self, slots: Mapping[str, int], weights: Mapping[str, float], now_s: int) -> None:
         """Keep the plan, by unit, so that the next one moves little. Raises Transient."""
-        rows = [(t, s, weights[t], _at(now_s)) for t, s in sorted(slots.items())]
+        rows = [(t, s, weights[t], utc(now_s)) for t, s in sorted(slots.items())]
         async with self.connected() as connection, connection.transaction():
             await connection.executemany(_REMEMBER, rows)
             await connection.execute("DELETE FROM targets WHERE NOT target = ANY($1)", list(slots))
@@ -258,8 +259,8 @@ class Ledger:
             _PLANNED,
             target,
             item.service,
-            _at(item.start_s),
-            _at(item.end_s),
+            utc(item.start_s),
+            utc(item.end_s),
             timedelta(seconds=item.grid_s),
             self._settling(target, item.service, item.grid_s),
             now,
@@ -310,18 +311,18 @@ async def _planned(connection: asyncpg.Connection, task: Task, now: datetime) ->
         task.task_id,
         str(task.target),
         task.config_revision,
-        _at(task.tick_s),
+        utc(task.tick_s),
         task.kind,
         task.attempt,
         now,
-        _at(task.expires_s) if task.expires_s else None,
+        utc(task.expires_s) if task.expires_s else None,
         wire.encode_task(task),
     )
 
 
 async def _asked(connection: asyncpg.Connection, task: Task, item: TaskItem, now: datetime) -> None:
     """Windows that nobody is asked for, for want of money, are closed; those that are asked for after all open again."""
-    span = (str(task.target), item.service, _at(item.start_s), _at(item.end_s))
+    span = (str(task.target), item.service, utc(item.start_s), utc(item.end_s))
     if task.kind in (TaskKind.BUDGET, TaskKind.PAUSED):
         await charges.none(connection, task, item, now)
     if task.kind == TaskKind.BUDGET:
@@ -332,13 +333,13 @@ async def _asked(connection: asyncpg.Connection, task: Task, item: TaskItem, now
 
 async def _receipt(connection: asyncpg.Connection, receipt: Receipt, done: ReceiptItem) -> None:
     target, item, outcome = str(receipt.target), done.item, done.outcome
-    span = (target, item.service, _at(item.start_s), _at(item.end_s))
-    finished_at = _at(receipt.finished_at_ms / 1000)
+    span = (target, item.service, utc(item.start_s), utc(item.end_s))
+    finished_at = utc(receipt.finished_at_ms / 1000)
     observed_at_ms = outcome.observed_at_ms
     if observed_at_ms and receipt.target.source == SourceName.EXPOSITION:
         # It was taken while its window lasted; an endpoint whose clock is behind must not make it look unsettled.
         observed_at_ms = max(observed_at_ms, item.start_s * 1000)
-    observed_at = _at(observed_at_ms / 1000) if observed_at_ms else None
+    observed_at = utc(observed_at_ms / 1000) if observed_at_ms else None
     written = await connection.execute(
         _LOOK,
         receipt.task_id,
@@ -346,7 +347,7 @@ async def _receipt(connection: asyncpg.Connection, receipt: Receipt, done: Recei
         finished_at,
         target,
         receipt.shard,
-        _at(receipt.started_at_ms / 1000),
+        utc(receipt.started_at_ms / 1000),
         *span[2:],
         outcome.status,
         outcome.detail,
@@ -388,7 +389,3 @@ async def _advance(connection: asyncpg.Connection, to: Advance) -> None:
             f"its position is not {to.expected_next}: another process projects this partition",
             "this process rejoins the group",
         )
-
-
-def _at(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import asyncpg
@@ -34,9 +34,10 @@ import orjson
 from numpy.typing import NDArray
 
 from ingest.balance import Claim, imbalance, signed
+from ingest.clock import utc
 from ingest.model import SourceName, Target, point_hashes
 from ingest.schedule import grid_of
-from ingest.sinks.rows_back import POSTGRES_EPOCH_S, RowsBack
+from ingest.sinks.rows_back import RowsBack, seconds_of
 from shard_config.model import Config, ServiceProfile
 
 SINK = "postgres"
@@ -167,7 +168,7 @@ class Tally:
     def add(self, rows: NDArray[Any]) -> None:
         """Take in rows, of the dtype of the stream; those of no claim's window are left out."""
         self.rows += len(rows)
-        times_s = rows["ts_us"].astype(np.int64) // 1_000_000 + POSTGRES_EPOCH_S
+        times_s = seconds_of(rows)
         scopes, versions = rows["n"].astype(np.int64), rows["version"].astype(np.int64)
         at = np.searchsorted(self._sorted, self._keys(scopes, times_s), side="right") - 1
         within = (at >= 0) & (self._scopes[at] == scopes) & (times_s < self._ends[at])
@@ -208,7 +209,7 @@ async def seal(
         now,
         [c.target for c in claims],
         [c.service for c in claims],
-        [_at(c.start_s) for c in claims],
+        [utc(c.start_s) for c in claims],
         [c.version for c in claims],
         [c.points for c in claims],
         [c.digest for c in claims],
@@ -219,7 +220,7 @@ async def seal(
         places = (
             [c.target for c in refuted],
             [c.service for c in refuted],
-            [_at(c.start_s) for c in refuted],
+            [utc(c.start_s) for c in refuted],
         )
         await connection.execute(_WITHDRAWN, SINK, *places)
     return Sealing(len(claims), verdicts.count(None), tally.rows)
@@ -259,10 +260,10 @@ async def _read(
         )
     start_s, end_s = min(c.start_s for c in claims), max(c.end_s for c in claims)
     when = "s.ts >= $2 AND s.ts < $3"
-    arguments: list[Any] = [_at(start_s), _at(end_s)]
+    arguments: list[Any] = [utc(start_s), utc(end_s)]
     if _is_long(claims[0]):
         times_s = {t for p in periods_s for c in claims for t in range(-(-c.start_s // p) * p, c.end_s, p)}
-        when, arguments = "s.ts = ANY($2)", [[_at(t) for t in sorted(times_s)]]
+        when, arguments = "s.ts = ANY($2)", [[utc(t) for t in sorted(times_s)]]
     # A nested loop would look each series up in the key, which has time first: that is a scan a series.
     await connection.execute("SET LOCAL enable_nestloop = off")
     rows = RowsBack(tally.add)
@@ -271,7 +272,3 @@ async def _read(
     )
     rows.finish()
     return tally
-
-
-def _at(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)

@@ -16,6 +16,7 @@ import asyncpg
 from ingest import charges, pauses, wire
 from ingest.budget import ZERO, Limits, Pair, Poll, Polling, Situation, Spent
 from ingest.charges import Charge, Known
+from ingest.clock import utc
 from ingest.model import SourceName, Task
 from ingest.pauses import Pauses
 from ingest.schedule import grids_of
@@ -89,9 +90,9 @@ async def keep(connection: asyncpg.Connection, polling: Polling, before: Polling
             k, stopped = polling.of(account, service), (account, service) in polling.stopped
             if (k, stopped) == (before.of(account, service), (account, service) in before.stopped):
                 continue
-            await connection.execute(_KEEP, account, service, k, stopped, _at(now_s))
+            await connection.execute(_KEEP, account, service, k, stopped, utc(now_s))
             if k > before.of(account, service):
-                await connection.execute(_ALLOW, account, service, k, _at(now_s) - ALLOW_BACK)
+                await connection.execute(_ALLOW, account, service, k, utc(now_s) - ALLOW_BACK)
 
 
 def _pairs(polling: Polling) -> set[Pair]:
@@ -193,7 +194,3 @@ def payer_of(payers: Mapping[str, str], account: str) -> str:
 
 def _midnight(day: date) -> datetime:
     return datetime(day.year, day.month, day.day, tzinfo=UTC)
-
-
-def _at(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)

@@ -11,7 +11,7 @@ from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
 
-from ingest.expected import rfc3339
+from ingest.clock import rfc3339
 from ingest.model import LookStatus, RecordPosition, SeriesKey, split_version
 from ingest.validate import Reason
 

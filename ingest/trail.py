@@ -17,10 +17,8 @@ from ingest import pauses, wire
 from ingest.archive import S3Archive
 from ingest.auditor import reach_s
 from ingest.batch import decode_by_series
-from ingest.clock import Clock
+from ingest.clock import Clock, rfc3339, utc
 from ingest.errors import Rejected
-from ingest.evidence import at
-from ingest.expected import rfc3339
 from ingest.model import BatchId, DeadLetter, Series, SeriesKey, SourceName, Target, series_id, split_version
 from ingest.pauses import Pauses
 from ingest.ports import Record
@@ -99,7 +97,7 @@ async def follow(
 
 async def _stored(connection: asyncpg.Connection, key: SeriesKey, at_s: int) -> Stored | None:
     row = await connection.fetchrow(
-        "SELECT value, version FROM samples WHERE ts = $1 AND series = $2", at(at_s), series_id(key)
+        "SELECT value, version FROM samples WHERE ts = $1 AND series = $2", utc(at_s), series_id(key)
     )
     return Stored(row["value"], row["version"]) if row else None
 
@@ -145,7 +143,7 @@ async def _window(
     connection: asyncpg.Connection, target: Target, service: str, at_s: int
 ) -> WindowState | None:
     for query in (_WINDOW, _FOLDED):
-        row = await connection.fetchrow(query, str(target), service, at(at_s))
+        row = await connection.fetchrow(query, str(target), service, utc(at_s))
         if row:
             start, end = row["window_start"], row["window_end"]
             rest = (row["state"], row["detail"], row["settles_at"], row["attempts"])
@@ -159,7 +157,7 @@ async def _planned(
     rows = await connection.fetch(
         "SELECT value, planned_at FROM tasks WHERE target = $1 AND tick > $2 AND tick <= $3 ORDER BY planned_at, tick"
         " LIMIT $4",
-        str(target), at(at_s), at(at_s + within_s), TASKS_MAX,
+        str(target), utc(at_s), utc(at_s + within_s), TASKS_MAX,
     )  # fmt: skip
     tasks = ((wire.decode_task(row["value"]), row["planned_at"]) for row in rows)
     return tuple(
@@ -175,7 +173,7 @@ async def _looks(
     rows = await connection.fetch(
         "SELECT * FROM looks WHERE target = $1 AND service = $2 AND window_start <= $3 AND window_end > $3 AND finished_at >= $4"
         " ORDER BY finished_at DESC LIMIT $5",
-        str(target), service, at(at_s), at(at_s - 86_400), LOOKS_MAX,
+        str(target), service, utc(at_s), utc(at_s - 86_400), LOOKS_MAX,
     )  # fmt: skip
     return list(reversed(rows))
 

@@ -18,15 +18,14 @@ from pathlib import Path
 from ingest.archive import open_archive
 from ingest.audit import Kind, Report
 from ingest.auditor import Auditor, Scope
-from ingest.clock import Clock, SystemClock
-from ingest.expected import rfc3339
+from ingest.clock import Clock, SystemClock, rfc3339
 from ingest.recheck import Recheck, recheck
 from ingest.schedule import grids_of
 from ingest.sinks.connection import open_connection
 from shard_config.model import Config
 from workers import local
+from workers.arguments import parse_time
 from workers.lifecycle import configure_logs
-from workers.samples import parse_time
 
 
 async def audit(

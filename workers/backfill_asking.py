@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 
 import asyncpg
 
 from ingest import wire
-from ingest.clock import Clock
+from ingest.clock import Clock, utc
 from ingest.errors import Transient
 from ingest.log import Outgoing, Sender
 from ingest.model import Task, TaskKind
@@ -91,7 +90,7 @@ async def unanswered(connection: asyncpg.Connection, tasks: Sequence[Task]) -> l
     if not tasks:
         return []
     items = [
-        (t.task_id, str(t.target), i.service, _at(i.start_s), _at(i.end_s)) for t in tasks for i in t.items
+        (t.task_id, str(t.target), i.service, utc(i.start_s), utc(i.end_s)) for t in tasks for i in t.items
     ]
     with translated("ledger"):
         rows = await connection.fetch(
@@ -139,8 +138,4 @@ def _count(task: Task, row: asyncpg.Record, done: Done) -> None:
     done.points += row["points"]
     done.metrics_billed += row["metrics_billed"]
     if not row["complete"]:
-        done.problems.append(f"{task.target} until {_at(task.tick_s):%Y-%m-%dT%H:%MZ}: {row['detail']}")
-
-
-def _at(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)
+        done.problems.append(f"{task.target} until {utc(task.tick_s):%Y-%m-%dT%H:%MZ}: {row['detail']}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Protocol
 
 import asyncpg
@@ -21,7 +20,7 @@ from ingest import wire
 from ingest.archive import S3Archive
 from ingest.archive_replay import ArchiveReplay
 from ingest.backfill import KnownLook, Survey
-from ingest.clock import Clock
+from ingest.clock import Clock, utc
 from ingest.errors import Rejected, Transient
 from ingest.landing import Landing
 from ingest.log import Outgoing, Sender
@@ -101,7 +100,7 @@ Tell = Callable[[float, Done], None]
 
 async def read_ledger(connection: asyncpg.Connection, survey: Survey) -> None:
     """What the ledger knows of the survey's windows. Raises Transient, Fatal."""
-    bounds = _at(survey.scope.from_s), _at(survey.scope.to_s)
+    bounds = utc(survey.scope.from_s), utc(survey.scope.to_s)
     with translated("ledger"):
         async with connection.transaction(isolation="repeatable_read", readonly=True):
             async for row in connection.cursor(_LOOKS, *bounds, prefetch=5000):
@@ -158,7 +157,7 @@ async def is_emptied(connection: asyncpg.Connection, from_s: int, to_s: int) -> 
     Raises Transient.
     """
     with translated("store"):
-        return bool(await connection.fetchval(_EMPTIED, _at(from_s), _at(to_s)))
+        return bool(await connection.fetchval(_EMPTIED, utc(from_s), utc(to_s)))
 
 
 async def has_positions(connection: asyncpg.Connection, reader: str) -> bool:
@@ -271,7 +270,7 @@ class LedgerAnnouncer:
                 [r.task_id for r, _ in items],
                 [str(r.target) for r, _ in items],
                 [i.item.service for _, i in items],
-                [_at(i.item.start_s) for _, i in items],
+                [utc(i.item.start_s) for _, i in items],
             )
         unheard = {row["task_id"] for row in rows}
         new = [r for r in found if r.task_id in unheard]
@@ -296,7 +295,3 @@ def _look_of(row: asyncpg.Record) -> KnownLook:
         row.get("held", 0),
         row.get("seen"),
     )
-
-
-def _at(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)

@@ -35,7 +35,7 @@ from ingest.assign import (
     moves,
 )
 from ingest.brokers import client_options
-from ingest.clock import Clock
+from ingest.clock import Clock, rfc3339
 from ingest.errors import Fatal, Rejected, Transient
 from ingest.group import Consumer
 from ingest.log import Outgoing, Sender, quietly
@@ -184,7 +184,7 @@ def check_name(board: Board, mine: Incarnation) -> None:
     if other is not None and other.order > mine.order:
         raise Fatal(
             f"shard {mine.shard}",
-            f"another process with the name {mine.shard} started at {_utc(other.started_at_ms)} (pid {other.pid} on {other.host})",
+            f"another process with the name {mine.shard} started at {rfc3339(other.started_at_ms / 1000)} (pid {other.pid} on {other.host})",
             "give each its own name",
         )
 
@@ -341,9 +341,3 @@ class Publisher:
                 for n in self.noted
             ],
         }
-
-
-def _utc(ms: int) -> str:
-    from datetime import UTC, datetime
-
-    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 import asyncpg
 import orjson
 
+from ingest.clock import rfc3339
 from ingest.model import split_version
 from ingest.sinks.connection import translated
 from shard_config.model import Config, ServiceProfile
@@ -98,7 +99,7 @@ def _compare(
             verdict.expected += len(expected)
             for t in expected - points.keys():
                 verdict.missing += 1
-                verdict.complain(f"{target} {series} at {_rfc3339(t)}: missing")
+                verdict.complain(f"{target} {series} at {rfc3339(t)}: missing")
     looks_s = sorted({version_s for points in found for _, version_s in points.values()})
     for look_s in looks_s:
         answers = truth.answers(*target, questions, from_s, to_s, look_s)
@@ -121,10 +122,10 @@ def _hold(
             continue
         if t not in shown:
             verdict.invented += 1
-            verdict.complain(f"{what} at {_rfc3339(t)}: landed {value!r}, but the truth has no point")
+            verdict.complain(f"{what} at {rfc3339(t)}: landed {value!r}, but the truth has no point")
         elif shown[t] != value:
             verdict.wrong += 1
-            verdict.complain(f"{what} at {_rfc3339(t)}: landed {value!r}, the truth is {shown[t]!r}")
+            verdict.complain(f"{what} at {rfc3339(t)}: landed {value!r}, the truth is {shown[t]!r}")
         else:
             verdict.equal += 1
 
@@ -170,7 +171,3 @@ async def _as_of(connection: asyncpg.Connection, target: str) -> dict[str, dict[
         else:
             stretches[(row["start_s"], row["end_s"])] = row["as_of_s"]
     return found
-
-
-def _rfc3339(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

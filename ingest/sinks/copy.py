@@ -26,7 +26,7 @@ TIMESTAMP_MIN_S = -210_866_803_200
 TIMESTAMP_MAX_S = 9_224_318_016_000 - 1
 """PostgreSQL's newest timestamptz, the end of the year 294276."""
 
-_POSTGRES_EPOCH_S = 946_684_800  # 2000-01-01T00:00:00Z
+POSTGRES_EPOCH_S = 946_684_800  # 2000-01-01T00:00:00Z
 
 _ROW = np.dtype(
     [
@@ -113,7 +113,7 @@ def copy_stream(rows: Rows) -> memoryview:
     out["fields"] = len(COLUMNS)
     out["timestamp_bytes"] = out["value_bytes"] = out["version_bytes"] = 8
     out["series_bytes"] = 16
-    out["timestamp_us"] = (rows.timestamps_s - _POSTGRES_EPOCH_S) * 1_000_000
+    out["timestamp_us"] = (rows.timestamps_s - POSTGRES_EPOCH_S) * 1_000_000
     out["series"] = rows.ids[rows.series]
     out["value"] = rows.values
     out["version"] = rows.versions

@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ingest.errors import Transient
+from ingest.sinks.copy import POSTGRES_EPOCH_S
 
 ROWS_AT_ONCE = 65_536
 """About 4 MiB."""
-
-POSTGRES_EPOCH_S = 946_684_800  # 2000-01-01T00:00:00Z
 
 ROW = np.dtype(
     [
@@ -31,7 +30,13 @@ ROW = np.dtype(
     ]
 )
 """A row of a query whose columns are (int n, timestamptz ts, uuid series, float8 value, bigint version), none NULL. `ts_us`
-counts from `POSTGRES_EPOCH_S`."""
+is turned into seconds by `seconds_of`."""
+
+
+def seconds_of(rows: NDArray[Any]) -> NDArray[np.int64]:
+    """The rows' timestamps, whole seconds since the epoch."""
+    return rows["ts_us"].astype(np.int64) // 1_000_000 + POSTGRES_EPOCH_S
+
 
 _HEADER_BYTES = 19
 _TRAILER = b"\xff\xff"
