@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -283,25 +284,33 @@ async def serve(config: Config, lifecycle: Lifecycle, path: Path | None = None) 
     lister = Lister(config.s3, clock)
     settings = Settings(config, lister, clock, path)
     config = await settings.start()
-    producer = Producer(config.kafka, "coordinator")
-    ledger = Ledger(config.postgres, "headgate coordinator", {})
-    watching = Ledger(config.postgres, "headgate coordinator's pauses", {})
-    healing = Ledger(config.postgres, "headgate healing", {})
-    spending = Ledger(config.postgres, "headgate budgets", {})
-    board = Board(config.kafka, "coordinator")
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+
+        def connection(name: str) -> Ledger:
+            """One for each loop: they are not for concurrent use."""
+            made = Ledger(config.postgres, f"headgate {name}", {})
+            stack.push_async_callback(made.close)
+            return made
+
+        producer = Producer(config.kafka, "coordinator")
+        stack.push_async_callback(producer.close)
+        ledger = connection("coordinator")
+        board = Board(config.kafka, "coordinator")
+        stack.push_async_callback(board.close)
         await until_slots_fit(config, lifecycle)
         memory = await _remember(ledger, clock, lifecycle)
         if lifecycle.stop.is_set():
             return
         coordinator = Coordinator(config, producer, clock, memory or NO_MEMORY)
         # Before the first plan: what is paused is not asked for even once.
-        pauses = HealStore(watching)
+        pauses = HealStore(connection("coordinator's pauses"))
         await read_pauses(coordinator, pauses)
-        healer = Healer(config, coordinator, HealStore(healing), clock)
-        budgeter = Budgeter(config, coordinator, spending, clock)
+        healer = Healer(config, coordinator, HealStore(connection("healing")), clock)
+        healer.configure(config, whole=settings.whole)
+        budgeter = Budgeter(config, coordinator, connection("budgets"), clock)
         await budgeter.try_step()
-
+        publisher = Publisher(config.kafka, producer, board, clock, lambda: coordinator.planned)
+        lifecycle.pages["shards"] = publisher.page
         replanned = asyncio.Event()
 
         async def apply(changed: Config) -> None:
@@ -310,9 +319,6 @@ async def serve(config: Config, lifecycle: Lifecycle, path: Path | None = None) 
             budgeter.configure(changed)
             replanned.set()
 
-        healer.configure(config, whole=settings.whole)
-        publisher = Publisher(config.kafka, producer, board, clock, lambda: coordinator.planned)
-        lifecycle.pages["shards"] = publisher.page
         async with asyncio.TaskGroup() as group:
             group.create_task(board.run(lifecycle))
             group.create_task(publisher.run(lifecycle))
@@ -331,13 +337,6 @@ async def serve(config: Config, lifecycle: Lifecycle, path: Path | None = None) 
                 replanned.clear()
                 await _keep_plan(coordinator, ledger, clock)
                 await lifecycle.pause(PLAN_KEPT_S, replanned)
-    finally:
-        await watching.close()
-        await healing.close()
-        await spending.close()
-        await board.close()
-        await ledger.close()
-        await producer.close()
 
 
 async def _remember(ledger: Ledger, clock: Clock, lifecycle: Lifecycle) -> PlannersMemory | None:
