@@ -34,9 +34,9 @@ from shard_config.document import (
     parse,
     render,
 )
+from shard_config.fields import SLUG_PATTERN
 from shard_config.known import known_regions, shipped_documents, shipped_services
 from shard_config.model import (
-    SLUG_PATTERN,
     Account,
     Config,
     Defaults,
@@ -270,11 +270,25 @@ class _Loading:
         if security is not None and isinstance(section, dict):
             for key in ("username", "password"):
                 self._put_secret(security, ("kafka", "security"), key, section)
+        self._receivers(root, data)
         for path, variable in OVERRIDES.items():
             section = data.setdefault(str(path[0]), {})
             if isinstance(section, dict) and self._environ.get(variable):
                 section[str(path[1])] = self._environ[variable]
         return self._piece(Config, root, (), data)
+
+    def _receivers(self, root: Node, data: dict[str, object]) -> None:
+        """Put the receivers' secrets in their place in `data`."""
+        written = root.get("remote_write")
+        listed = written.get("receivers") if written is not None else None
+        section = data.get("remote_write")
+        into = section.get("receivers") if isinstance(section, dict) else None
+        if listed is None or not isinstance(into, list):
+            return
+        for i, (node, receiver) in enumerate(zip(listed.items, into, strict=True)):
+            if isinstance(receiver, dict):
+                for key in ("bearer_token", "password"):
+                    self._put_secret(node, ("remote_write", "receivers", i), key, receiver)
 
     def _section(self, root: Node, key: str, kind: type[dict[str, Node]] | type[list[Node]]) -> Node:
         """A part of the file, empty where it is left out (or where it is of the wrong kind, which is an error)."""

@@ -12,20 +12,21 @@ from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    SecretStr,
-    StringConstraints,
-    Tag,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Discriminator, Field, SecretStr, StringConstraints, Tag, model_validator
 
+from shard_config.fields import (
+    AccountId,
+    HttpUrl,
+    Pattern,
+    Slug,
+    Statistic,
+    Strict,
+    is_a_period,
+    repeated,
+    wrong,
+)
 from shard_config.price_list import PriceList
+from shard_config.remote_write import RemoteWrite
 
 DATAPOINTS_PER_CALL_MAX: Final = 100_800
 """GetMetricData's limit; one series of one look has to fit."""
@@ -37,52 +38,6 @@ RETENTION_S: Final = ((3600, 455 * 86_400), (300, 63 * 86_400), (60, 15 * 86_400
 def retention_s(period_s: int) -> int:
     """How long CloudWatch answers queries of this period, seconds. Past that it answers nothing, and no error."""
     return next(kept_s for unit_s, kept_s in RETENTION_S if period_s % unit_s == 0)
-
-
-def _wrong(key: str, what: str) -> PydanticCustomError:
-    """An error of a whole model that belongs to one of its keys: `load` reads `key` to find the line."""
-    # The text goes in as a value: what it quotes may hold braces.
-    return PydanticCustomError("headgate", "{what}", {"what": what, "key": key})
-
-
-def _is_a_period(period_s: int) -> int:
-    if period_s not in (1, 5, 10, 30) and period_s % 60:
-        raise PydanticCustomError("headgate", "CloudWatch has periods of 1, 5, 10, 30 and multiples of 60 s")
-    return period_s
-
-
-def _is_a_pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise PydanticCustomError(
-            "pattern", "{what}", {"what": f'"{text}" is not a pattern: {error}'}
-        ) from error
-    return text
-
-
-def _repeated(values: tuple[str, ...]) -> str | None:
-    """The first value that stands there twice."""
-    return next((value for i, value in enumerate(values) if value in values[:i]), None)
-
-
-AccountId = Annotated[str, StringConstraints(pattern=r"^\d{12}$")]
-Pattern = Annotated[str, AfterValidator(_is_a_pattern)]
-"""A regular expression, Python's."""
-SLUG_PATTERN: Final = r"^[a-z0-9][a-z0-9-]{0,62}$"
-Slug = Annotated[str, StringConstraints(pattern=SLUG_PATTERN)]
-HttpUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#]+([/?#]\S*)?$")]
-"""Kept as text, not taken apart: it becomes a label as it stands."""
-Statistic = Annotated[
-    str,
-    StringConstraints(
-        pattern=r"^(Average|Sum|Minimum|Maximum|SampleCount|p\d{1,2}(\.\d{1,2})?|IQM|tm\d{1,2})$"
-    ),
-]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class MetricProfile(Strict):
@@ -98,9 +53,9 @@ class MetricProfile(Strict):
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise _wrong("max", f"max {self.max:g} is below min {self.min:g}")
-        if twice := _repeated(self.statistics):
-            raise _wrong("statistics", f"{twice} stands there twice")
+            raise wrong("max", f"max {self.max:g} is below min {self.min:g}")
+        if twice := repeated(self.statistics):
+            raise wrong("statistics", f"{twice} stands there twice")
         return self
 
 
@@ -133,7 +88,7 @@ class ServiceProfile(Strict):
 
     service: Slug
     namespace: str
-    period_s: Annotated[int, AfterValidator(_is_a_period)] = Field(60, ge=1)
+    period_s: Annotated[int, AfterValidator(is_a_period)] = Field(60, ge=1)
     """Resolution asked for: 1, 5, 10, 30 or a multiple of 60. Divides the poll interval."""
     poll_interval_s: int = Field(300, ge=1)
     """Length of a window, and how often a look is taken."""
@@ -165,27 +120,27 @@ class ServiceProfile(Strict):
     def _is_consistent(self) -> Self:
         """Windows are whole periods, and all that a look covers fits into a call and is still kept by CloudWatch."""
         if self.poll_interval_s % self.period_s:
-            raise _wrong(
+            raise wrong(
                 "period_s", f"period_s {self.period_s} does not divide poll_interval_s {self.poll_interval_s}"
             )
         covered_s = self.poll_interval_s + self.settling_s
         points = covered_s // self.period_s
         if points > DATAPOINTS_PER_CALL_MAX:
-            raise _wrong(
+            raise wrong(
                 "settling_s",
                 f"poll_interval_s + settling_s is {points:,} points of {self.period_s} s; "
                 f"one call answers at most {DATAPOINTS_PER_CALL_MAX:,}",
             )
         if covered_s > retention_s(self.period_s):
-            raise _wrong(
+            raise wrong(
                 "settling_s",
                 f"poll_interval_s + settling_s is {covered_s:,} s; CloudWatch keeps points of {self.period_s} s "
                 f"for {retention_s(self.period_s):,} s",
             )
-        if twice := _repeated(self.statistics):
-            raise _wrong("statistics", f"{twice} stands there twice")
-        if self.metrics != "all" and (twice := _repeated(tuple(m.name for m in self.metrics))):
-            raise _wrong("metrics", f"{twice} stands there twice")
+        if twice := repeated(self.statistics):
+            raise wrong("statistics", f"{twice} stands there twice")
+        if self.metrics != "all" and (twice := repeated(tuple(m.name for m in self.metrics))):
+            raise wrong("metrics", f"{twice} stands there twice")
         return self
 
 
@@ -211,10 +166,10 @@ class Account(Strict):
     def _is_consistent(self) -> Self:
         if self.role_arn and self.role_arn.split(":")[4] != self.id:
             # Its metrics would be labelled with the wrong account.
-            raise _wrong("role_arn", f"the role is of account {self.role_arn.split(':')[4]}, not {self.id}")
+            raise wrong("role_arn", f"the role is of account {self.role_arn.split(':')[4]}, not {self.id}")
         for key, values in (("regions", self.regions), ("services", self.services)):
-            if twice := _repeated(values):
-                raise _wrong(key, f"{twice} stands there twice")
+            if twice := repeated(values):
+                raise wrong(key, f"{twice} stands there twice")
         return self
 
 
@@ -236,11 +191,11 @@ class ExpositionJob(Strict):
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         if bool(self.endpoints) == bool(self.endpoints_file):
-            raise _wrong("endpoints", "give either endpoints or endpoints_file")
-        if twice := _repeated(self.endpoints):
-            raise _wrong("endpoints", f"{twice} stands there twice")
+            raise wrong("endpoints", "give either endpoints or endpoints_file")
+        if twice := repeated(self.endpoints):
+            raise wrong("endpoints", f"{twice} stands there twice")
         if self.timeout_s > self.interval_s:
-            raise _wrong(
+            raise wrong(
                 "timeout_s", f"timeout_s {self.timeout_s:g} is longer than interval_s {self.interval_s}"
             )
         return self
@@ -280,19 +235,19 @@ class KafkaSecurity(Strict):
     def _is_consistent(self) -> Self:
         sasl = self.protocol.startswith("SASL")
         if sasl and self.mechanism is None:
-            raise _wrong("protocol", f"{self.protocol} needs a mechanism")
+            raise wrong("protocol", f"{self.protocol} needs a mechanism")
         if not sasl and self.mechanism is not None:
-            raise _wrong("mechanism", f"a mechanism is part of SASL, and the protocol is {self.protocol}")
+            raise wrong("mechanism", f"a mechanism is part of SASL, and the protocol is {self.protocol}")
         named = self.username is not None, self.password is not None
         if self.mechanism == "OAUTHBEARER":
             if self.protocol != "SASL_SSL":
-                raise _wrong("protocol", "OAUTHBEARER wants SASL_SSL: without TLS its token can be read")
+                raise wrong("protocol", "OAUTHBEARER wants SASL_SSL: without TLS its token can be read")
             if any(named):
-                raise _wrong("mechanism", "OAUTHBEARER takes AWS credentials, and no username or password")
+                raise wrong("mechanism", "OAUTHBEARER takes AWS credentials, and no username or password")
         elif self.mechanism is not None and not all(named):
-            raise _wrong("mechanism", f"{self.mechanism} needs a username and a password")
+            raise wrong("mechanism", f"{self.mechanism} needs a username and a password")
         if self.ca_file and not self.protocol.endswith("SSL"):
-            raise _wrong("ca_file", f"certificates are part of SSL, and the protocol is {self.protocol}")
+            raise wrong("ca_file", f"certificates are part of SSL, and the protocol is {self.protocol}")
         return self
 
 
@@ -316,7 +271,7 @@ class Kafka(Strict):
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         if self.security.mechanism == "OAUTHBEARER" and not self.msk_region:
-            raise _wrong(
+            raise wrong(
                 "bootstrap", "OAUTHBEARER is MSK's, and this is no MSK broker: its name has the region"
             )
         return self
@@ -336,6 +291,8 @@ class Postgres(Strict):
         "postgresql://headgate@127.0.0.1:5432/headgate"
     )
     password: SecretStr | None = None
+    capacity_bytes: int | None = Field(None, ge=1)
+    """What the database may grow to: metrics and an alert tell how near it is. None: not known."""
 
 
 class S3(Strict):
@@ -455,6 +412,7 @@ class Config(Strict):
     heal: Heal = Heal()
     budget: Budget = Budget()
     prices: PriceList = PriceList()
+    remote_write: RemoteWrite | None = None
     run: Run = Run()
 
     @property

@@ -7,7 +7,8 @@ from hashlib import blake2b
 
 from pydantic import Field
 
-from shard_config.model import Account, AccountId, Config, Organization, Strict
+from shard_config.fields import AccountId, Strict
+from shard_config.model import Account, Config, Organization
 
 ACCOUNTS_MAX = 20_000
 """AWS lets an organization have 10,000."""

@@ -16,8 +16,8 @@ from typing import Final
 from pydantic import TypeAdapter, ValidationError
 
 from shard_config.document import ConfigError, ConfigErrors, Node, Path, did_you_mean, parse, render
+from shard_config.fields import Statistic
 from shard_config.known import known_regions
-from shard_config.model import Statistic
 from shard_config.yace_facts import KEYS, KINDS, SAID, facts, is_of, literally, searched
 
 PERIOD_S: Final = 300

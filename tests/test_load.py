@@ -35,6 +35,7 @@ from shard_config.model import (
     ServiceProfile,
 )
 from shard_config.price_list import PriceList
+from shard_config.remote_write import Receiver, RemoteWrite, ServiceSeries
 
 CONFIGS = Path(__file__).parent / "config"
 DOCUMENTATION = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -377,7 +378,10 @@ def test_the_documentation_names_every_key_and_every_service() -> None:
         Selection,
         Resources,
         PriceList,
+        Receiver,
+        RemoteWrite,
         Run,
+        ServiceSeries,
     )
     models = (Config, Defaults, Account, ExpositionJob, ServiceProfile, MetricProfile, *sections)
     keys = {key for model in models for key in model.model_fields}
@@ -388,3 +392,31 @@ def test_what_the_store_no_longer_keeps_is_dead_on_arrival() -> None:
     assert config_of(MINIMAL).landing_limits.retention_s == 455 * 86_400
     kept = config_of(MINIMAL + "samples_retention_days: 30")
     assert (kept.limits.retention_s, kept.landing_limits.retention_s) == (455 * 86_400, 30 * 86_400)
+
+
+RECEIVERS = """
+remote_write:
+  receivers:
+    - {name: one, url: "http://127.0.0.1:9090/api/v1/write", out_of_order_window_s: 7200, bearer_token: {env: TOKEN}}
+    - {name: two, url: "http://127.0.0.1:9091/api/v1/write", username: headgate, password: {env: TOKEN}}
+  services:
+    lambda: {nil_to_zero: ["Errors|Throttles"], exported_tags: [team]}
+"""
+
+
+def test_receivers_secrets_come_from_where_the_file_says() -> None:
+    config = loads(MINIMAL + RECEIVERS, "headgate.yaml", {"TOKEN": "t0ken"})
+    assert config.remote_write is not None
+    one, two = config.remote_write.receivers
+    assert one.bearer_token is not None
+    assert two.password is not None
+    assert (one.bearer_token.get_secret_value(), two.password.get_secret_value()) == ("t0ken", "t0ken")
+    assert "t0ken" not in repr(config)
+    # Where samples go besides decides nothing about what is asked for.
+    assert config.revision == config_of(MINIMAL).revision
+
+
+def test_a_receiver_that_is_there_twice_is_an_error_with_its_line() -> None:
+    with pytest.raises(ConfigErrors) as raised:
+        loads(MINIMAL + RECEIVERS.replace("name: two", "name: one"), "headgate.yaml", {"TOKEN": "x"})
+    assert "one stands there twice" in str(raised.value)
