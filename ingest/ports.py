@@ -6,6 +6,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ingest.errors import Rejected
 from ingest.model import (
     Batch,
@@ -174,6 +177,53 @@ class Sink(Protocol):
 
         Raises Transient (try the same again), Fatal where a position is not the expected one (another consumer owns the
         partition now: drop everything in memory and rejoin), SeriesRejected where an id has landed with other labels.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+# --- Prometheus -------------------------------------------------------------------------------------------------
+
+LabelSet = tuple[tuple[str, str], ...]
+"""A series' labels as Prometheus has them, `__name__` among them: sorted by name, no name twice, no value empty."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SeriesSamples:
+    """Samples of one series on their way to a receiver; times ascend, none is there twice."""
+
+    labels: LabelSet
+    timestamps_ms: NDArray[np.int64]
+    values: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RefusedSamples:
+    """What a receiver would not take of one series. `series` is its index in what was written; `said` are the receiver's words, shortened."""
+
+    series: int
+    reason: str
+    said: str
+    timestamps_ms: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Written:
+    """What one write did: samples that the receiver has, and those that it refused."""
+
+    samples: int
+    refused: tuple[RefusedSamples, ...] = ()
+
+
+class Receiving(Protocol):
+    """One receiver of samples that can be neither corrected nor audited: the first value that it took stays."""
+
+    async def write(self, series: Sequence[SeriesSamples]) -> Written:
+        """Write all samples; returns when the receiver has each, or has refused it.
+
+        Raises Transient where that is not known of every one (write all again then, which changes nothing), and where the receiver refuses
+        us altogether (no such URL, not allowed): with the remedy.
         """
         ...
 
