@@ -7,6 +7,8 @@
   gone loses its slots, a new one takes the least that balances. A shard has few slots, so the plan's bound (the mean and the heaviest slot)
   would leave a new one with next to nothing: slots also move as long as one move makes the heavier of two shards lighter by 0.05 of
   the mean, or gives a shard its first. Nothing moves where no such move is left.
+* **Company**: slots whose targets take from one quota (`shard_config.units.slots_together`) prefer one shard, as `shard_config.plan` says of
+  targets; of slots that could move for balance, those go last that would leave their company behind.
 
 While nothing was ever published, slots weigh the same.
 """
@@ -14,6 +16,7 @@ While nothing was ever published, slots weigh the same.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -42,6 +45,8 @@ class Assignment:
     weights: tuple[float, ...]
     shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """By quota (`account/region`) that several shards take from, and shard: its part of the quota, in (0, 1)."""
+    together: Mapping[int, str] = field(default_factory=dict)
+    """By slot, the quota that it shares with other slots."""
 
     @property
     def order(self) -> tuple[int, int]:
@@ -92,22 +97,28 @@ class Move:
 
 
 def assign(
-    weights: Sequence[float], shards: Collection[str], previous: Mapping[int, str] | None = None
+    weights: Sequence[float],
+    shards: Collection[str],
+    previous: Mapping[int, str] | None = None,
+    together: Mapping[int, str] | None = None,
 ) -> tuple[str, ...]:
-    """The owner of each slot. `previous` may name shards and slots that are no more.
+    """The owner of each slot. `previous` may name shards and slots that are no more, `together` slots.
 
     Raises ValueError where no shard is alive, or for a weight that is none.
     """
     names = sorted(set(shards))
     index = {name: i for i, name in enumerate(names)}
     held = {_key(slot): index[shard] for slot, shard in (previous or {}).items() if shard in index}
-    found = plan({_key(slot): weight for slot, weight in enumerate(weights)}, len(names), held)
+    company = together or {}
+    prefer = {_key(slot): quota for slot, quota in company.items()}
+    by_key = {_key(slot): weight for slot, weight in enumerate(weights)}
+    found = plan(by_key, len(names), held, together=prefer)
     owners = [found[_key(slot)] for slot in range(len(weights))]
-    _even_out(owners, weights, len(names))
+    _even_out(owners, weights, len(names), company)
     return tuple(names[owner] for owner in owners)
 
 
-def _even_out(owners: list[int], weights: Sequence[float], shards: int) -> None:
+def _even_out(owners: list[int], weights: Sequence[float], shards: int, together: Mapping[int, str]) -> None:
     """Move slots to the lightest shard, from the heaviest that has one whose move is worth it. Each move makes the two more even, so it ends."""
     slots: list[set[int]] = [set() for _ in range(shards)]
     for slot, owner in enumerate(owners):
@@ -124,7 +135,8 @@ def _even_out(owners: list[int], weights: Sequence[float], shards: int) -> None:
                 break
         else:
             return
-        slot = min(able, key=lambda slot: (abs(apart / 2 - weights[slot]), slot))
+        stays = Counter(together[slot] for slot in slots[giver] if slot in together)
+        slot = min(able, key=lambda s: (stays[together.get(s, "")] > 1, abs(apart / 2 - weights[s]), s))
         owners[slot] = to
         slots[giver].remove(slot)
         slots[to].add(slot)
@@ -144,7 +156,7 @@ def owners_of(published: Assignment | None, shards: Collection[str], slots: int)
         return published.owners
     missing = max(0, slots - len(published.weights))
     weights = [*published.weights[:slots], *[SLOT_WEIGHT_MIN] * missing]
-    return assign(weights, shards, dict(enumerate(published.owners)))
+    return assign(weights, shards, dict(enumerate(published.owners)), published.together)
 
 
 def newest(members: Collection[Member], own: Assignment | None) -> Assignment | None:
@@ -177,15 +189,22 @@ def encode_assignment(assignment: Assignment) -> bytes:
         "weights": list(assignment.weights),
         "shares": {quota: dict(shards) for quota, shards in assignment.shares.items()},
     }
-    return avro.write("assignment", fields)
+    if not assignment.together:
+        # As most are; shards of an older version read it.
+        return avro.write("assignment", fields, version=1)
+    together = {str(slot): quota for slot, quota in assignment.together.items()}
+    return avro.write("assignment", fields | {"together": together})
 
 
 def decode_assignment(value: bytes) -> Assignment:
     """The inverse of `encode_assignment`. Raises Rejected."""
     _, datum = avro.read(value, ("assignment",))
     shards, owners, weights = datum["shards"], datum["owners"], datum["weights"]
+    together = datum["together"]
     if len(owners) != len(weights) or not all(0 <= i < len(shards) for i in owners):
         raise Rejected("read assignment", Reason.BAD_DATUM, "owners do not fit shards and weights")
+    if not all(slot.isdecimal() for slot in together):
+        raise Rejected("read assignment", Reason.BAD_DATUM, "together is not by slot")
     return Assignment(
         datum["epoch"],
         datum["published_at_ms"],
@@ -194,6 +213,7 @@ def decode_assignment(value: bytes) -> Assignment:
         tuple(shards[i] for i in owners),
         tuple(weights),
         datum["shares"],
+        {int(slot): quota for slot, quota in together.items()},
     )
 
 

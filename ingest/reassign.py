@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ingest.assign import SLOT_WEIGHT_MIN, Assignment, assign, owners_of
 from ingest.membership import GroupLook
-from shard_config.units import UnitPlan, quota_shares
+from shard_config.units import UnitPlan, quota_shares, slots_together
 
 PUBLISH_EVERY_S = 3.0
 WEIGHTS_EVERY_S = 600.0
@@ -26,6 +26,9 @@ SHARE_MARGIN = 0.1
 
 Shares = Mapping[str, Mapping[str, float]]
 """By quota and shard."""
+
+Together = Mapping[int, str]
+"""By slot, the quota that it shares with other slots."""
 
 
 def slot_weights(slots: Mapping[str, int], weights: Mapping[str, float], count: int) -> tuple[float, ...]:
@@ -47,6 +50,10 @@ class Planned:
     @property
     def weights(self) -> tuple[float, ...]:
         return slot_weights(self.units.slots, self.units.weights, self.slots)
+
+    @property
+    def together(self) -> Together:
+        return slots_together(self.units, self.via)
 
     def shares(self, owners: Sequence[str]) -> Shares:
         return quota_shares(self.units, dict(enumerate(owners)), self.via)
@@ -78,16 +85,15 @@ def next_assignment(
     if not look.stable or not look.members or now_s - history.published_s < PUBLISH_EVERY_S:
         return None
     live = tuple(sorted(look.members))
-    found = _owners(current, live, owned, planned.weights, now_s, history)
+    found = _owners(current, live, owned, planned, now_s, history)
     if found is None and current is not None and _apart(current.shares, planned.shares(current.owners)):
-        found = _Owners("quotas are shared otherwise", current.owners, current.weights)
+        found = _as_before("quotas are shared otherwise", current, current.owners)
     if found is None:
         return None
     history.published_s, history.astray_since_s = now_s, None
     epoch = 1 + max(look.epoch, current.epoch if current else 0)
-    return Assignment(
-        epoch, now_ms, found.reason, live, found.owners, found.weights, planned.shares(found.owners)
-    )
+    shares = planned.shares(found.owners)
+    return Assignment(epoch, now_ms, found.reason, live, found.owners, found.weights, shares, found.together)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,36 +101,45 @@ class _Owners:
     reason: str
     owners: tuple[str, ...]
     weights: tuple[float, ...]
+    together: Together
+
+
+def _as_before(reason: str, current: Assignment, owners: tuple[str, ...]) -> _Owners:
+    """By what the group's leader knows."""
+    return _Owners(reason, owners, current.weights, current.together)
 
 
 def _owners(
     current: Assignment | None,
     live: tuple[str, ...],
     owned: Mapping[int, str],
-    weights: tuple[float, ...],
+    planned: Planned,
     now_s: float,
     history: History,
 ) -> _Owners | None:
     """What is news, and why; None where nothing is."""
+    weights = planned.weights
     if current is None or len(current.owners) != len(weights):
         before = owned if current is None else dict(enumerate(current.owners))
-        return _Owners("the first assignment", assign(weights, live, before), weights)
+        together = planned.together
+        return _Owners("the first assignment", assign(weights, live, before, together), weights, together)
     came, went = set(live) - set(current.shards), set(current.shards) - set(live)
     if came or went:
         news = [f"{', '.join(sorted(who))} {what}" for who, what in ((came, "came"), (went, "went")) if who]
-        return _Owners("; ".join(news), owners_of(current, live, len(weights)), current.weights)
+        return _as_before("; ".join(news), current, owners_of(current, live, len(weights)))
     if current.weights != weights and now_s - history.moved_for_weights_s >= WEIGHTS_EVERY_S:
         history.moved_for_weights_s = now_s
-        owners = assign(weights, live, dict(enumerate(current.owners)))
+        together = planned.together
+        owners = assign(weights, live, dict(enumerate(current.owners)), together)
         # Published even where nothing moves: whoever comes next is given slots by these.
-        return _Owners("weights have changed", owners, weights)
+        return _Owners("weights have changed", owners, weights, together)
     if owned == dict(enumerate(current.owners)):
         history.astray_since_s = None
         return None
     history.astray_since_s = now_s if history.astray_since_s is None else history.astray_since_s
     if now_s - history.astray_since_s < FOLLOW_S:
         return None
-    return _Owners("the group did not follow", current.owners, current.weights)
+    return _as_before("the group did not follow", current, current.owners)
 
 
 def _apart(one: Shares, other: Shares) -> bool:

@@ -160,6 +160,55 @@ def test_stability_an_assignment_that_is_there_stays(
     assert assign(weights, live, dict(enumerate(first))) == first
 
 
+def loads_by_shard(weights: Sequence[float], owners: Sequence[str]) -> list[float]:
+    return [sum(w for w, x in zip(weights, owners, strict=True) if x == o) for o in sorted(set(owners))]
+
+
+def test_company_slots_that_share_a_quota_go_to_one_shard_where_balance_allows() -> None:
+    company = {4: "1/a", 11: "1/a", 17: "1/a", 19: "2/b", 5: "2/b"}
+    # What is split is heavy, and so is placed first.
+    weights = [4.0 if slot in company else 3.0 for slot in range(20)]
+
+    def homes(owners: Sequence[str], quota: str) -> set[str]:
+        return {owners[slot] for slot, name in company.items() if name == quota}
+
+    apart, owners = assign(weights, "abcd"), assign(weights, "abcd", together=company)
+    assert len(homes(apart, "1/a")) > 1
+    assert len(homes(owners, "1/a")) == len(homes(owners, "2/b")) == 1
+    assert max(loads_by_shard(weights, owners)) <= sum(weights) / 4 + max(weights)
+    # To a new shard, for balance, others go first.
+    grown = assign(weights, "abcde", dict(enumerate(owners)), company)
+    assert "e" in grown
+    assert (homes(grown, "1/a"), homes(grown, "2/b")) == (homes(owners, "1/a"), homes(owners, "2/b"))
+
+
+@given(loads, alive, alive, st.dictionaries(st.integers(0, 50), st.sampled_from(["1/a", "2/b"])))
+def test_company_costs_nothing_of_coverage_and_stability(
+    weights: list[float], before: frozenset[str], live: frozenset[str], company: dict[int, str]
+) -> None:
+    first = assign(weights, before, together=company)
+    moved = assign(weights, live, dict(enumerate(first)), company)
+    assert len(moved) == len(weights)
+    assert set(moved) <= live
+    assert assign(weights, live, dict(enumerate(moved)), company) == moved
+
+
+def test_the_groups_leader_keeps_company_as_the_coordinator_does() -> None:
+    name = "cloudwatch/000000000001/eu-west-1"
+    units = {f"{name}#{service}": slot for slot, service in enumerate(("ec2", "rds", "sqs", "s3"))}
+    plan = Planned(UnitPlan(units, dict.fromkeys(units, 100.0)), 12)
+    look = GroupLook(True, {"a": (), "b": (), "c": ()}, {})
+    made = next_assignment(None, look, plan, 5_000, 1000.0, History())
+    assert made is not None
+    assert made.together == dict.fromkeys(range(4), "000000000001/eu-west-1")
+    assert decode_assignment(encode_assignment(made)) == made
+    owned = {n: tuple(made.slots_of(n)) for n in "ab"}
+    after = next_assignment(made, GroupLook(True, owned, {}), plan, 9_000, 1100.0, History())
+    assert after is not None
+    assert after.owners == owners_of(made, {"a", "b"}, 12)
+    assert after.together == made.together
+
+
 @given(loads, alive, st.randoms())
 def test_determinism_the_order_in_which_shards_are_named_decides_nothing(
     weights: list[float], live: frozenset[str], random: object

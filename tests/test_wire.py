@@ -890,11 +890,13 @@ ASSIGNMENT = Assignment(
     (1.0, 2.5, 1.0),
     {"123456789012/eu-west-1": {"exporter-1": 0.25, "exporter-2": 0.75}},
 )
+ASSIGNMENT_V2 = replace(ASSIGNMENT, together={0: "123456789012/eu-west-1", 2: "123456789012/eu-west-1"})
 INCARNATION = Incarnation("exporter-1", 1_767_268_800_123, 0x1234_5678_9ABC, "host.example", 4242)
 MEMBER = Member("exporter-1", 7, replace(ASSIGNMENT, shares={}))
 
 GOLDEN_WRITERS: dict[str, Callable[[], bytes]] = {
     "assignment.v1": lambda: encode_assignment(ASSIGNMENT),
+    "assignment.v2": lambda: encode_assignment(ASSIGNMENT_V2),
     "incarnation.v1": lambda: encode_incarnation(INCARNATION),
     "member.v1": lambda: encode_member(MEMBER),
     "batch.v1": lambda: batch_message(SAMPLE),
@@ -931,6 +933,7 @@ def test_todays_decoder_reads_the_golden_bytes() -> None:
     assert wire.decode_dead_letter(golden("dead_letter.v1")) == LETTER
     assert wire.decode_dead_letter(golden("dead_letter.v2")) == LETTER_V2
     assert decode_assignment(golden("assignment.v1")) == ASSIGNMENT
+    assert decode_assignment(golden("assignment.v2")) == ASSIGNMENT_V2
     assert decode_incarnation(golden("incarnation.v1")) == INCARNATION
     assert decode_member(golden("member.v1")) == MEMBER
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pydantic import ValidationError
 
 from ingest.assign import Assignment, assign
-from ingest.reassign import slot_weights
+from ingest.reassign import Planned
 from ingest.schedule import grids_of
 from ingest.spending import payers_of
 from ingest.weights import weights_of
@@ -82,7 +82,7 @@ def propose(config: Config, known: Known, shards: int | None = None) -> Proposal
     found = plan_units(weights, config.slots, known.kept.slots, via=payers_of(config))
     began = inherit(found.slots, weights, known.kept.slots)
     changes = changes_of(known.kept, found, weights)
-    owners, moved = _onto_shards(found, config.slots, known.published, shards)
+    owners, moved = _onto_shards(found, config, known.published, shards)
     learned = sum(
         g.service in known.series.get(str(t), {}) for t, services in grids.items() for g in services
     )
@@ -160,7 +160,7 @@ def loads_of(plan: UnitPlan) -> dict[int, float]:
 
 
 def _onto_shards(
-    plan: UnitPlan, slots: int, published: Assignment | None, shards: int | None
+    plan: UnitPlan, config: Config, published: Assignment | None, shards: int | None
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """(owner by slot, slots that move): of so many shards, or of those there are."""
     there = list(published.shards) if published else []
@@ -168,7 +168,8 @@ def _onto_shards(
     if not names:
         return (), ()
     before = dict(enumerate(published.owners)) if published else {}
-    owners = assign(slot_weights(plan.slots, plan.weights, slots), names, before)
+    planned = Planned(plan, config.slots, payers_of(config))
+    owners = assign(planned.weights, names, before, planned.together)
     return owners, tuple(slot for slot, shard in before.items() if owners[slot] != shard)
 
 
