@@ -51,20 +51,20 @@ class Part:
     digest: bytes
     """blake2b-128 of `body`."""
     length: int
-    values: tuple[bytes, ...] = field(repr=False)
+    payloads: tuple[Payload, ...] = field(repr=False)
 
     @classmethod
-    def of(cls, values: Sequence[bytes]) -> Part:
+    def of(cls, payloads: Sequence[Payload]) -> Part:
         digest = blake2b(_PART, digest_size=16)
-        for value in values:
-            digest.update(_FRAME.pack(len(value)))
-            digest.update(value)
-        length = len(_PART) + sum(_FRAME.size + len(value) for value in values)
-        return cls(digest.digest(), length, tuple(values))
+        for payload in payloads:
+            digest.update(_FRAME.pack(len(payload)))
+            digest.update(payload.value)
+        length = len(_PART) + sum(_FRAME.size + len(payload) for payload in payloads)
+        return cls(digest.digest(), length, tuple(payloads))
 
     @property
     def body(self) -> bytes:
-        return _PART + _frames(self.values)
+        return _PART + _frames(self.payloads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +81,18 @@ def pack(task: ArchivedTask, object_bytes_max: int = OBJECT_BYTES_MAX) -> tuple[
 
     Raises Rejected: spoilt where the payloads are not what the receipt lists, payload_too_large above PARTS_MAX.
     """
-    values = [payload.value for payload in task.payloads]
-    _check_listed(task.receipt, values)
+    inline = task.payloads
+    _check_listed(task.receipt, (payload.value for payload in inline))
     parts: tuple[Part, ...] = ()
-    if sum(map(len, values)) > object_bytes_max:
-        parts = tuple(Part.of(group) for group in _groups(values, object_bytes_max))
-        values = []
+    if sum(map(len, inline)) > object_bytes_max:
+        parts = tuple(Part.of(group) for group in _groups(inline, object_bytes_max))
+        inline = ()
     if len(parts) > PARTS_MAX:
         raise Rejected(_where(task.receipt), Reason.PAYLOAD_TOO_LARGE, f"{len(parts)} parts")
     entries = b"".join(_PART_ENTRY.pack(part.digest, part.length) for part in parts)
     receipt = wire.encode_receipt(task.receipt)
-    body = _TASK + _frames(values)
-    counts = _COUNTS.pack(len(values), len(parts), len(receipt), len(body) + len(entries) + len(receipt))
+    body = _TASK + _frames(inline)
+    counts = _COUNTS.pack(len(inline), len(parts), len(receipt), len(body) + len(entries) + len(receipt))
     tail = entries + receipt + counts
     return parts, body + tail + _digest(tail) + _TASK
 
@@ -173,27 +173,27 @@ def part_key(key: str, digest: bytes) -> str:
     return f"{key}.{digest.hex()}"
 
 
-def _check_listed(receipt: Receipt, values: Sequence[bytes]) -> list[BatchId]:
+def _check_listed(receipt: Receipt, values: Iterable[bytes]) -> list[BatchId]:
     ids = [wire.batch_id_of(value) for value in values]
     if ids != list(chain.from_iterable(item.batches + item.held for item in receipt.items)):
         raise Rejected(_where(receipt), Reason.SPOILT, "the payloads are not those of the receipt")
     return ids
 
 
-def _groups(values: Iterable[bytes], bytes_max: int) -> list[list[bytes]]:
-    groups: list[list[bytes]] = []
+def _groups(payloads: Iterable[Payload], bytes_max: int) -> list[list[Payload]]:
+    groups: list[list[Payload]] = []
     size = bytes_max
-    for value in values:
-        if size + len(value) > bytes_max:
+    for payload in payloads:
+        if size + len(payload) > bytes_max:
             groups.append([])
             size = 0
-        groups[-1].append(value)
-        size += len(value)
+        groups[-1].append(payload)
+        size += len(payload)
     return groups
 
 
-def _frames(values: Iterable[bytes]) -> bytes:
-    return b"".join(chain.from_iterable((_FRAME.pack(len(value)), value) for value in values))
+def _frames(payloads: Iterable[Payload]) -> bytes:
+    return b"".join(chain.from_iterable((_FRAME.pack(len(one)), one.value) for one in payloads))
 
 
 def _read_frames(data: bytes) -> tuple[bytes, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -51,12 +51,28 @@ class Informed(Protocol):
         ...
 
 
+class Stored(Protocol):
+    """Bytes that are somewhere else than in memory."""
+
+    def read(self) -> bytes: ...
+
+    def __len__(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """A batch as it travels: one Kafka record value, and the same bytes in the archive."""
+    """A batch as it travels: one Kafka record value, and the same bytes in the archive. Its id is that of its bytes."""
 
     batch_id: BatchId
-    value: bytes
+    held: bytes | Stored = field(repr=False, compare=False)
+
+    @property
+    def value(self) -> bytes:
+        """The bytes; read anew each time where they are not in memory."""
+        return self.held if isinstance(self.held, bytes) else self.held.read()
+
+    def __len__(self) -> int:
+        return len(self.held)
 
 
 @dataclass(frozen=True, slots=True)
