@@ -93,6 +93,8 @@ class Reason(StrEnum):
     # A series, met again (the sinks).
     LABELS_DIFFER = "labels_differ"
     """A series id that is known with other labels."""
+    LABELS_TAKEN = "labels_taken"
+    """Another series has the labels that this one would have in Prometheus (ingest.series_labels)."""
 
 
 # --- names ----------------------------------------------------------------------------------------------------

@@ -51,6 +51,8 @@ class CustomTags(Strict):
 class ServiceSeries(Strict):
     """What is particular to one service's series."""
 
+    unnamed: str = Field("global", min_length=1, max_length=256)
+    """The label `name` of series that belong to no tagged resource. YACE says global, and in a custom namespace the job's name."""
     exported_tags: tuple[str, ...] = ()
     """Keys of resource tags that become labels `tag_<key>` of the service's series."""
     nil_to_zero: tuple[Pattern, ...] = ()
