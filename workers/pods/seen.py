@@ -67,13 +67,15 @@ def label(thing: Object, key: str) -> str:
 
 
 def part_of(thing: Object) -> str:
-    """coordinator, exporter, consumer-<sink>, setup."""
+    """coordinator, exporter, consumer-<sink>, remote-writer, setup."""
     return label(thing, "app.kubernetes.io/component")
 
 
 def values_key(thing: Object) -> str:
     """Where values.yaml has this part: `exporter`, `sinks.postgres`."""
     part = part_of(thing)
+    if part == "remote-writer":
+        return "sinks.remoteWrite"
     return "sinks." + part.removeprefix("consumer-") if part.startswith("consumer-") else part
 
 

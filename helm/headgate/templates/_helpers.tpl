@@ -23,6 +23,16 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{ .of.serviceAccount.name | default (printf "%s-%s" (include "headgate.name" .root) .part) }}
 {{- end -}}
 
+{{/* The sinks that are made, by their names in values: postgres, and remoteWrite where it has receivers. */}}
+{{- define "headgate.sinks" -}}
+postgres{{ if .Values.config.remote_write }} remoteWrite{{ end }}
+{{- end -}}
+
+{{/* A sink's part. Takes its name in values. */}}
+{{- define "headgate.sink" -}}
+{{ ternary "remote-writer" (printf "consumer-%s" .) (eq . "remoteWrite") }}
+{{- end -}}
+
 {{- define "headgate.image" -}}
 {{- with .Values.image -}}
 {{ .repository }}{{ if .digest }}@{{ .digest }}{{ else }}:{{ .tag | default $.Chart.AppVersion }}{{ end }}
