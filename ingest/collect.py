@@ -71,6 +71,8 @@ class Answer:
     """What is to be remembered once it is published."""
     ours: bool = False
     """Whether what is archived is what this run was answered."""
+    refused: bool = field(default=False, compare=False)
+    """Whether the archive did not take what this run was answered."""
 
     @property
     def published(self) -> list[Payload]:
@@ -189,7 +191,7 @@ class Collector:
         except (Transient, Rejected) as error:
             _log.error("task_not_archived", task=task.task_id, target=str(task.target), error=str(error))
             receipt = _not_archived(receipt, str(error))
-            return Answer(ArchivedTask(receipt, ()), receipt)
+            return Answer(ArchivedTask(receipt, ()), receipt, refused=True)
         if archived.receipt == receipt:
             return Answer(archived, receipt, looks=tuple(looks), ours=True)
         return Answer(archived, _lost(receipt, archived.receipt))

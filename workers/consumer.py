@@ -57,6 +57,8 @@ DEAD = Counter(
     "Dead letters, whole records and single points. Rising: see the dead-letter topic.",
     ["kind"],
 )
+for _kind in ("record", "point"):
+    DEAD.labels(kind=_kind)  # an alert on an increase needs it to be there before
 LAND_SECONDS = Histogram(
     "headgate_land_seconds", "One landing transaction.", buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 )

@@ -67,6 +67,10 @@ NO_MEMORY = PlannersMemory({}, {}, {}, frozenset(), ())
 
 PLANNED = Counter("headgate_tasks_planned_total", "Tasks put on `collect`.", ["kind"])
 TARGETS = Gauge("headgate_targets", "Targets in the configuration.")
+LAST_PLAN = Gauge(
+    "headgate_coordinator_last_plan_timestamp_seconds",
+    "Unix time at which what was due was last planned and on Kafka. Standing still: nothing is collected.",
+)
 
 
 class Coordinator:
@@ -244,6 +248,7 @@ class Coordinator:
             try:
                 await self.step()
                 lifecycle.ready = True
+                LAST_PLAN.set(self._clock.now_s() - self._config.run.clock_offset_s)
             except Transient as error:
                 _log.warning("planning_retries", error=str(error))
             await lifecycle.pause(TICK_S)

@@ -48,6 +48,7 @@ from workers.members import Members
 from workers.names import exporter_group
 from workers.reload import Settings
 from workers.shards import Board, follow, take_name
+from workers.troubles import TROUBLES
 
 _log = structlog.get_logger()
 
@@ -260,6 +261,7 @@ class Exporter:
         receipt = answer.archived.receipt
         failed = {i.outcome.status for i in receipt.items} - {LookStatus.COMPLETE}
         TASKS.labels(status=min(failed, default=LookStatus.COMPLETE)).inc()
+        TROUBLES.put(answer)
         # What came from the archive was asked for, and counted, by another run.
         for item in answer.own.items if answer.own else ():
             POINTS.inc(item.points)
@@ -312,6 +314,7 @@ async def serve(config: Config, shard: str, lifecycle: Lifecycle, path: Path | N
     kafka = config.kafka
     producer = Producer(kafka, shard)
     cloudwatch = CloudWatchSource(config, clock)
+    TROUBLES.watch(cloudwatch, clock)
     exposition = ExpositionSource(config, clock)
     board = Board(kafka, shard)
     try:

@@ -60,6 +60,11 @@ MOVED = Counter("headgate_slots_moved_total", "Slots that a newer assignment gav
 REJOINS = Counter(
     "headgate_rejoins_total", "Rebalances that this shard asked for, to follow a newer assignment."
 )
+SHARD_SLOTS = Gauge("headgate_shard_slots", "Slots that a live shard owns; 0: it does nothing.", ["shard"])
+SHARD_WEIGHT = Gauge(
+    "headgate_shard_weight", "Metrics asked a minute, of all that is in a live shard's slots.", ["shard"]
+)
+UNOWNED = Gauge("headgate_slots_unowned", "Slots that no live shard owns: what is in them is not collected.")
 
 
 class Board:
@@ -256,6 +261,7 @@ class Publisher:
                         await admin.start()
                     self.look = await look_at_group(admin, exporter_group(self.kafka))
                     self.looked = True
+                    self.observe()
                     await self.step()
                 except (Transient, KafkaError, OSError) as error:
                     _log.warning("shards_not_published", error=str(error))
@@ -282,6 +288,18 @@ class Publisher:
         MOVED.inc(len(moved))
         self.noted += (Noted(made.published_at_ms, m.slot, m.before, m.after, made.reason) for m in moved)
         _log.info("assignment_published", epoch=made.epoch, reason=made.reason, moves=len(moved))
+
+    def observe(self) -> None:
+        """Set the metrics to what the last look saw. While the group rebalances nobody owns anything, for seconds."""
+        planned = self.plan()
+        weights = planned.weights
+        SHARD_SLOTS.clear()
+        SHARD_WEIGHT.clear()
+        for shard, slots in self.look.members.items():
+            SHARD_SLOTS.labels(shard=shard).set(len(slots))
+            SHARD_WEIGHT.labels(shard=shard).set(sum(weights[s] for s in slots if s < planned.slots))
+        owned = {slot for slots in self.look.members.values() for slot in slots}
+        UNOWNED.set(len(set(range(planned.slots)) - owned))
 
     @property
     def settled(self) -> bool:

@@ -33,6 +33,7 @@ SEAL_INTERVAL_S = 2.0
 COMPACT_INTERVAL_S = 60.0
 DROP_INTERVAL_S = 600.0
 OBSERVE_INTERVAL_S = 15.0
+MEASURE_INTERVAL_S = 60.0
 
 SEALED = Counter("headgate_windows_sealed_total", "Windows whose rows, read back, are what the look says.")
 UNBALANCED = Counter(
@@ -53,6 +54,12 @@ FRESHNESS = Gauge(
     "Age of a target's newest landed window, since its end; rising: nothing of it lands.",
     ["target"],
 )
+STORE = Gauge("headgate_store_bytes", "What the store's database takes on disk.", ["sink"])
+CAPACITY = Gauge(
+    "headgate_store_capacity_bytes",
+    "What it may grow to (postgres.capacity_bytes); none: not known.",
+    ["sink"],
+)
 
 
 @dataclass(slots=True)
@@ -71,7 +78,8 @@ class Upkeep:
         self._clock = clock
         self._scopes: dict[tuple[str, str], Scope] = {}
         self.configure(config)
-        self._turns = [_Turn(self.seal), _Turn(self.compact), _Turn(self.drop), _Turn(self.observe)]
+        steps = (self.seal, self.compact, self.drop, self.observe, self.measure)
+        self._turns = [_Turn(step) for step in steps]
 
     def configure(self, config: Config, *, whole: bool = True) -> None:
         """Go by this configuration from the next step on. `whole`: all accounts are known, an organization's too."""
@@ -79,6 +87,9 @@ class Upkeep:
         self._scopes = {**self._scopes, **scopes_of(config)}
         self._retention = timedelta(days=config.ledger_retention_days)
         self._samples_retention_days = config.samples_retention_days
+        CAPACITY.clear()
+        if config.postgres.capacity_bytes is not None:
+            CAPACITY.labels(sink="postgres").set(config.postgres.capacity_bytes)
         # What was removed is no reason for an alert.
         self._targets = [str(target) for target in grids_of(config)] if whole else None
 
@@ -151,6 +162,13 @@ class Upkeep:
                 continue
             FRESHNESS.labels(target=target).set((now - until).total_seconds())
         return OBSERVE_INTERVAL_S
+
+    async def measure(self) -> float:
+        """Set how large the store is. PostgreSQL asks the file system for each of its files: milliseconds for thousands."""
+        async with self._ledger.connected() as connection:
+            size = await connection.fetchval("SELECT pg_database_size(current_database())")
+        STORE.labels(sink="postgres").set(size)
+        return MEASURE_INTERVAL_S
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock.now_s(), UTC)

@@ -136,6 +136,8 @@ class Aws:
         self._creating = asyncio.Lock()
         self._credentials: dict[str, Credentials] = {}
         self._verified: dict[str, str] = {}
+        self.strangers: dict[str, float] = {}
+        """Accounts whose credentials are another account's, and when that was seen last (monotonic)."""
         self._refreshing: dict[str, asyncio.Lock] = {}
         self._failures: dict[str, tuple[float, HeadgateError]] = {}
 
@@ -299,7 +301,7 @@ class Aws:
 
     def forget(self, account: str) -> None:
         """Another role is configured for an account: the next request obtains its credentials, and verifies them."""
-        for kept in (self._credentials, self._verified, self._failures):
+        for kept in (self._credentials, self._verified, self._failures, self.strangers):
             kept.pop(account, None)
 
     def _forget(self, used: Credentials) -> None:
@@ -346,8 +348,10 @@ class Aws:
         )
         actual = await self._attempts(request, access, self._identity)
         if actual != account.id:
+            self.strangers[account.id] = self._clock.monotonic_s()
             raise Denied(request.where, f"the credentials belong to account {actual}, not to {account.id}")
         self._verified[account.id] = access.credentials.access_key
+        self.strangers.pop(account.id, None)
 
     async def _identity(self, access: Access) -> str:
         async with self._session.create_client("sts", **self._options(access)) as sts:

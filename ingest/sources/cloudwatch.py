@@ -28,7 +28,7 @@ from ingest.clock import Clock
 from ingest.errors import HeadgateError, Transient
 from ingest.model import CONTINUED, Batch, LookStatus, Outcome, Target, TaskItem
 from ingest.sources.asking import Asking
-from ingest.sources.aws import Access, Tally
+from ingest.sources.aws import Access, Aws, Tally
 from ingest.sources.aws_errors import Denied
 from ingest.sources.columns import Look, batch_of, columns_of
 from ingest.sources.discovery import Asked, Discovery
@@ -147,6 +147,11 @@ class CloudWatchSource:
         self._unpacked = Unpacked()
         self._went_back: dict[_Of, tuple[Target, Late]] = {}
         self._broken: dict[_Of, Outcome] = {}
+
+    @property
+    def aws(self) -> Aws:
+        """The connection that new looks use."""
+        return self._asking.aws
 
     def share_listings(self, cache: Cache) -> None:
         """Share the listings with other shards through a cache: without one each lists for itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,6 +60,10 @@ class Limiter:
         self._buckets: dict[Key, _Bucket] = {}
         self.parts: Mapping[tuple[str, str], float] = {}
         """By account and region whose quota other processes take from, too: this one's part of it, in (0, 1)."""
+        self.requests: Counter[Key] = Counter()
+        """Requests that had their turn, retries included, since this process began; as many keys as buckets."""
+        self.throttles: Counter[Key] = Counter()
+        """Of these, the ones that AWS throttled."""
 
     def _bucket(self, key: Key) -> _Bucket:
         """The bucket as of now. There are as many as configured accounts × regions × three APIs."""
@@ -82,10 +87,12 @@ class Limiter:
         share = bucket.share * self.parts.get(key[:2], 1.0)
         bucket.next_call_s = max(bucket.next_call_s, unused_s) + cost_s / share
         bucket.next_points_s = max(bucket.next_points_s, unused_s) + points_cost_s / share
+        self.requests[key] += 1
         if turn_s > now_s:
             await self._clock.sleep(turn_s - now_s)
 
     def throttled(self, key: Key) -> None:
+        self.throttles[key] += 1
         bucket, now_s = self._bucket(key), self._clock.monotonic_s()
         if now_s - bucket.halved_s >= 1:
             bucket.share = max(self.SHARE_MIN, bucket.share / 2)
