@@ -159,7 +159,7 @@ def test_a_release_is_upgraded_with_its_values_and_waited_for(
     assert cluster.read_text().splitlines() == [
         "kubectl -n metrics get deployment -l app.kubernetes.io/instance=hg,app.kubernetes.io/component=coordinator -o name",
         "kubectl -n metrics port-forward deployment.apps/hg-coordinator :9100",
-        "helm upgrade hg chart --namespace metrics --reuse-values --set shards=3",
+        "helm upgrade hg chart --namespace metrics --reset-then-reuse-values --set shards=3",
     ]
 
 

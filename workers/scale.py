@@ -182,7 +182,7 @@ async def scale_release(release: str, namespace: str, chart: str, shards: int, s
             )
         before, began_s = owners_in(page), time.monotonic()
         there = {s["shard"] for s in page["shards"] if s["alive"]}
-        command = ["helm", "upgrade", release, chart, "--namespace", namespace, "--reuse-values"]
+        command = ["helm", "upgrade", release, chart, "--namespace", namespace, "--reset-then-reuse-values"]
         say(" ".join(command := [*command, "--set", f"shards={shards}"]))
         await asyncio.to_thread(_run, command, HELM_TIMEOUT_S)
         # Pods may wait for a node; the cluster's own patience is the measure then.

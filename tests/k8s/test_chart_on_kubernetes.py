@@ -11,11 +11,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.helm_chart import ROOT
-from tests.k8s.control_plane import node
+from tests.helm_chart import CHART, ROOT
+from tests.k8s.control_plane import Object, node
 from tests.k8s.scene import Scene
 from workers.pods.seen import is_ready, label
 
@@ -117,3 +119,61 @@ def test_an_upgrade_that_does_not_come_up_is_rolled_back(scene: Scene) -> None:
     assert not any(label(p, "fault") for p in scene.pods())
     after = scene.plane.helm("get", "values", "headgate", "--namespace", scene.namespace, "-o", "json").stdout
     assert json.loads(after) == json.loads(values)
+
+
+def any_shape(kind: str, group: str, version: str) -> Object:
+    """Another project's kind, with whatever in it: that its objects are taken, not that they are understood."""
+    plural = f"{kind.lower()}s"
+    anything = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{plural}.{group}"},
+        "spec": {
+            "group": group,
+            "scope": "Namespaced",
+            "names": {"kind": kind, "plural": plural},
+            "versions": [
+                {"name": version, "served": True, "storage": True, "schema": {"openAPIV3Schema": anything}}
+            ],
+        },
+    }
+
+
+def test_with_remote_write_rules_and_dashboards_it_installs_and_a_receiver_more_restarts_no_pod(
+    scene: Scene, tmp_path: Path
+) -> None:
+    monitoring = "monitoring.coreos.com"
+    scene.plane.apply(
+        any_shape("PodMonitor", monitoring, "v1"),
+        any_shape("PrometheusRule", monitoring, "v1"),
+        any_shape("ScaledObject", "keda.sh", "v1alpha1"),
+    )
+    scene.plane.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+    scene.nodes(node("node-1", "16", "64Gi"))
+    values = CHART / "ci" / "prometheus.yaml"
+    scene.helm("install", "--values", str(values), wait=True)
+    before = scene.shards()
+    assert [name for name in before if "remote-writer" in name] != []
+    rules = scene.plane.get("prometheusrules", scene.namespace)
+    assert {r["metadata"]["name"] for r in rules} == {
+        f"headgate-{path.stem}" for path in CHART.glob("files/rules/*.yml")
+    }
+    dashboards = scene.plane.get("configmaps", scene.namespace, "-l", "grafana_dashboard=1")
+    assert len(dashboards) == len(list(CHART.glob("files/dashboards/*.json")))
+
+    given = yaml.safe_load(values.read_text())
+    given["config"]["remote_write"]["receivers"] += [
+        {"name": "fourth", "url": "http://fourth:9090/api/v1/write"}
+    ]
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(given))
+    scene.helm("upgrade", "--values", str(tmp_path / "values.yaml"), wait=True)
+    assert scene.shards() == before
+    [scaled] = [
+        s
+        for s in scene.plane.get("scaledobjects", scene.namespace)
+        if s["metadata"]["name"] == "headgate-remote-writer"
+    ]
+    groups = [t["metadata"]["consumerGroup"] for t in scaled["spec"]["triggers"]]
+    assert groups[-1] == "headgate.remote-write.fourth"
+    assert len(groups) == 4
