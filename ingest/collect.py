@@ -42,11 +42,14 @@ from ingest.model import (
     window_counts,
 )
 from ingest.ports import Archive, ArchivedTask, Informed, Payload, Source
+from ingest.spool import Spool
 
 _log = structlog.get_logger()
 
 OVERTIME_S = 10.0
 """Past its deadline a source has this long to say so itself."""
+PUBLISHED_AT_ONCE = 100
+"""Batches in memory while a task is published; of a heavy one the others are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,10 @@ class Collector:
         done = answer.archived
         target = done.receipt.target
         key = raw_key(target)
-        await self._sender.send(self._topics.raw, [Outgoing(key, p.value) for p in answer.published])
+        published = answer.published
+        for start in range(0, len(published), PUBLISHED_AT_ONCE):
+            some = published[start : start + PUBLISHED_AT_ONCE]
+            await self._sender.send(self._topics.raw, [Outgoing(key, p.value) for p in some])
         receipts = [done.receipt]
         if answer.own not in (None, done.receipt):
             receipts.append(answer.own)
@@ -179,8 +185,9 @@ class Collector:
         items: list[ReceiptItem] = []
         payloads: list[Payload] = []
         looks: list[Look] = []
+        spool = Spool()
         for item in task.items:
-            found = _Found(self.changed.look(task, item))
+            found = _Found(self.changed.look(task, item), spool)
             items.append(await self._look(task, item, deadline_s, found))
             payloads += found.payloads
             if found.look is not None and found.over:
@@ -256,8 +263,9 @@ class Collector:
 class _Found:
     """What a look has brought so far. Without `look` everything is published."""
 
-    def __init__(self, look: Look | None) -> None:
+    def __init__(self, look: Look | None, spool: Spool) -> None:
         self.look = look
+        self._spool = spool
         self.over = False
         """Whether it ended as looks do, so that it may be remembered."""
         self._published: list[Payload] = []
@@ -279,10 +287,10 @@ class _Found:
         else:
             split = self.look.split(batch)
         if split.published is not None:
-            self._published += wire.encode_batch(split.published)
+            self._published += map(self._spool.keep, wire.encode_batch(split.published))
             self._points += split.published.points
         if split.held is not None:
-            self._held += wire.encode_batch(split.held)
+            self._held += map(self._spool.keep, wire.encode_batch(split.held))
         self._windows += split.windows
         self._whole += split.whole
         self._left_out += split.left_out
