@@ -1,0 +1,174 @@
+"""Remote write 1.0 on the wire: prometheus.WriteRequest in protobuf, in snappy's block format. Pure.
+
+* What `labels_problem` finds nothing wrong with is taken by every receiver. The others vanish with a 204 (Prometheus 3.x), are stored under
+  a name that no query can write (2.42), or fail the whole request with a 500 that says to try again.
+* Labels are encoded once a series and kept, bounded. The samples of a whole write are laid out by numpy in one go: times from
+  1971-02-02 to 2109-05-15 take six bytes as a varint, so that a sample is always SAMPLE_BYTES long.
+* The protobuf library writes labels and frames; a test reads all of it back with the message that the specification has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, Final
+
+import cramjam
+import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from numpy.typing import NDArray
+
+from ingest.ports import LabelSet
+
+LABELS_MAX = 256
+"""Of one series. AWS has at most 50 tags and 30 dimensions; receivers may have smaller limits of their own."""
+LABEL_NAME_BYTES_MAX = 1_024
+LABEL_VALUE_BYTES_MAX = 16 * 1024
+KEPT_SERIES_MAX = 65_536
+"""Series whose encoded labels are kept; together with their labels 1 to 2 kB each."""
+
+TIMESTAMP_MS_MIN: Final = 1 << 35
+TIMESTAMP_MS_END: Final = 1 << 42
+"""Times that a sample may have: TIMESTAMP_MS_MIN <= ms < TIMESTAMP_MS_END."""
+
+SAMPLE_BYTES: Final = 18
+"""Of a sample in its series, tags and length included."""
+
+_NAME = re.compile("[a-zA-Z_][a-zA-Z0-9_]*")
+_METRIC = re.compile("[a-zA-Z_:][a-zA-Z0-9_:]*")
+
+
+# --- labels -----------------------------------------------------------------------------------------------------
+
+
+def labels_problem(labels: LabelSet) -> str | None:
+    """Why no receiver should be given a series of these labels, in words; None where there is no reason."""
+    if len(labels) > LABELS_MAX:
+        return f"{len(labels)} labels are more than {LABELS_MAX}"
+    for (before, _), (after, _) in pairwise(labels):
+        if before >= after:
+            return (
+                f"label {after!r} stands there twice" if before == after else "labels are not sorted by name"
+            )
+    named = False
+    for name, value in labels:
+        if problem := _label_problem(name, value):
+            return problem
+        named = named or name == "__name__"
+    return None if named else "there is no __name__"
+
+
+def _label_problem(name: str, value: str) -> str | None:
+    if not _NAME.fullmatch(name) or len(name) > LABEL_NAME_BYTES_MAX:
+        return f"{name[:100]!r} is no name of a label"
+    if not value:
+        return f"label {name} is empty"
+    try:
+        size_bytes = len(value) if value.isascii() else len(value.encode())
+    except UnicodeEncodeError:
+        return f"label {name} is no text: half of a surrogate pair"
+    if size_bytes > LABEL_VALUE_BYTES_MAX:
+        return f"label {name} has {size_bytes} bytes, more than {LABEL_VALUE_BYTES_MAX}"
+    if name == "__name__" and not _METRIC.fullmatch(value):
+        return f"{value[:100]!r} is no name of a metric"
+    return None
+
+
+@lru_cache(maxsize=KEPT_SERIES_MAX)
+def encoded_labels(labels: LabelSet) -> bytes | str:
+    """The labels as they begin a TimeSeries; a text, the problem, where they have one."""
+    problem = labels_problem(labels)
+    if problem is not None:
+        return problem
+    series = TimeSeries(labels=[Label(name=name, value=value) for name, value in labels])
+    encoded: bytes = series.SerializeToString()
+    return encoded
+
+
+# --- samples and requests -----------------------------------------------------------------------------------------
+
+_SAMPLE = np.dtype(
+    [
+        ("field", "u1"),
+        ("length", "u1"),
+        ("value_tag", "u1"),
+        ("value", "<f8"),
+        ("time_tag", "u1"),
+        ("time", "u1", 6),
+    ]
+)
+
+
+def encoded_samples(timestamps_ms: NDArray[np.int64], values: NDArray[np.float64]) -> bytes:
+    """Samples as they stand in their TimeSeries, SAMPLE_BYTES each, in the given order.
+
+    Raises ValueError for times outside TIMESTAMP_MS_MIN <= ms < TIMESTAMP_MS_END.
+    """
+    if len(timestamps_ms) and not (
+        int(timestamps_ms.min()) >= TIMESTAMP_MS_MIN and int(timestamps_ms.max()) < TIMESTAMP_MS_END
+    ):
+        raise ValueError("a time before 1971-02-02 or after 2109-05-15")
+    samples = np.empty(len(timestamps_ms), _SAMPLE)
+    samples["field"] = 2 << 3 | 2
+    samples["length"] = SAMPLE_BYTES - 2
+    samples["value_tag"] = 1 << 3 | 1
+    samples["value"] = values
+    samples["time_tag"] = 2 << 3
+    for place in range(6):
+        more = 0x80 if place < 5 else 0
+        samples["time"][:, place] = timestamps_ms >> 7 * place & 0x7F | more
+    return samples.tobytes()
+
+
+def encoded_request(series: Sequence[bytes]) -> bytes:
+    """A request's body: each series is its encoded labels, then its encoded samples. Compressed."""
+    raw: bytes = _Frames(timeseries=series).SerializeToString()
+    return bytes(cramjam.snappy.compress_raw(raw))
+
+
+# --- messages -----------------------------------------------------------------------------------------------------
+
+
+def _messages() -> dict[str, Any]:
+    """Message classes, made from the field numbers of prometheus/prompb."""
+    kind = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="remote.proto", package="prometheus", syntax="proto3")
+
+    def message(name: str, *fields: tuple[str, int, Any, str]) -> None:
+        """Fields are (name, type, label, message type), numbered from 1."""
+        made = file.message_type.add(name=name)
+        for number, (field, type_, label, of) in enumerate(fields, start=1):
+            made.field.add(
+                name=field,
+                number=number,
+                type=type_,
+                label=label,
+                type_name=f".prometheus.{of}" if of else None,
+            )
+
+    one, many = kind.LABEL_OPTIONAL, kind.LABEL_REPEATED
+    message("Label", ("name", kind.TYPE_STRING, one, ""), ("value", kind.TYPE_STRING, one, ""))
+    message("Sample", ("value", kind.TYPE_DOUBLE, one, ""), ("timestamp", kind.TYPE_INT64, one, ""))
+    message(
+        "TimeSeries",
+        ("labels", kind.TYPE_MESSAGE, many, "Label"),
+        ("samples", kind.TYPE_MESSAGE, many, "Sample"),
+    )
+    message("WriteRequest", ("timeseries", kind.TYPE_MESSAGE, many, "TimeSeries"))
+    # The same bytes as a WriteRequest: a message inside another, and bytes, are both a length and what it says.
+    message("Frames", ("timeseries", kind.TYPE_BYTES, many, ""))
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(file.SerializeToString())
+    return {
+        made.name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"prometheus.{made.name}"))
+        for made in file.message_type
+    }
+
+
+_CLASSES = _messages()
+Label, Sample, TimeSeries, WriteRequest = (
+    _CLASSES[name] for name in ("Label", "Sample", "TimeSeries", "WriteRequest")
+)
+_Frames = _CLASSES["Frames"]
