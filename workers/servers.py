@@ -69,7 +69,7 @@ def free_ports(count: int) -> list[int]:
 class Server(ABC):
     """One server: what it is started with, and whether it answers. Everything of it lies below `home / name`."""
 
-    name: ClassVar[str]
+    name: str
     stop_signal: ClassVar[signal.Signals] = signal.SIGTERM
 
     def __init__(self, home: Path, log: Path | None = None) -> None:
