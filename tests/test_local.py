@@ -16,8 +16,11 @@ import pytest
 
 from ingest.errors import Fatal
 from tests.conftest import eventually
+from tests.helm_chart import CHART
+from tests.prometheus_server import needs_prometheus
 from workers import local, supervise
 from workers.local import Endpoints, LocalStack, StackSpec
+from workers.prometheus import ask, prometheus_program
 from workers.stack import State
 from workers.supervise import Program
 
@@ -35,6 +38,9 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(port)), Ready).serve_forever()
 """
 
 
+PROMETHEUS = 2 if prometheus_program() else 0
+
+
 def _config_text(endpoints: Endpoints) -> str:
     return f"kafka:\n  bootstrap: {endpoints.kafka_bootstrap}\n"
 
@@ -47,7 +53,13 @@ async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Local
     stand_in = home.parent / "stand_in.py"
     stand_in.write_text(STAND_IN)
     stack = LocalStack(home)
-    spec = StackSpec(_config_text, shards=2, consumers=1, worker_command=(sys.executable, str(stand_in)))
+    spec = StackSpec(
+        _config_text,
+        shards=2,
+        consumers=1,
+        prometheus=PROMETHEUS,
+        worker_command=(sys.executable, str(stand_in)),
+    )
     await stack.start(spec)
     yield stack
     if local.find_running(home):
@@ -73,6 +85,7 @@ async def test_a_started_stack_has_every_process_and_answers(stack: LocalStack) 
         "exporter-1",
         "exporter-2",
         "consumer-1",
+        *(("remote-writer-1", "prometheus-1", "prometheus-2") if PROMETHEUS else ()),
     }
     assert stack.config_path.read_text() == _config_text(stack.endpoints)
     connection = await asyncpg.connect(stack.endpoints.postgres_dsn)
@@ -80,6 +93,23 @@ async def test_a_started_stack_has_every_process_and_answers(stack: LocalStack) 
         assert await connection.fetchval("SHOW fsync") == "on"
     finally:
         await connection.close()
+
+
+@needs_prometheus
+async def test_the_first_prometheus_watches_the_workers_and_all_have_the_rules_that_are_shipped(
+    stack: LocalStack,
+) -> None:
+    first, second = stack.endpoints.prometheus_urls
+
+    async def finds_them() -> bool:
+        found = ask(first, "targets")["activeTargets"]
+        return {t["discoveredLabels"]["__address__"] for t in found} == _targets(stack)
+
+    await eventually(finds_them)
+    assert ask(second, "targets")["activeTargets"] == []
+    files = {f"{path.name}": path for path in (CHART / "files" / "rules").glob("*.yml")}
+    loaded = [{Path(g["file"]).name for g in ask(url, "rules")["groups"]} for url in (first, second)]
+    assert loaded == [set(files), {name for name in files if name.startswith("recording")}]
 
 
 async def test_a_second_stack_in_the_same_home_is_refused_and_the_first_goes_on(stack: LocalStack) -> None:
@@ -114,7 +144,7 @@ async def test_scaling_adds_and_removes_exporters_and_touches_nothing_else(stack
     assert await stack.scale(1) == ([], ["exporter-2", "exporter-3"])
     after = await _pids(stack)
     assert after == {n: p for n, p in before.items() if n != "exporter-2"}
-    assert len(_targets(stack)) == len(stack.metrics_ports) == 3
+    assert len(_targets(stack)) == len(stack.metrics_ports) == (4 if PROMETHEUS else 3)
 
 
 async def test_a_stopped_stack_leaves_no_process(stack: LocalStack) -> None:
@@ -179,11 +209,17 @@ def test_a_percent_sign_reaches_the_process_and_a_comment_is_refused() -> None:
 
 
 def test_scaling_keeps_the_ports_of_those_that_stay() -> None:
-    endpoints = Endpoints("k:1", "postgresql://p", "http://s", "http://a", "/workers.json")
-    spec = StackSpec(_config_text, shards=2, consumers=1)
+    endpoints = Endpoints("k:1", "postgresql://p", "http://s", "http://a", "/workers.json", ("http://m",))
+    spec = StackSpec(_config_text, shards=2, consumers=1, prometheus=1)
     state = State(1, "/s.sock", "/headgate.yaml", endpoints, spec.worker_command, (), {})
-    state = state.with_workers(spec.worker_names(), [1, 2, 3, 4])
-    assert state.metrics_ports == {"coordinator": 1, "exporter-1": 2, "exporter-2": 3, "consumer-1": 4}
+    state = state.with_workers(spec.worker_names(), [1, 2, 3, 4, 5])
+    assert state.metrics_ports == {
+        "coordinator": 1,
+        "exporter-1": 2,
+        "exporter-2": 3,
+        "consumer-1": 4,
+        "remote-writer-1": 5,
+    }
     grown = state.with_shards(3, lambda n: [9] * n)
     assert grown.metrics_ports == {**state.metrics_ports, "exporter-3": 9}
     assert grown.with_shards(2, lambda n: [8] * n) == state

@@ -1,4 +1,4 @@
-"""The local stack: Kafka, PostgreSQL, S3, a simulated AWS and the workers, each a process of this machine, under supervisord.
+"""The local stack: Kafka, PostgreSQL, S3, Prometheus, a simulated AWS and the workers, each a process of this machine, under supervisord.
 
 * Everything lies in `.headgate/` of the current folder (`HEADGATE_HOME` names another): `run/` is this run's configuration, state and
   data, `logs/` a log a process. Both are of one run: a start removes those of the last.
@@ -39,7 +39,7 @@ from workers.servers import (
     last_line,
     local_environment,
 )
-from workers.stack import CHECKOUT, Endpoints, StackSpec, State, server_program
+from workers.stack import CHECKOUT, Endpoints, StackSpec, State, prometheus_servers, server_program
 from workers.supervise import MARK, Process, Program, Supervisor, is_of, kill_leftovers, write_atomically
 
 __all__ = ["Endpoints", "LocalStack", "StackSpec", "find_config", "find_running", "register"]
@@ -94,7 +94,9 @@ class LocalStack:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         kafka, postgres, s3 = KafkaServer(self.run), PostgresServer(self.run), S3Server(self.run)
-        servers: tuple[Server, ...] = (postgres, kafka, s3)
+        workers_file = str(self.run / "workers.json")
+        prometheus = prometheus_servers(self.run, spec.prometheus, workers_file)
+        servers: tuple[Server, ...] = (postgres, kafka, s3, *prometheus)
         await asyncio.to_thread(_prepare, servers)
         names = spec.worker_names()
         simulator_port, *worker_ports = free_ports(1 + len(names))
@@ -105,7 +107,8 @@ class LocalStack:
             postgres.dsn("headgate"),
             s3.endpoint_url,
             f"http://{LOOPBACK}:{simulator_port}",
-            str(self.run / "workers.json"),
+            workers_file,
+            tuple(server.url for server in prometheus),
         )
 
         supervisor = Supervisor(self.run / "supervisord.conf", Supervisor.new_socket(), self.logs)

@@ -12,6 +12,7 @@ import yaml
 
 from shard_config.load import shipped_services
 from workers.local import Endpoints
+from workers.stack import OUT_OF_ORDER_WINDOW_S
 from workers.traces import TraceWorld
 from workers.world import Truth, World, account_ids
 
@@ -95,7 +96,7 @@ def traces_scene(folder: Path) -> Scene:
 
 
 def _yaml(endpoints: Endpoints, what: dict[str, Any]) -> str:
-    connections = {
+    connections: dict[str, Any] = {
         "aws": {
             "endpoint_url": endpoints.aws_url,
             "role_template": "arn:aws:iam::{account}:role/HeadgateReader",
@@ -104,6 +105,17 @@ def _yaml(endpoints: Endpoints, what: dict[str, Any]) -> str:
         "postgres": {"dsn": endpoints.postgres_dsn},
         "s3": {"bucket": "headgate-archive", "endpoint_url": endpoints.s3_url},
     }
+    if endpoints.prometheus_urls:
+        connections["remote_write"] = {
+            "receivers": [
+                {
+                    "name": f"prometheus-{number}",
+                    "url": f"{url}/api/v1/write",
+                    "out_of_order_window_s": OUT_OF_ORDER_WINDOW_S,
+                }
+                for number, url in enumerate(endpoints.prometheus_urls, 1)
+            ]
+        }
     return "# Written by `headgate run` for this run.\n" + yaml.safe_dump(
         what | connections, sort_keys=False, width=110
     )
