@@ -61,6 +61,10 @@ class Budgeter:
         self._coordinator = coordinator
         self._ledger = ledger
         self._clock = clock
+        self.decision: Decision | None = None
+        """What was decided last, at `decided_at_ms`; `error` says why nothing newer is, and is empty otherwise."""
+        self.decided_at_ms: int | None = None
+        self.error = ""
 
     def configure(self, config: Config) -> None:
         """Go by this configuration's budgets, priorities and prices from the next pass on."""
@@ -76,6 +80,7 @@ class Budgeter:
             decision = await asyncio.to_thread(budget.decide, spending.situation_of(books, self._config))
             await spending.keep(connection, decision.polling, books.polling, now_s)
         self._coordinator.polling = decision.polling
+        self.decision, self.decided_at_ms, self.error = decision, self._clock.now_ms(), ""
         self._report(decision, books.polling)
         return decision
 
@@ -90,9 +95,11 @@ class Budgeter:
         try:
             await self.step()
         except Transient as error:
+            self.error = str(error)
             _log.warning("budgets_as_last_known", error=str(error))
             return False
         except HeadgateError as error:
+            self.error = str(error)
             # A store that will not have us must not stop the planning.
             _log.error("budgets_failed", error=str(error))
             return False

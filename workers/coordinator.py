@@ -46,6 +46,7 @@ from workers.budgets import Budgeter
 from workers.healing import Healer, keep_pauses, read_pauses
 from workers.lifecycle import Lifecycle, add_worker_arguments, run_worker
 from workers.members import Lister
+from workers.page import Page
 from workers.reload import Settings
 from workers.setup import until_slots_fit
 from workers.shards import Board, Publisher
@@ -316,17 +317,21 @@ async def serve(config: Config, lifecycle: Lifecycle, path: Path | None = None) 
         await budgeter.try_step()
         publisher = Publisher(config.kafka, producer, board, clock, lambda: coordinator.planned)
         lifecycle.pages["shards"] = publisher.page
+        page = Page(config, coordinator, publisher.page, budgeter, connection("page"), clock)
+        page.serve(lifecycle)
         replanned = asyncio.Event()
 
         async def apply(changed: Config) -> None:
             await coordinator.reconfigure(changed)
             healer.configure(changed, whole=settings.whole)
             budgeter.configure(changed)
+            page.configure(changed)
             replanned.set()
 
         async with asyncio.TaskGroup() as group:
             group.create_task(board.run(lifecycle))
             group.create_task(publisher.run(lifecycle))
+            group.create_task(page.run(lifecycle))
             await publisher.rest(lifecycle)
             group.create_task(coordinator.run(lifecycle))
             group.create_task(keep_pauses(coordinator, pauses, lifecycle))

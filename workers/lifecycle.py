@@ -3,7 +3,7 @@
 * Logs are one JSON object a line on stderr (console form on a terminal).
 * SIGTERM and SIGINT set `stop`; a worker then drains and returns. A second signal ends it at once. SIGHUP sets `hangup`: read
   the configuration again (`workers.reload`).
-* `/healthz` answers while the event loop turns, and says 503 where one of the worker's own loops has stood still for STILL_S; `/readyz` when the worker has what it needs; a worker may have pages of its own, as JSON.
+* `/healthz` answers while the event loop turns, and says 503 where one of the worker's own loops has stood still for STILL_S; `/readyz` when the worker has what it needs; a worker may have pages of its own (`pages`, `views`).
   Nothing else is served, and nothing changes state.
 * An unexpected error ends the process with its traceback in the log and exit code 1; the process manager starts it again.
 """
@@ -44,6 +44,8 @@ class Lifecycle:
         self.ready = False
         self.pages: dict[str, Callable[[], object]] = {}
         """By name (`shards` is served as /shards): gives what the page shows, fit for JSON."""
+        self.views: dict[str, Callable[[web.Request], web.StreamResponse]] = {}
+        """The same for what is no plain JSON; the name "" is served as /."""
         self._beats: dict[str, float] = {}
 
     def beat(self, loop: str) -> None:
@@ -146,14 +148,17 @@ def _application(lifecycle: Lifecycle) -> web.Application:
             web.Response(text="ready\n") if lifecycle.ready else web.Response(text="not ready\n", status=503)
         )
 
-    async def page(request: web.Request) -> web.Response:
+    async def page(request: web.Request) -> web.StreamResponse:
         # Looked up at each request: a worker adds its pages when it has something to show.
-        show = lifecycle.pages.get(request.match_info["page"])
+        name = request.match_info.get("page", "")
+        if view := lifecycle.views.get(name):
+            return view(request)
+        show = lifecycle.pages.get(name)
         return web.json_response(show()) if show else web.Response(text="no such page\n", status=404)
 
     app = web.Application()
     app.add_routes([web.get("/metrics", metrics), web.get("/healthz", healthz), web.get("/readyz", readyz)])
-    app.add_routes([web.get("/{page}", page)])
+    app.add_routes([web.get("/", page), web.get("/{page}", page)])
     return app
 
 

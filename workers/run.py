@@ -30,7 +30,7 @@ from workers.arguments import whole_number
 from workers.local import LocalStack, StackSpec, find_config
 from workers.samples import export_csv
 from workers.scenes import Scene, made_up_scene, traces_scene
-from workers.servers import get_local
+from workers.servers import LOOPBACK, get_local
 from workers.status import Status, status
 from workers.verify import Verdict, verify
 from workers.watch import watch as watch_status
@@ -299,6 +299,7 @@ async def _run(spec: StackSpec, scene: Scene, out: Path, once: bool, console: Co
     stack = LocalStack()
     try:
         await _start(stack, spec, console)
+        console.print(f"live page: http://{LOOPBACK}:{stack.metrics_ports['coordinator']}/", soft_wrap=True)
         if once:
             return await run_once(stack, scene, out, console)
         with suppress(asyncio.CancelledError):

@@ -9,7 +9,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -147,31 +147,40 @@ async def _kafka(kafka: Kafka) -> tuple[dict[str, GroupStatus], int]:
     try:
         await admin.start()
         await reader.start()
-        groups = {}
-        for group, topic in topics.items():
-            ends = await _ends(reader, topic)
-            committed = await admin.list_consumer_group_offsets(group)
-            lag = {
-                tp.partition: max(0, end - (committed[tp].offset if tp in committed else 0))
-                for tp, end in ends.items()
-            }
-            found = await look_at_group(admin, group)
-            members = {name: list(partitions) for name, partitions in found.members.items()}
-            groups[group] = GroupStatus(group, topic, members, lag)
-        dead = sum((await _ends(reader, kafka.topic("dead"))).values())
+        groups, _ = await look_at_groups(admin, reader, topics)
+        dead = sum((await ends_of(reader, kafka.topic("dead"))).values())
     finally:
         await reader.stop()
         await admin.close()
     return groups, dead
 
 
-async def _ends(reader: AIOKafkaConsumer, topic: str) -> dict[TopicPartition, int]:
+async def look_at_groups(
+    admin: AIOKafkaAdminClient, reader: AIOKafkaConsumer, topics: Mapping[str, str]
+) -> tuple[dict[str, GroupStatus], dict[str, dict[int, int]]]:
+    """By group, which has the topic that it reads: how it stands; and by topic and partition, where the log ends. Raises KafkaError, OSError."""
+    groups: dict[str, GroupStatus] = {}
+    ends: dict[str, dict[int, int]] = {}
+    for group, topic in topics.items():
+        if topic not in ends:
+            ends[topic] = await ends_of(reader, topic)
+        committed = await admin.list_consumer_group_offsets(group)
+        done = {tp.partition: at.offset for tp, at in committed.items() if tp.topic == topic}
+        lag = {partition: max(0, end - done.get(partition, 0)) for partition, end in ends[topic].items()}
+        found = await look_at_group(admin, group)
+        members = {name: list(partitions) for name, partitions in found.members.items()}
+        groups[group] = GroupStatus(group, topic, members, lag)
+    return groups, ends
+
+
+async def ends_of(reader: AIOKafkaConsumer, topic: str) -> dict[int, int]:
+    """By partition, where the log ends. Raises KafkaError, OSError."""
     partitions = await reader._client.fetch_all_metadata()
     found = partitions.partitions_for_topic(topic) or set()
     ends: dict[TopicPartition, int] = await reader.end_offsets(
         [TopicPartition(topic, p) for p in sorted(found)]
     )
-    return ends
+    return {tp.partition: end for tp, end in ends.items()}
 
 
 # --- for people -------------------------------------------------------------------------------------------------

@@ -1,0 +1,445 @@
+"""The live page: what the coordinator knows, collected in the background and served at `/`, its data at `/page.json`.
+
+* *Never in a request*: an answer is bytes that were made before, compressed already. There are no parameters, and nothing but GET.
+* *Never in the planner's way*: what takes long is done in a thread, reading is bounded in time, the ledger is read over one connection,
+  and the more rarely the longer that takes: a LEDGER_SHARE of the time at most. While nobody looks, only the history is kept.
+* *Never silent about a part that is away*: what it said last stays, with the time since when it does not answer.
+* *Nothing from outside*: one file, whose script and style the Content-Security-Policy knows by their hashes; no other is run, none is loaded.
+  The script makes text, never markup.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gzip
+import hashlib
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from typing import Any, Protocol
+
+import orjson
+import structlog
+from aiohttp import web
+from aiokafka import AIOKafkaConsumer
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+
+from ingest.brokers import client_options
+from ingest.budget import Decision, Polling
+from ingest.clock import Clock, utc
+from ingest.errors import HeadgateError
+from ingest.glance import Glance, glance
+from ingest.ledger import Ledger
+from ingest.log import quietly
+from ingest.pauses import Pauses
+from ingest.reassign import Planned
+from ingest.schedule import Grid, grids_of
+from ingest.sinks.connection import bounded
+from shard_config.model import Config, Kafka
+from workers.lifecycle import Lifecycle
+from workers.members import AGE
+from workers.names import exporter_group, landing_group, ledger_group
+from workers.page_facts import (
+    HISTORY_S,
+    SAMPLE_S,
+    Ends,
+    GroupSeen,
+    History,
+    Json,
+    KafkaSeen,
+    Part,
+    Seen,
+    Unit,
+    cells_of,
+    faults_of,
+    numbers_of,
+    shards_of,
+    unowned_of,
+)
+from workers.page_verdict import findings_of, verdict_of
+from workers.reload import INVALID
+from workers.status import GroupStatus, ends_of, look_at_groups
+
+_log = structlog.get_logger()
+
+EVERY_S = 3.0
+"""While somebody looks; else each SAMPLE_S."""
+WATCHED_S = 30.0
+"""After a request."""
+KAFKA_TIMEOUT_S = 10.0
+LEDGER_TIMEOUT_S = 20.0
+LEDGER_SHARE = 0.05
+LEDGER_EVERY_MAX_S = 120.0
+STARTS_KEPT = 20
+MOVES_SHOWN = 20
+
+
+class Planner(Protocol):
+    """What the page needs of the coordinator."""
+
+    pauses: Pauses
+    polling: Polling
+
+    @property
+    def planned(self) -> Planned: ...
+
+    @property
+    def behind(self) -> bool: ...
+
+
+class Money(Protocol):
+    """What the page needs of the budgets' loop."""
+
+    decision: Decision | None
+    decided_at_ms: int | None
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """/page.json, ready to be sent."""
+
+    plain: bytes
+    packed: bytes
+
+
+class Page:
+    """One coordinator's page. `shards` gives the Publisher's."""
+
+    def __init__(
+        self,
+        config: Config,
+        coordinator: Planner,
+        shards: Callable[[], Json],
+        money: Money,
+        ledger: Ledger,
+        clock: Clock,
+    ) -> None:
+        self._coordinator = coordinator
+        self._shards = shards
+        self._money = money
+        self._ledger = ledger
+        self._clock = clock
+        self._started_ms = clock.now_ms()
+        self._history = History()
+        self._ends: Ends = {}
+        self._kafka_part: Part[KafkaSeen] = Part()
+        self._ledger_part: Part[Glance] = Part()
+        self._presence = Presence()
+        self._asked_s = float("-inf")
+        self._woken = asyncio.Event()
+        self._made = Made(b"{}", gzip.compress(b"{}"))
+        self._html, self._policy = document()
+        self.configure(config)
+
+    def configure(self, config: Config) -> None:
+        """Show this configuration's targets from now on."""
+        self._config = config
+        self._grids: Mapping[str, tuple[Grid, ...]] = {str(t): g for t, g in grids_of(config).items()}
+
+    # --- serving
+
+    def serve(self, lifecycle: Lifecycle) -> None:
+        """Have it served from now on."""
+        lifecycle.views[""] = self._document
+        lifecycle.views["page.json"] = self._data
+
+    def _document(self, _: web.Request) -> web.Response:
+        headers = {"Content-Security-Policy": self._policy, "X-Frame-Options": "DENY", **_HEADERS}
+        return web.Response(body=self._html, content_type="text/html", charset="utf-8", headers=headers)
+
+    def _data(self, request: web.Request) -> web.Response:
+        if self._clock.monotonic_s() - self._asked_s > WATCHED_S:
+            self._woken.set()
+        self._asked_s = self._clock.monotonic_s()
+        # The clock of the page: whoever looks at it may have another.
+        headers = {"X-Headgate-Now-Ms": str(self._clock.now_ms()), "Vary": "Accept-Encoding", **_HEADERS}
+        if "gzip" not in request.headers.get("Accept-Encoding", ""):
+            return web.Response(body=self._made.plain, content_type="application/json", headers=headers)
+        headers["Content-Encoding"] = "gzip"
+        return web.Response(body=self._made.packed, content_type="application/json", headers=headers)
+
+    # --- collecting
+
+    async def run(self, lifecycle: Lifecycle) -> None:
+        """Until told to stop. What does not answer is on the page."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._look_at_kafka(lifecycle))
+            group.create_task(self._look_at_ledger(lifecycle))
+            group.create_task(self._make(lifecycle))
+
+    @property
+    def _every_s(self) -> float:
+        watched = self._clock.monotonic_s() - self._asked_s <= WATCHED_S
+        return EVERY_S if watched else float(SAMPLE_S)
+
+    async def _make(self, lifecycle: Lifecycle) -> None:
+        while not lifecycle.stop.is_set():
+            self._woken.clear()
+            try:
+                await self.make()
+            except Exception:
+                # Whatever is wrong with the page, it must not stop the planning. The page says that nothing new is made.
+                _log.exception("page_not_made")
+            await lifecycle.pause(self._every_s, self._woken)
+
+    async def make(self) -> None:
+        """Make the page of what is known now."""
+        seen = self._seen()
+        planned, pauses, polling = (
+            self._coordinator.planned,
+            self._coordinator.pauses,
+            self._coordinator.polling,
+        )
+        config, grids = self._config, self._grids
+
+        def made() -> Made:
+            units = units_of(config, grids, planned, pauses, polling)
+            plain = orjson.dumps(page_of(replace(seen, units=units), self._history, self._ends))
+            return Made(plain, gzip.compress(plain, 3))
+
+        self._made = await asyncio.to_thread(made)
+
+    def _seen(self) -> Seen:
+        now_ms, shards, money = self._clock.now_ms(), self._shards(), self._money
+        horizon_s = self._config.run.horizon_s
+        self._presence.take(shards, now_ms)
+        away_ms = money.decided_at_ms or self._started_ms
+        organization_age_s = AGE.collect()
+        return Seen(
+            now_ms=now_ms,
+            asked_until_ms=now_ms if horizon_s is None else min(now_ms, horizon_s[1] * 1000),
+            started_ms=self._started_ms,
+            revision=self._config.revision,
+            shards=shards,
+            units={},
+            gone=self._presence.gone(now_ms),
+            starts={name: tuple(starts) for name, starts in self._presence.starts.items()},
+            kafka=self._kafka_part,
+            ledger=self._ledger_part,
+            money=Part(money.decision, money.decided_at_ms, away_ms if money.error else None, money.error),
+            config_refused=_value(INVALID.collect()) == 1,
+            organization_age_s=_value(organization_age_s) if self._config.organization else None,
+            unowned_since_ms=self._presence.unowned_since_ms,
+            dead_before=self._history.first_dead(),
+        )
+
+    async def _look_at_ledger(self, lifecycle: Lifecycle) -> None:
+        while not lifecycle.stop.is_set():
+            began_s = self._clock.monotonic_s()
+            took_s = 0.0
+            try:
+                await self.look_at_ledger()
+                took_s = self._clock.monotonic_s() - began_s
+            except HeadgateError as error:
+                self._ledger_part = self._ledger_part.failed(str(error), self._clock.now_ms())
+            pause_s = max(self._every_s, min(took_s / LEDGER_SHARE, LEDGER_EVERY_MAX_S))
+            await lifecycle.pause(pause_s, *([self._woken] if took_s < LEDGER_SHARE * SAMPLE_S else []))
+
+    async def look_at_ledger(self) -> None:
+        """One look. Raises HeadgateError."""
+        now_ms = self._clock.now_ms()
+        split = {name.partition("#")[0] for name in self._coordinator.planned.units.slots if "#" in name}
+        async with self._ledger.connected() as connection:
+            found = await bounded(connection, glance(connection, utc(now_ms / 1000), split), LEDGER_TIMEOUT_S)
+        self._ledger_part = Part(found, now_ms)
+
+    async def _look_at_kafka(self, lifecycle: Lifecycle) -> None:
+        clients: _Clients | None = None
+        try:
+            while not lifecycle.stop.is_set():
+                try:
+                    async with asyncio.timeout(KAFKA_TIMEOUT_S):
+                        if clients is None:
+                            clients = _Clients(self._config.kafka)
+                            await clients.start()
+                        await self._take_kafka(clients)
+                except (KafkaError, OSError, TimeoutError) as error:
+                    what = f"kafka {self._config.kafka.bootstrap}: {type(error).__name__} {error}".rstrip()
+                    self._kafka_part = self._kafka_part.failed(what, self._clock.now_ms())
+                    if clients is not None:
+                        await clients.stop()
+                    clients = None
+                await lifecycle.pause(self._every_s, self._woken)
+        finally:
+            if clients is not None:
+                await clients.stop()
+
+    async def _take_kafka(self, clients: _Clients) -> None:
+        config, now_ms = self._config, self._clock.now_ms()
+        kafka = config.kafka
+        topics = {
+            exporter_group(kafka): kafka.topic("collect"),
+            landing_group(kafka): kafka.topic("raw"),
+            ledger_group(kafka): kafka.topic("ledger"),
+        }
+        receivers = {r.name: f"{kafka.prefix}.remote-write.{r.name}" for r in receivers_of(config)}
+        topics |= dict.fromkeys(receivers.values(), kafka.topic("raw"))
+        groups, ends = await look_at_groups(clients.admin, clients.reader, topics)
+        dead = sum((await ends_of(clients.reader, kafka.topic("dead"))).values())
+
+        def seen(name: str) -> GroupSeen:
+            one: GroupStatus = groups[name]
+            waits_s = self._history.waits_s(one.topic, one.lag, ends, now_ms)
+            return GroupSeen(one.lag, tuple(sorted(one.members)), waits_s)
+
+        found = KafkaSeen(
+            seen(exporter_group(kafka)),
+            seen(landing_group(kafka)),
+            seen(ledger_group(kafka)),
+            {receiver: seen(group) for receiver, group in receivers.items()},
+            dead,
+        )
+        self._ends = {topic: dict(partitions) for topic, partitions in ends.items()}
+        self._kafka_part = Part(found, now_ms)
+
+
+class Presence:
+    """Which shards were seen, when they started, and since when slots are nobody's: what Kafka's group does not remember."""
+
+    def __init__(self) -> None:
+        self.starts: dict[str, deque[int]] = {}
+        self.unowned_since_ms: int | None = None
+        self._last_ms: dict[str, int] = {}
+
+    def take(self, shards: Json, now_ms: int) -> None:
+        """Note what the Publisher's page says."""
+        owned = 0
+        for one in shards["shards"]:
+            if not one["alive"]:
+                continue
+            owned += len(one["slots"])
+            name, since_ms = one["shard"], one["since_ms"]
+            self._last_ms[name] = now_ms
+            starts = self.starts.setdefault(name, deque(maxlen=STARTS_KEPT))
+            if since_ms is not None and since_ms not in starts:
+                starts.append(since_ms)
+        if owned >= shards["slots"]:
+            self.unowned_since_ms = None
+        elif self.unowned_since_ms is None:
+            self.unowned_since_ms = now_ms
+        for name, last_ms in list(self._last_ms.items()):
+            starts = self.starts[name]
+            while starts and now_ms - starts[0] > HISTORY_S * 1000:
+                starts.popleft()
+            if now_ms - last_ms > HISTORY_S * 1000:
+                del self._last_ms[name], self.starts[name]
+
+    def gone(self, now_ms: int) -> dict[str, int]:
+        """Shards that are not there any more, and when they were seen last."""
+        return {name: last_ms for name, last_ms in self._last_ms.items() if last_ms < now_ms}
+
+
+class _Clients:
+    """Kafka's, kept open between looks."""
+
+    def __init__(self, kafka: Kafka) -> None:
+        self.admin = AIOKafkaAdminClient(**client_options(kafka))
+        self.reader = AIOKafkaConsumer(**client_options(kafka), enable_auto_commit=False)
+
+    async def start(self) -> None:
+        await self.admin.start()
+        await self.reader.start()
+
+    async def stop(self) -> None:
+        await quietly(self.reader.stop())
+        await quietly(self.admin.close())
+
+
+# --- pure -------------------------------------------------------------------------------------------------------
+
+
+def page_of(seen: Seen, history: History, ends: Ends) -> Json:
+    """/page.json. Adds to the history what is known of now."""
+    cells = cells_of(seen)
+    numbers = numbers_of(seen, cells)
+    if seen.ledger.failing_since_ms is None and seen.kafka.failing_since_ms is None:
+        history.add(seen.now_ms, numbers, ends)
+    findings = findings_of(seen, cells, numbers)
+    receivers = sorted(seen.kafka.value.receivers.items()) if seen.kafka.value else []
+    return {
+        "as_of_ms": seen.now_ms,
+        "asked_until_ms": seen.asked_until_ms,
+        "started_ms": seen.started_ms,
+        "revision": seen.revision,
+        "verdict": verdict_of(seen, cells, findings),
+        "findings": [f.plain() for f in findings[1:]],
+        "parts": [
+            {"name": name, "as_of_ms": p.as_of_ms, "failing_since_ms": p.failing_since_ms, "error": p.error}
+            for name, p in seen.parts
+        ],
+        "numbers": numbers,
+        "history": history.page(),
+        "levels": dict(Counter(c["level"] for c in cells)),
+        "plan": {k: seen.shards[k] for k in ("epoch", "published_at_ms", "reason", "slots", "settled")},
+        "shards": shards_of(seen),
+        "unowned": unowned_of(seen),
+        "cells": cells,
+        "moves": seen.shards["moves"][-MOVES_SHOWN:],
+        "receivers": [
+            {"receiver": name, "lag": g.lag_total, "waits_s": g.waits_s, "members": list(g.members)}
+            for name, g in receivers
+        ],
+        "faults": faults_of(seen),
+    }
+
+
+def units_of(
+    config: Config,
+    grids: Mapping[str, tuple[Grid, ...]],
+    planned: Planned,
+    pauses: Pauses,
+    polling: Polling,
+) -> dict[str, Unit]:
+    """What is expected of every unit of the plan. One whose services are all paused, or stopped for a budget, is paused."""
+    aliases = {account.id: account.alias for account in config.accounts}
+    found = {}
+    for name, slot in planned.units.slots.items():
+        target, _, service = name.partition("#")
+        account = target.split("/")[1]
+        every_s = [
+            grid.poll_interval_s * polling.of(account, grid.service)
+            for grid in grids.get(target, ())
+            if service in ("", grid.service)
+            and not pauses.cover(account, grid.service)
+            and (account, grid.service) not in polling.stopped
+        ]
+        found[name] = Unit(slot, min(every_s, default=0), aliases.get(account, ""), not every_s)
+    return found
+
+
+def receivers_of(config: Config) -> tuple[Any, ...]:
+    return config.remote_write.receivers if config.remote_write else ()
+
+
+def _value(metrics: Any) -> float:
+    """Of a gauge without labels."""
+    return float(next(iter(metrics)).samples[0].value)
+
+
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+def document() -> tuple[bytes, str]:
+    """The page's file, and the Content-Security-Policy that lets its own script and style run, and nothing else."""
+    html = (files("workers") / "page.html").read_text("utf-8")
+    script, style = (_hash(html, tag) for tag in ("script", "style"))
+    policy = (
+        f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    )
+    return html.encode(), policy
+
+
+def _hash(html: str, tag: str) -> str:
+    [text] = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
