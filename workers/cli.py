@@ -29,6 +29,7 @@ COMMANDS = {
     "samples": "samples",
     "check": "check",
     "import": "yace",
+    "compare": "compare",
     "preflight": "preflight",
     "quote": "quote",
     "plan": "plan",

@@ -1,0 +1,191 @@
+"""The steps of a comparison between scrapes: reading our series, judging what has settled, and what both sides cost meanwhile.
+
+Each step is bounded, goes by what `compare_state` remembers, and can be left out or repeated: what was judged is forgotten in the same
+transaction that counts it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any, Final
+
+import asyncpg
+import orjson
+
+from ingest import charges
+from ingest.compare import DIMENSION, Judged, Point, Verdict, judge, key_of_series
+from ingest.compare_report import Bill
+from ingest.compare_state import Ripe, State
+from ingest.compare_store import OurSeries, points, series_of
+from ingest.model import SourceName
+from shard_config.model import Config, ServiceProfile
+from shard_config.price import Prices, statistics_share
+
+RIPE_A_STEP: Final = 10_000
+STEPS_MAX: Final = 50
+"""Of one round: what is left waits for the next."""
+HORIZON_S: Final = 3600
+"""So far back a value without a timestamp is looked for; three periods where that is longer."""
+POINTS_LOOKED_FOR_MAX: Final = 200
+GRACE_S: Final = 120
+PROBED_MAX: Final = 200_000
+"""Series of ours that YACE has not and that are asked whether they live."""
+PROBES: Final = 5
+FOREVER_S: Final = 1 << 40
+
+_DULL: Final = (Verdict.EQUAL, Verdict.NEITHER, Verdict.GAP_THERE)
+
+
+def wait_s(profile: ServiceProfile) -> int:
+    """How long after a scrape its values are held against ours: settled, looked at, landed."""
+    return profile.settling_s + 2 * profile.poll_interval_s + profile.period_s + GRACE_S
+
+
+def snake_case(state: State) -> bool:
+    """Whether YACE's labels are in snake case, as its -labels-snake-case makes them."""
+    names = [
+        label
+        for (labels,) in state.rows("SELECT labels FROM theirs LIMIT 2000")
+        for label in orjson.loads(labels)
+        if label.startswith(DIMENSION)
+    ]
+    return bool(names) and all(name == name.lower() for name in names)
+
+
+# --- our series -----------------------------------------------------------------------------------------------
+
+
+async def read_ours(connection: asyncpg.Connection, config: Config, state: State, now_s: int) -> int:
+    """Take in our series of every configured account and region; returns their number. Raises Transient."""
+    snake, count = snake_case(state), 0
+    for account in config.accounts:
+        for region in account.regions:
+            profiles = config.services_in(account, region)
+            spaces = sorted({p.namespace for p in profiles})
+            async for some in series_of(connection, account.id, region, spaces):
+                state.put_ours([_row(one, account.id, region, profiles, snake, now_s) for one in some])
+                count += len(some)
+    return count
+
+
+def _row(
+    one: OurSeries, account: str, region: str, profiles: Sequence[ServiceProfile], snake: bool, now_s: int
+) -> tuple[Any, ...]:
+    dimensions = orjson.loads(one.dimensions)
+    of = [p for p in profiles if p.namespace == one.namespace]
+    asked = next((p for p in of if p.period_s == one.period_s), None)
+    key, name = key_of_series(account, region, one.namespace, one.metric, dimensions.items(), one.stat, snake)
+    said = ", ".join(f"{k}={v}" for k, v in dimensions.items())
+    series = f"{account} {region} {one.namespace} {one.metric}{{{said}}} {one.stat} {one.period_s}s"
+    service = (asked or of[0]).service
+    return key, one.id, name, account, region, service, series, one.period_s, int(asked is not None), now_s
+
+
+async def find_living(
+    connection: asyncpg.Connection, config: Config, state: State, from_s: int, now_s: int
+) -> None:
+    """Say of our series that YACE has not whether they had a point in the time compared. Raises Transient."""
+    waits = {p.service: wait_s(p) for p in config.services}
+    lonely = state.rows(
+        "SELECT key, id, service, period_s FROM ours WHERE live IS NOT 1 AND NOT EXISTS (SELECT 1 FROM theirs WHERE theirs.key = ours.key) LIMIT ?",
+        PROBED_MAX,
+    )
+    while some := [row for row, _ in zip(lonely, range(RIPE_A_STEP), strict=False)]:
+        asked = []
+        for _, id_, service, period_s in some:
+            newest_s = (now_s - waits[service]) // period_s * period_s
+            times = range(newest_s, min(from_s, newest_s) - PROBES * period_s, -period_s)
+            asked += [(id_, t) for t in list(times)[:PROBES]]
+        found = await points(connection, asked)
+        state.db.executemany(
+            "UPDATE ours SET live = ? WHERE key = ?", [(int(id_ in found), key) for key, id_, _, _ in some]
+        )
+
+
+# --- values ---------------------------------------------------------------------------------------------------
+
+
+async def judge_ripe(
+    connection: asyncpg.Connection, config: Config, state: State, now_s: int, all_of_them: bool
+) -> int:
+    """Judge values whose time to settle is over, or all; returns how many. Raises Transient."""
+    waits = {p.service: wait_s(p) for p in config.services}
+    due = dict.fromkeys(waits, 0) if all_of_them else waits
+    judged = 0
+    for _ in range(STEPS_MAX):
+        ripe = state.ripe(now_s, due, RIPE_A_STEP)
+        if not ripe:
+            break
+        state.judged(await _verdicts(connection, state, ripe, waits, now_s))
+        judged += len(ripe)
+    return judged
+
+
+async def _verdicts(
+    connection: asyncpg.Connection, state: State, ripe: Sequence[Ripe], waits: Mapping[str, int], now_s: int
+) -> list[tuple[Ripe, Judged]]:
+    spans: dict[str, int] = {}
+    for name in {r.name for r in ripe}:
+        spans[name] = state.span_s(name) or 0
+    near = await points(connection, [pair for r in ripe for pair in _asked(r, spans[r.name])])
+    first = _judge(ripe, near, waits, now_s)
+    # A value that is none of the near ones may be an older one: YACE stood still, or this metric's delay is not known yet.
+    odd = [r for r, j in first if r.shown.timestamp_s is None and j.verdict not in _DULL]
+    if not odd:
+        return first
+    far = await points(connection, [pair for r in odd for pair in _asked(r, 0)])
+    return _judge(ripe, near | far, waits, now_s)
+
+
+def _asked(ripe: Ripe, span_s: int) -> list[tuple[bytes, int]]:
+    """The points of ours that a value may be; `span_s` is 0 where it is not known how old it may be."""
+    shown, period_s = ripe.shown, ripe.period_s
+    if shown.timestamp_s is not None:
+        return [(ripe.id, shown.timestamp_s)]
+    newest_s = shown.at_s // period_s * period_s
+    back_s = span_s + 2 * period_s if span_s else max(HORIZON_S, 3 * period_s)
+    oldest_s = newest_s - min(back_s, POINTS_LOOKED_FOR_MAX * period_s)
+    return [(ripe.id, t) for t in range(newest_s, oldest_s, -period_s)]
+
+
+def _judge(
+    ripe: Sequence[Ripe], found: Mapping[bytes, Sequence[Point]], waits: Mapping[str, int], now_s: int
+) -> list[tuple[Ripe, Judged]]:
+    def group(r: Ripe) -> tuple[int, str, str, str]:
+        return r.shown.at_s, r.name, r.account, r.region
+
+    verdicts = []
+    for _, together in groupby(sorted(ripe, key=group), key=group):
+        some = list(together)
+        ours = {r.shown.key: found.get(r.id, ()) for r in some}
+        for r, one in zip(some, judge([r.shown for r in some], ours, some[0].period_s), strict=True):
+            base_s = r.shown.at_s if r.shown.timestamp_s is None else r.shown.timestamp_s + r.period_s
+            unsettled = one.verdict not in _DULL and now_s < base_s + waits[r.service]
+            verdicts.append((r, Judged(r.shown, Verdict.UNSETTLED, one.ours) if unsettled else one))
+    return verdicts
+
+
+# --- money ----------------------------------------------------------------------------------------------------
+
+
+async def charged(connection: asyncpg.Connection, from_s: float, now_s: float) -> dict[str, list[int]]:
+    """What CloudWatch billed us since the day of `from_s`: (queries, ListMetrics requests) by service. Raises Transient."""
+    found: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for c in await charges.read(connection, charges.day_of(from_s), charges.day_of(now_s + 86_400)):
+        if c.target.source == SourceName.CLOUDWATCH:
+            found[c.service][0] += c.metrics_billed
+            found[c.service][1] += c.list_metrics
+    return dict(found)
+
+
+def our_bill(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int]], config: Config) -> Bill:
+    """What was charged between the two."""
+    prices, profiles = Prices.of(config.aws), config.service_by_name
+    each = {s: n[0] - before.get(s, (0, 0))[0] for s, n in after.items()}
+    lists = sum(n[1] - before.get(s, (0, 0))[1] for s, n in after.items())
+    requests = prices.list_metrics_usd(lists, prices.requests_free_per_month)
+    usd = prices.usd_per_1000_metrics / 1000
+    once = sum(n * statistics_share(profiles.get(s)) * usd for s, n in each.items())
+    return Bill(sum(each.values()), lists, sum(each.values()) * usd + requests, once + requests)
