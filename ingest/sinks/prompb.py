@@ -26,6 +26,8 @@ LABELS_MAX = 256
 """Of one series. AWS has at most 50 tags and 30 dimensions; receivers may have smaller limits of their own."""
 LABEL_NAME_BYTES_MAX = 1_024
 LABEL_VALUE_BYTES_MAX = 16 * 1024
+KEPT_NAMES_MAX = 4_096
+"""Sets of label names that were looked at and are not looked at again."""
 KEPT_SERIES_MAX = 65_536
 """Series whose encoded labels are kept; together with their labels 1 to 2 kB each."""
 
@@ -47,22 +49,24 @@ def labels_problem(labels: LabelSet) -> str | None:
     """Why no receiver should be given a series of these labels, in words; None where there is no reason."""
     if len(labels) > LABELS_MAX:
         return f"{len(labels)} labels are more than {LABELS_MAX}"
-    for (before, _), (after, _) in pairwise(labels):
+    if problem := _names_problem(tuple([name for name, _ in labels])):
+        return problem
+    return next((problem for name, value in labels if (problem := _value_problem(name, value))), None)
+
+
+@lru_cache(maxsize=KEPT_NAMES_MAX)
+def _names_problem(names: tuple[str, ...]) -> str | None:
+    """The same of their names: thousands of series share them."""
+    for name in names:
+        if not _NAME.fullmatch(name) or len(name) > LABEL_NAME_BYTES_MAX:
+            return f"{name[:100]!r} is no name of a label"
+    for before, after in pairwise(names):
         if before >= after:
-            return (
-                f"label {after!r} stands there twice" if before == after else "labels are not sorted by name"
-            )
-    named = False
-    for name, value in labels:
-        if problem := _label_problem(name, value):
-            return problem
-        named = named or name == "__name__"
-    return None if named else "there is no __name__"
+            return f"label {after} stands there twice" if before == after else "labels are not sorted by name"
+    return None if "__name__" in names else "there is no __name__"
 
 
-def _label_problem(name: str, value: str) -> str | None:
-    if not _NAME.fullmatch(name) or len(name) > LABEL_NAME_BYTES_MAX:
-        return f"{name[:100]!r} is no name of a label"
+def _value_problem(name: str, value: str) -> str | None:
     if not value:
         return f"label {name} is empty"
     try:
@@ -82,7 +86,7 @@ def encoded_labels(labels: LabelSet) -> bytes | str:
     problem = labels_problem(labels)
     if problem is not None:
         return problem
-    series = TimeSeries(labels=[Label(name=name, value=value) for name, value in labels])
+    series = TimeSeries(labels=[{"name": name, "value": value} for name, value in labels])
     encoded: bytes = series.SerializeToString()
     return encoded
 
@@ -168,7 +172,5 @@ def _messages() -> dict[str, Any]:
 
 
 _CLASSES = _messages()
-Label, Sample, TimeSeries, WriteRequest = (
-    _CLASSES[name] for name in ("Label", "Sample", "TimeSeries", "WriteRequest")
-)
+TimeSeries, WriteRequest = _CLASSES["TimeSeries"], _CLASSES["WriteRequest"]
 _Frames = _CLASSES["Frames"]

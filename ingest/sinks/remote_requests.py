@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +31,7 @@ REQUEST_BYTES_MAX = 8 * 1024 * 1024
 SAID_CHARACTERS_MAX = 200
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Samples [start, stop) of all samples of a write; they are one series'."""
 
     series: int
