@@ -95,6 +95,8 @@ class Reason(StrEnum):
     """A series id that is known with other labels."""
     LABELS_TAKEN = "labels_taken"
     """Another series has the labels that this one would have in Prometheus (ingest.series_labels)."""
+    REFUSED_BY_RECEIVER = "refused_by_receiver"
+    """Samples that a receiver of remote write would not take (ingest.forwarding)."""
 
 
 # --- names ----------------------------------------------------------------------------------------------------

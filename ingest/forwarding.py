@@ -1,0 +1,475 @@
+"""Records of `raw` → one receiver of samples: keep its own series, name them, hold what has to wait, send, count what was refused.
+
+Guarantees:
+
+* *At least once, and once*: a record is committed when the receiver has, or has refused, all of it. What is sent twice for a restart changes nothing.
+* *One bad point stops nobody*: what is not fit is counted under its reason. What the receiver refuses goes to `dead` before it is done with; what we
+  know to come too late is only counted (a backfill would drown the topic), and so are bad records, which the store's consumer puts aside.
+* *Time is the log's*: where records wait to be read, a point has settled when a record of that time was read, not when the clock says so; else a
+  backlog would be sent before its corrections are read. Only where memory is `full` does the clock decide.
+* *Back-pressure is to Kafka*: what the receiver has not acknowledged is kept and tried again; past its bytes `full` says to take nothing more.
+
+What a restart must know travels as a note beside the committed offset (`Note`). Why it is so: docs/decisions/0021-remote-write.md.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from ingest import letters, wire
+from ingest.batch import without_series
+from ingest.clock import Clock
+from ingest.errors import Rejected
+from ingest.forwarded import Note, Progress, Tally
+from ingest.holding import Due, Holding, Lane, Member
+from ingest.log import Outgoing, Sender
+from ingest.model import (
+    Batch,
+    BatchId,
+    DeadLetter,
+    RecordPosition,
+    Series,
+    SeriesIds,
+    Target,
+    series_ids,
+    split_version,
+)
+from ingest.ports import LabelSet, Receiving, Record, RefusedSamples, SeriesSamples
+from ingest.validate import Reason, validate
+from shard_config.model import Limits
+
+_log = structlog.get_logger()
+
+WRITE_SAMPLES_MAX: Final = 50_000
+"""Of one write: a second's work or so, so that a process that has to stop, does."""
+IN_ORDER_S: Final = 3600
+"""Prometheus takes nothing older than an hour before its newest, whatever its window (half of the two hours of a block)."""
+PLACES_MAX: Final = 4_096
+"""Batches whose series' rows are remembered, 8 kB each."""
+LABELS_MAX: Final = 500_000
+"""Series whose labels are kept, about 1 kB each; those of more are made anew for each write."""
+LETTERS_MAX: Final = 100
+"""Of one write; what more the receiver refused is only counted."""
+UNRESOLVED_ROUNDS_MAX: Final = 16
+UNRESOLVED: Final = "unresolved"
+DUPLICATE: Final = "duplicate"
+"""Reasons of `ingest.sinks.remote_answers.Refusal`, which forwarding treats apart."""
+FORGET_INTERVAL_S: Final = 60
+
+_NO_BATCH = BatchId(bytes(16))
+"""Points that were held are of several batches."""
+
+
+class Naming(Protocol):
+    """What forwarding needs to know of series."""
+
+    def receiver_of(self, series: Series, service: str) -> str:
+        """The name of the receiver that a series goes to."""
+        ...
+
+    def labels_of(self, series: Series, service: str, target: Target) -> LabelSet:
+        """Raises Rejected where it can have none."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """Where a batch's series lie: by index in the batch its row in the lane, −1 where it is another's."""
+
+    lane: Lane
+    rows: NDArray[np.int64]
+    own: NDArray[np.int64]
+    whole: bool
+
+
+@dataclass(slots=True, eq=False)
+class _Write:
+    """What is under way. After a failure the same goes out again, so that the receiver's client knows it."""
+
+    due_s: int
+    dues: Sequence[Due]
+    samples: list[SeriesSamples]
+    of: list[tuple[Lane, int, int]]
+    """By index in `samples`: lane, row, version of the first."""
+
+
+class Forwarder:
+    """Sends one receiver's series of the partitions that this process owns. Not safe for several tasks at once."""
+
+    def __init__(
+        self,
+        receiver: str,
+        window_s: int,
+        settling_s: Mapping[str, int],
+        naming: Naming,
+        receiving: Receiving,
+        sender: Sender,
+        topics: tuple[str, str],
+        limits: Limits,
+        clock: Clock,
+        tally: Tally,
+        *,
+        bytes_max: int,
+        log_ahead_s: int = 0,
+    ) -> None:
+        """`topics` are those of raw batches and of dead letters; `settling_s` by service, 0 where it says nothing.
+
+        `log_ahead_s`: how far the clock is ahead of the time that Kafka's records have (only in a replay of old data).
+        """
+        self._receiver = receiver
+        self._window_s = window_s
+        self._oldest_s = max(window_s, IN_ORDER_S)
+        self._settling_s = settling_s
+        self._naming = naming
+        self._receiving = receiving
+        self._sender = sender
+        self._topic, self._dead_topic = topics
+        self._limits = limits
+        self._clock = clock
+        self._tally = tally
+        self._bytes_max = bytes_max
+        self._log_ahead_s = log_ahead_s
+        self._cluster = ""
+        self.close()
+
+    # --- partitions ---------------------------------------------------------------------------------------------
+
+    def open(self, starts: Mapping[int, tuple[int, str]], *, cluster: str = "") -> None:
+        """Take partitions over, in place of those before: partition → (offset to read from, the note that was committed with it)."""
+        self.close()
+        self._cluster = cluster
+        self._progress.update({p: Progress(offset) for p, (offset, _) in starts.items()})
+        self._committed.update({p: offset for p, (offset, _) in starts.items()})
+        self._read_s.update(dict.fromkeys(starts, 0))
+        self._notes.update({p: note for p, (_, text) in starts.items() if (note := Note.read(text))})
+
+    def close(self) -> None:
+        """Forget all partitions, and what waits: they went to somebody else."""
+        self._holding = Holding(self._window_s, self._bytes_max)
+        self._places: OrderedDict[tuple[int, str, Target], tuple[SeriesIds, tuple[_Place, ...]]] = (
+            OrderedDict()
+        )
+        self._labelled = 0
+        self._progress: dict[int, Progress] = {}
+        self._committed: dict[int, int] = {}
+        self._notes: dict[int, Note] = {}
+        self._read_s: dict[int, int] = {}
+        """By partition that is behind, the time of the last record that was taken."""
+        self._sent_s = 0
+        self._news = False
+        """Something was sent that no mark speaks of yet."""
+        self._marks: dict[int, tuple[int, str]] = {}
+        self._under_way: _Write | None = None
+        self._forgot_s = self._clock.now_s()
+
+    @property
+    def full(self) -> bool:
+        """Take nothing more until something was sent."""
+        return self._holding.full
+
+    def commits(self) -> dict[int, tuple[int, str]]:
+        """What may be committed now and was not yet: partition → (offset, note). Said once."""
+        marks, self._marks = self._marks, {}
+        return marks
+
+    # --- in -----------------------------------------------------------------------------------------------------
+
+    def take(self, records: Sequence[Record]) -> None:
+        """Records, in order within each partition. Nothing is sent: that is what `send` does."""
+        for record in records:
+            progress = self._progress.get(record.position.partition)
+            if progress is None or record.position.offset < progress.next:
+                continue
+            try:
+                decoded = wire.decode_by_series(record.value, self._limits)
+            except Rejected:
+                self._tally.refused["bad_record"] += 1
+                due_s = None
+            else:
+                batch = without_series(decoded.batch, decoded.bad) if decoded.bad else decoded.batch
+                due_s = self._hold(batch, record.position)
+            progress.taken(record.position.offset, due_s)
+            self._read_s[record.position.partition] = record.timestamp_ms // 1000 + self._log_ahead_s
+        self._tally.held = self._holding.held
+
+    def caught_up(self, partitions: Iterable[int]) -> None:
+        """All records of these were taken that there are: until the next one their time is the clock's."""
+        for partition in partitions:
+            self._read_s.pop(partition, None)
+
+    def offer(self, batch: Batch) -> None:
+        """Points of no record: what is made up (zeros) loses against anything real, and is lost in a restart."""
+        self._hold(batch, None)
+
+    def _hold(self, batch: Batch, origin: RecordPosition | None) -> int | None:
+        """When the last of a batch's points has settled; None where nothing of it waits."""
+        places = self._places_of(batch)
+        if not places:
+            return None
+        now_s = self._clock.now_s()
+        checked = validate(batch, now_s, self._limits)
+        for point in checked.dead:
+            self._tally.refused[str(point.reason)] += point.count
+        good = checked.accepted
+        if good is None:
+            return None
+        due_s: int | None = None
+        for place in places:
+            rows, stamps, values = np.repeat(place.rows, good.counts), good.timestamps_s, good.values
+            fit = stamps >= now_s - self._oldest_s
+            if not place.whole:
+                fit = (rows >= 0) & fit
+                self._tally.refused["too_old"] += int(np.count_nonzero((rows >= 0) & ~fit))
+            elif not fit.all():
+                self._tally.refused["too_old"] += int(np.count_nonzero(~fit))
+            if not fit.all():
+                rows, stamps, values = rows[fit], stamps[fit], values[fit]
+            place.lane.met(place.own, origin, now_s)
+            if origin is not None and (note := self._notes.get(origin.partition)) is not None:
+                rows, stamps, values = self._unsent(note, origin, place.lane, (rows, stamps, values))
+            added = self._holding.add(place.lane, rows, stamps, values, batch.version)
+            self._tally.refused["changed"] += added.changed
+            self._tally.refused["too_old" if self._window_s else "out_of_order"] += added.late
+            if added.due_s is not None:
+                due_s = max(added.due_s, due_s or 0)
+        return due_s
+
+    def _unsent(
+        self,
+        note: Note,
+        origin: RecordPosition,
+        lane: Lane,
+        points: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]],
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        """Without what was sent before this process took the partition over."""
+        if origin.offset >= note.next:
+            del self._notes[origin.partition]
+            return points
+        if self._window_s or (settling_s := note.settling_s.get(lane.service)) is None:
+            return points
+        rows, stamps, values = points
+        waits = stamps + lane.period_s + settling_s > note.sent_s
+        self._holding.was_sent(lane, rows[~waits], stamps[~waits])
+        return rows[waits], stamps[waits], values[waits]
+
+    def _places_of(self, batch: Batch) -> tuple[_Place, ...]:
+        """By lane, of which a batch has one, where its series are ours."""
+        # Tables of series are the same objects from look to look (ingest.series_table); holding on to one keeps its id.
+        key = id(batch.ids), batch.service, batch.target
+        found = self._places.get(key)
+        if found is not None:
+            self._places.move_to_end(key)
+            return found[1]
+        places = tuple(self._place(batch))
+        self._places[key] = batch.ids, places
+        if len(self._places) > PLACES_MAX:
+            self._places.popitem(last=False)
+        return places
+
+    def _place(self, batch: Batch) -> list[_Place]:
+        periods: dict[int, list[int]] = {}
+        for i, one in enumerate(batch.series):
+            if self._naming.receiver_of(one, batch.service) == self._receiver:
+                periods.setdefault(one.key.period_s, []).append(i)
+        places = []
+        for period_s, own in periods.items():
+            lane = self._holding.lane(batch.service, period_s, self._settling_s.get(batch.service, 0))
+            rows = np.full(len(batch.series), -1, np.int64)
+            rows[own] = lane.rows(batch.ids[own], [batch.series[i] for i in own], batch.target)
+            places.append(_Place(lane, rows, rows[own], len(own) == len(batch.series)))
+        return places
+
+    # --- out ----------------------------------------------------------------------------------------------------
+
+    async def send(self) -> bool:
+        """Send what is due next, bounded; False where nothing is. Raises Transient: then all of that is still due."""
+        if self._under_way is None:
+            now_s = self._clock.now_s()
+            until_s = now_s if self._window_s or self.full else min((now_s, *self._read_s.values()))
+            found = self._holding.due(until_s, WRITE_SAMPLES_MAX)
+            if found is None:
+                self._done(until_s)
+                self._forget(now_s)
+                return False
+            due_s, dues = found
+            self._under_way = self._write_of(due_s, [self._in_time(due, now_s) for due in dues])
+        await self._finish(self._under_way)
+        due_s, self._under_way = self._under_way.due_s, None
+        self._news = True
+        self._tally.held = self._holding.held
+        if not self._window_s and due_s < self._holding.next_due_s:
+            self._done(due_s)
+        return True
+
+    def _forget(self, now_s: int) -> None:
+        if now_s < self._forgot_s + FORGET_INTERVAL_S:
+            return
+        self._forgot_s = now_s
+        if self._holding.forget(now_s):
+            self._places.clear()  # their rows may be others' soon
+
+    def _done(self, until_s: int) -> None:
+        """Everything that was due up to then was sent."""
+        for progress in self._progress.values():
+            progress.sent(2**62 if self._window_s else until_s)
+        if until_s < self._sent_s:
+            return  # what came late: the note of before must not be weakened, nor promise that all of it was sent
+        self._sent_s = until_s
+        for p, progress in self._progress.items():
+            offset = progress.commit
+            if offset != self._committed[p] or (self._news and not self._window_s):
+                note = "" if self._window_s else Note(until_s, progress.next, self._settling_s).write()
+                self._marks[p] = offset, note
+                self._committed[p] = offset
+        self._news = False
+
+    def _in_time(self, due: Due, now_s: int) -> Due:
+        """Without what has become too old for any receiver while it waited."""
+        old = due.timestamps_s < now_s - self._oldest_s
+        if not old.any():
+            return due
+        self._tally.refused["too_old"] += int(np.count_nonzero(old))
+        self._holding.sent(due.only(old))
+        return due.only(~old)
+
+    def _write_of(self, due_s: int, dues: Sequence[Due]) -> _Write:
+        write = _Write(due_s, dues, [], [])
+        for due in dues:
+            starts = np.flatnonzero(np.diff(due.rows, prepend=-1))
+            ends = [*starts[1:].tolist(), len(due.rows)]
+            stamps_ms = due.timestamps_s * 1000
+            rows, versions = due.rows[starts].tolist(), due.versions[starts].tolist()
+            for start, end, row, version in zip(starts.tolist(), ends, rows, versions, strict=True):
+                labels = self._labels(due.lane, row)
+                if isinstance(labels, str):
+                    self._tally.refused[labels] += end - start
+                    continue
+                write.samples.append(SeriesSamples(labels, stamps_ms[start:end], due.values[start:end]))
+                write.of.append((due.lane, row, version))
+        return write
+
+    async def _finish(self, write: _Write) -> None:
+        samples = write.samples
+        refused = await self._deliver(samples) if samples else []
+        await self._bury(refused, write)
+        now_s = self._clock.now_ms() / 1000
+        for due in write.dues:
+            self._holding.sent(due)
+        if samples:
+            self._tally.acknowledged(np.concatenate([s.timestamps_ms for s in samples]) // 1000, now_s)
+        for one in refused:
+            self._tally.acknowledged(one.timestamps_ms // 1000, now_s, -1)
+            self._tally.refused["changed" if one.reason == DUPLICATE else one.reason] += len(
+                one.timestamps_ms
+            )
+
+    async def _deliver(self, samples: Sequence[SeriesSamples]) -> list[RefusedSamples]:
+        """What the receiver refused in the end. What it did not say of every sample is asked again, by itself."""
+        written = await self._receiving.write(samples)
+        refused = [r for r in written.refused if r.reason != UNRESOLVED]
+        unresolved = [r for r in written.refused if r.reason == UNRESOLVED]
+        for _ in range(UNRESOLVED_ROUNDS_MAX):
+            if not unresolved:
+                break
+            indices = [r.series for r in unresolved]
+            written = await self._receiving.write(
+                [_only(samples[r.series], r.timestamps_ms) for r in unresolved]
+            )
+            again = [
+                RefusedSamples(indices[r.series], r.reason, r.said, r.timestamps_ms) for r in written.refused
+            ]
+            refused += [r for r in again if r.reason != UNRESOLVED]
+            unresolved = [r for r in again if r.reason == UNRESOLVED]
+        return refused + unresolved
+
+    def _labels(self, lane: Lane, row: int) -> LabelSet | str:
+        """The labels of a series, or the reason why it has none."""
+        member = lane.members[row]
+        if member.labels is not None:
+            return member.labels
+        labels: LabelSet | str
+        try:
+            labels = self._naming.labels_of(member.series, lane.service, member.target)
+        except Rejected as error:
+            _log.warning("series_not_nameable", receiver=self._receiver, error=str(error))
+            labels = str(error.reason)
+        if self._labelled < LABELS_MAX:
+            member.labels = labels
+            self._labelled += 1
+        return labels
+
+    def forget_labels(self) -> None:
+        """Make all labels anew, for what names them has changed."""
+        self._labelled = 0
+        for member in self._holding.members():
+            member.labels = None
+
+    # --- what was refused ---------------------------------------------------------------------------------------
+
+    async def _bury(
+        self,
+        refused: Sequence[RefusedSamples],
+        write: _Write,
+    ) -> None:
+        """Letters for what the receiver refused; of a point that it has with another value there is none, for that is no surprise."""
+        surprising = [one for one in refused if one.reason != DUPLICATE]
+        dead = [
+            self._letter(one, _only(write.samples[one.series], one.timestamps_ms), *write.of[one.series])
+            for one in surprising[:LETTERS_MAX]
+        ]
+        if not dead:
+            return
+        sent = [Outgoing(letter.identity.encode(), wire.encode_dead_letter(letter)) for letter in dead]
+        await self._sender.send(self._dead_topic, sent)
+        _log.warning(
+            "receiver_refused_samples",
+            receiver=self._receiver,
+            series=len(surprising),
+            letters=len(dead),
+            first_reason=surprising[0].reason,
+            said=surprising[0].said,
+        )
+
+    def _letter(
+        self, one: RefusedSamples, samples: SeriesSamples, lane: Lane, row: int, version: int
+    ) -> DeadLetter:
+        member = lane.members[row]
+        partition, offset = lane.origins[row].tolist()
+        batch = _batch_of(member, lane, samples, version)
+        key = f"{member.target}/0".encode()
+        record = Record(RecordPosition(self._topic, partition, offset), key, b"", 0)
+        bad = {0: Reason.REFUSED_BY_RECEIVER}
+        what = f"{self._receiver} says {one.reason}: {one.said}"
+        [letter] = letters.of_series(bad, what, batch, _NO_BATCH, record, self._cluster)
+        return letter
+
+
+def _only(samples: SeriesSamples, timestamps_ms: NDArray[np.int64]) -> SeriesSamples:
+    some = np.isin(samples.timestamps_ms, timestamps_ms)
+    return SeriesSamples(samples.labels, samples.timestamps_ms[some], samples.values[some])
+
+
+def _batch_of(member: Member, lane: Lane, samples: SeriesSamples, version: int) -> Batch:
+    """Refused samples as a letter can hold them."""
+    revision, observed_at_ms = split_version(version)
+    series = (member.series,)
+    return Batch(
+        task_id="0" * 32,
+        target=member.target,
+        service=lane.service,
+        observed_at_ms=observed_at_ms,
+        revision=revision,
+        grid_s=max(1, lane.period_s),
+        series=series,
+        counts=np.array([len(samples.values)], np.int32),
+        timestamps_s=samples.timestamps_ms // 1000,
+        values=samples.values,
+        ids=series_ids(series),
+    )
