@@ -78,7 +78,9 @@ class Resources(Strict):
     types: tuple[str, ...] = Field(min_length=1)
     """As ec2:instance, the ResourceTypeFilters of tag:GetResources."""
     arns: tuple[Pattern, ...] = Field(min_length=1)
-    """Patterns that are searched in an ARN; their named groups are dimensions, as instance/(?P<InstanceId>[^/]+), an underscore for a space."""
+    """Patterns that are searched in an ARN; their named groups are dimensions, as instance/(?P<InstanceId>[^/]+), an underscore for a space.
+
+    A metric that belongs to two resources is named after that of the more dimensions, or of the earlier pattern."""
     unreached: str = ""
     """What of the service no tag selects, and why: `headgate check` says so where tags are asked for."""
 
@@ -423,6 +425,12 @@ class Config(Strict):
         """What an account is asked for in one of its regions, in its order."""
         profiles = [self.service_by_name[name] for name in account.services]
         return [p for p in profiles if not p.regions or region in p.regions]
+
+    @property
+    def lists_resources(self) -> bool:
+        """Whether exporters list tagged resources, for the labels of remote write."""
+        write = self.remote_write
+        return write is not None and write.resources and write.names == "yace"
 
     @property
     def landing_limits(self) -> Limits:

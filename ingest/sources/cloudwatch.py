@@ -143,7 +143,7 @@ class CloudWatchSource:
         self._clock = clock
         self._get = get_metric_data
         self._asking = Asking(config, clock)
-        self._discovery = Discovery(clock, config.limits)
+        self._discovery = Discovery(clock, config.limits, resources=config.lists_resources)
         self._unpacked = Unpacked()
         self._went_back: dict[_Of, tuple[Target, Late]] = {}
         self._broken: dict[_Of, Outcome] = {}
@@ -168,9 +168,10 @@ class CloudWatchSource:
     def configure(self, config: Config) -> None:
         """Take another configuration: looks in flight go on with theirs, listings that depend on nothing else are kept."""
         self._asking = self._asking.succeeded_by(config)
-        self._discovery.configure(config.limits)
+        self._discovery.configure(config.limits, resources=config.lists_resources)
 
     async def close(self) -> None:
+        await self._discovery.resources.close()
         await self._asking.close()
 
     def broke(self, task_id: str, service: str) -> Outcome | None:
@@ -227,6 +228,7 @@ class CloudWatchSource:
         run.listing = listing = await self._discovery.listing(
             run.asked, target, run.profile, run.ask_deadline_s, run.tally
         )
+        self._discovery.resources.due(run.asked, target, run.profile)
         run.note(listing.note)
         start_s = back_to_s(listing, run.wanted, run.period_s)
         run.look = replace(run.look, item=replace(run.wanted, start_s=start_s))

@@ -29,6 +29,7 @@ from ingest.sources.aws_errors import Denied
 from ingest.sources.listing import Cache, Late, Listing, Shared, depends_on
 from ingest.sources.look import said_of
 from ingest.sources.packed import added, pack
+from ingest.sources.resource_lists import ResourceLists
 from ingest.sources.selection import (
     Metric,
     Names,
@@ -124,9 +125,11 @@ def request_of(profile: ServiceProfile, owner: str = "") -> dict[str, Any]:
 class Discovery:
     """Listings of all targets of this process."""
 
-    def __init__(self, clock: Clock, limits: Limits) -> None:
+    def __init__(self, clock: Clock, limits: Limits, *, resources: bool = False) -> None:
+        """`resources`: whether remote writers want lists of tagged resources."""
         self._clock = clock
         self._limits = limits
+        self.resources = ResourceLists(clock, wanted=resources)
         self._shared: Shared | None = None
         self._listings: dict[Key, tuple[Listing, float]] = {}
         """Each with the monotonic time of its listing, however old it was when it was found."""
@@ -135,12 +138,14 @@ class Discovery:
 
     def share(self, cache: Cache) -> None:
         self._shared = Shared(cache, self._clock)
+        self.resources.share(cache)
 
-    def configure(self, limits: Limits) -> None:
+    def configure(self, limits: Limits, *, resources: bool = False) -> None:
         """Other limits from the next listing on. Listings are kept: each knows what of its profile it depends on."""
         if limits != self._limits:
             self._failures.clear()
         self._limits = limits
+        self.resources.wanted = resources
 
     async def listing(
         self, asked: Asked, target: Target, profile: ServiceProfile, deadline_s: float, tally: Tally
@@ -361,9 +366,14 @@ class Discovery:
                 f"`only` asks for tags, and a monitoring account does not know those of {target.account}: "
                 "leave `via` out, or select by dimensions",
             )
+        keys = tag_keys(profile)
+        if shares := self.resources.wants(profile):  # those want all of them: one listing does for both
+            keys = ()
         tagged = await tagged_resources(
-            asked.aws, asked.account, target, profile.resources, tag_keys(profile), deadline_s, tally
+            asked.aws, asked.account, target, profile.resources, keys, deadline_s, tally
         )
+        if shares:
+            self.resources.listed(target, profile, tagged)
         return TagIndex(profile.resources, tagged)
 
 

@@ -41,6 +41,7 @@ async def tagged_resources(
     keys: tuple[str, ...],
     deadline_s: float,
     tally: Tally,
+    remedy: str = "grant tag:GetResources to the role, or take `tags` out of the service's `only`",
 ) -> list[Tagged]:
     """The tagged resources of these types that have all of `keys`.
 
@@ -63,7 +64,6 @@ async def tagged_resources(
                 account, target.region, API, send, cost_s=1 / CALLS_PER_S, deadline_s=deadline_s, tally=tally
             )
         except Denied as denied:
-            remedy = "grant tag:GetResources to the role, or take `tags` out of the service's `only`"
             raise Denied(denied.where, f"{remedy}: {denied.said}") from denied
         found += page
         if not token:
