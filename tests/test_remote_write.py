@@ -16,6 +16,7 @@ import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from ingest.clock import SystemClock
 from ingest.errors import Transient
@@ -576,6 +577,30 @@ async def test_a_failed_write_goes_on_where_it_stopped() -> None:
     assert len(answered) == len(set(answered)) == 76
 
 
+async def test_a_write_that_has_ended_says_the_same_when_it_is_written_again() -> None:
+    series = [some("bad", (-2, 1), (-1, 2)), some("good", (-1, 1))]
+    async with scripted(refusing(lambda row: row[0] == "bad")) as (url, came), writer(url) as one:
+        first = outcome(await one.write(series))
+        requests = len(came)
+        assert outcome(await one.write(series)) == first == (1, [(0, Refusal.OUT_OF_ORDER, [-2, -1])])
+        assert len(came) == requests
+        assert outcome(await one.write(list(series))) == first
+    assert len(came) > requests
+
+
+async def test_a_write_that_was_cancelled_begins_anew() -> None:
+    async def slow_once(request: web.Request, rows: list[Row]) -> web.StreamResponse:
+        await asyncio.sleep(0 if len(came) > 1 else 5)
+        return web.Response(status=204)
+
+    series = [some("a", (-1, 1))]
+    async with scripted(slow_once) as (url, came), writer(url) as one:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(one.write(series), 0.1)
+        assert outcome(await one.write(series)) == (1, [])
+    assert came == [[("a", -1, 1)]] * 2
+
+
 async def test_requests_with_a_series_in_common_follow_each_other_and_few_others_overlap() -> None:
     now_in: list[set[str]] = []
     most = 0
@@ -639,6 +664,21 @@ async def test_secrets_are_in_no_error_even_where_the_receiver_repeats_them(fiel
         assert "s3cret" not in text
         assert "bWU6czNjcmV0" not in text
     assert "does not fit" in str(failure)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"url": "http://me:s3cret@127.0.0.1/write"}, "use username and password"),
+        ({"url": "http://127.0.0.1/write", "headers": {"X-A": "1\r\nX-B: 2"}}, "control character"),
+    ],
+)
+def test_a_receiver_with_credentials_in_its_url_or_lines_in_a_header_is_an_error(
+    fields: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValidationError) as raised:
+        Receiver.model_validate({"name": "a", **fields})
+    assert words in str(raised.value)
 
 
 async def test_certificates_that_are_not_there_say_which_key_to_look_at(tmp_path: Path) -> None:

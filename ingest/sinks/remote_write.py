@@ -86,7 +86,8 @@ class RemoteWrite:
         self._slots = asyncio.Semaphore(IN_FLIGHT)
         self._turn = asyncio.Lock()
         self._http: aiohttp.ClientSession | None = None
-        self._unfinished: Job | None = None
+        self._job: Job | None = None
+        """The last write."""
 
     async def close(self) -> None:
         if self._http is not None:
@@ -95,20 +96,23 @@ class RemoteWrite:
     async def write(self, series: Sequence[SeriesSamples]) -> Written:
         """See `ingest.ports.Receiving.write`. Raises ValueError where the times of a series do not ascend.
 
-        The same sequence (that object, unchanged) written again after a Transient goes on where it stopped.
+        The same sequence (that object, unchanged) is the same write: after a Transient it goes on where it stopped.
         """
         if not series:
             return Written(0)
         async with self._turn:
-            job, self._unfinished = self._unfinished, None
+            job = self._job
             if job is None or job.series is not series:
                 one_each = not self._receiver.out_of_order_window_s
-                job = job_of(series, self._samples_max, one_each)
+                self._job = job = job_of(series, self._samples_max, one_each)
             while job.rounds:
-                await self._round(job)
+                try:
+                    await self._round(job)
+                except BaseException:
+                    self._job = None  # cancelled: what was in flight is in no round
+                    raise
                 if job.failure is not None:
                     failure, job.failure = job.failure, None
-                    self._unfinished = job
                     raise failure
             return job.written()
 
