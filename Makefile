@@ -15,9 +15,9 @@ help: ## List what there is to do
 
 setup: .venv/.complete .headgate/kafka-libs/.complete ## Install everything into this folder; instant where it is done
 
-run: setup ## Run it all here: ONCE=1, TRACES=DIR, OUT=DIR, SHARDS=n, SEED=n
+run: setup ## Run it all here: ONCE=1, TRACES=DIR, OUT=DIR, SHARDS=n, SEED=n, PROMETHEUS=auto|off|n
 	@$(BIN)/python -m workers.cli run $(if $(ONCE),--once) $(if $(TRACES),--traces "$(TRACES)") \
-	  $(if $(OUT),--out "$(OUT)") $(if $(SHARDS),--shards $(SHARDS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+	  $(if $(OUT),--out "$(OUT)") $(if $(SHARDS),--shards $(SHARDS)) $(if $(SEED),--seed $(SEED)) $(if $(PROMETHEUS),--prometheus $(PROMETHEUS)) $(ARGS)
 
 scale: setup ## Change the number of exporters of what runs here, or of a Helm release: SHARDS=n, RELEASE=, NAMESPACE=
 	@$(if $(SHARDS),,echo "say how many: make scale SHARDS=4" >&2; exit 2)

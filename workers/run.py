@@ -28,12 +28,17 @@ from ingest.sinks.connection import open_connection, translated
 from shard_config.model import Config
 from workers.arguments import whole_number
 from workers.local import LocalStack, StackSpec, find_config
+from workers.prometheus import prometheus_program
 from workers.samples import export_csv
 from workers.scenes import Scene, made_up_scene, traces_scene
 from workers.servers import LOOPBACK, get_local
 from workers.status import Status, status
 from workers.verify import Verdict, verify
+from workers.verify_prometheus import Holding, verify_prometheus
 from workers.watch import watch as watch_status
+
+TRY = "last_over_time(aws_ec2_cpuutilization_average[15m])"
+"""Points come later than the five minutes that PromQL looks back by itself."""
 
 NO_PROGRESS_S = 180.0
 """A run to the end gives up where nothing more lands for this long."""
@@ -91,8 +96,13 @@ async def until_landed(
         await asyncio.sleep(0.5)
 
 
-async def run_once(stack: LocalStack, scene: Scene, out: Path, console: Console) -> int:
-    """Wait, verify, write `summary.json` and `samples.csv`; returns the exit code."""
+async def run_once(
+    stack: LocalStack, scene: Scene, out: Path, console: Console, *, with_prometheus: bool = False
+) -> int:
+    """Wait, verify, write `summary.json` and `samples.csv`; returns the exit code.
+
+    What Prometheus holds, where one runs, is in the summary; the exit code is about it only `with_prometheus`.
+    """
     started_s = time.monotonic()
     config = find_config(stack.config_path)
     clock = SystemClock(scene.clock_offset_s)
@@ -104,15 +114,21 @@ async def run_once(stack: LocalStack, scene: Scene, out: Path, console: Console)
         console.print("comparing what has landed with the simulator's truth …")
         verdict = await verify(connection, scene.truth, config, from_s, to_s)
         open_windows = [dict(r) for r in await connection.fetch(_OPEN)]
+        holding = None
+        if urls := stack.endpoints.prometheus_urls:
+            console.print("comparing what Prometheus holds with what has landed …")
+            holding = await verify_prometheus(connection, config, urls, from_s, to_s)
+        held = holding is None or holding.good or not with_prometheus
         rows = await export_csv(connection, out / "samples.csv", None, None)
         found = await status(config, clock, clock.now_s())
         bill = await asyncio.to_thread(_simulators_bill, stack.endpoints.aws_url)
         summary = {
-            "ok": done and verdict.good and not open_windows,
+            "ok": done and verdict.good and not open_windows and held,
             "windows": {"planned": expected, "landed": expected - len(open_windows)},
             "scraped": {"jobs": jobs, "windows_landed": _scraped(found)},
             "open_windows": [_open_window(w) for w in open_windows[:1000]],
             "points": asdict(verdict),
+            "prometheus": None if holding is None else asdict(holding),
             "samples": rows,
             "dead_letters": found.dead_letters,
             "metrics_billed": {
@@ -126,7 +142,7 @@ async def run_once(stack: LocalStack, scene: Scene, out: Path, console: Console)
             },
         }
         (out / "summary.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
-        _print_summary(console, summary, verdict, open_windows, out)
+        _print_summary(console, summary, verdict, open_windows, out, holding)
         return 0 if summary["ok"] else 1
     finally:
         connection.terminate()
@@ -201,7 +217,12 @@ def _or_unknown(count: int | None) -> str:
 
 
 def _print_summary(
-    console: Console, summary: dict[str, Any], verdict: Verdict, open_windows: list[dict[str, Any]], out: Path
+    console: Console,
+    summary: dict[str, Any],
+    verdict: Verdict,
+    open_windows: list[dict[str, Any]],
+    out: Path,
+    holding: Holding | None,
 ) -> None:
     first = summary["seconds"]["first_point"]
     billed = summary["metrics_billed"]
@@ -221,7 +242,12 @@ def _print_summary(
         console.print(f"open: {line}", soft_wrap=True, markup=False)
     if len(stretches) > 20:
         console.print(f"… and {len(stretches) - 20} more, all in summary.json")
-    for example in verdict.examples:
+    if holding is not None:
+        console.print(
+            f"in Prometheus {holding.samples:,} of them; missing {holding.missing:,}, wrong {holding.wrong:,}",
+            highlight=False,
+        )
+    for example in (*verdict.examples, *(holding.examples if holding else ())):
         console.print(f"differs: {example}", soft_wrap=True, markup=False)
     if summary["ok"]:
         console.print("[bold green]ok[/]: nothing is missing, nothing is wrong")
@@ -279,7 +305,19 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--seed", type=int, default=1, metavar="N", help="of the simulated world (%(default)s)"
     )
+    parser.add_argument(
+        "--prometheus",
+        type=_servers,
+        metavar="auto|off|N",
+        help="Prometheus servers that take remote write, each its share of the accounts; auto: one, where `prometheus` is on the PATH. "
+        "With a number and --once the exit code is also about what they hold",
+    )
     parser.set_defaults(run=run)
+
+
+def _servers(text: str) -> int | None:
+    """A number of Prometheus servers; None: auto."""
+    return {"auto": None, "off": 0}[text] if text in ("auto", "off") else whole_number(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -290,18 +328,32 @@ def run(args: argparse.Namespace) -> int:
         if args.traces is not None
         else made_up_scene(args.accounts, args.metrics, args.seed, once)
     )
-    spec = StackSpec(scene.config, args.shards, args.consumers, scene.simulate_args)
-    return asyncio.run(_run(spec, scene, args.out, once, console))
+    servers: int | None = args.prometheus
+    if servers and args.traces is not None:
+        print(
+            "headgate run: --prometheus: a Prometheus takes no traces, they are of long ago", file=sys.stderr
+        )
+        return 2
+    from workers.cli import COMMANDS
+
+    auto = int(args.traces is None and prometheus_program() is not None and "remote-write" in COMMANDS)
+    prometheus = auto if servers is None else servers
+    spec = StackSpec(scene.config, args.shards, args.consumers, scene.simulate_args, prometheus=prometheus)
+    return asyncio.run(_run(spec, scene, args.out, once, bool(servers), console))
 
 
-async def _run(spec: StackSpec, scene: Scene, out: Path, once: bool, console: Console) -> int:
+async def _run(
+    spec: StackSpec, scene: Scene, out: Path, once: bool, with_prometheus: bool, console: Console
+) -> int:
     out.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 - before anything runs
     stack = LocalStack()
     try:
         await _start(stack, spec, console)
+        for url in stack.endpoints.prometheus_urls:
+            console.print(f"Prometheus: {url}/ (try: {TRY})", soft_wrap=True, highlight=False)
         console.print(f"live page: http://{LOOPBACK}:{stack.metrics_ports['coordinator']}/", soft_wrap=True)
         if once:
-            return await run_once(stack, scene, out, console)
+            return await run_once(stack, scene, out, console, with_prometheus=with_prometheus)
         with suppress(asyncio.CancelledError):
             await watch(stack, console)
         return 0

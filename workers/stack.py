@@ -43,12 +43,12 @@ class StackSpec:
     """Gives the text of headgate.yaml, once the addresses are known."""
     shards: int = 3
     consumers: int = 2
-    prometheus: int = 0
-    """Servers that take remote write, each its share of the accounts."""
     simulate_args: tuple[str, ...] = ()
     """Appended to `headgate simulate --host … --port …`."""
     worker_command: tuple[str, ...] = (sys.executable, "-m", "workers.cli")
     """What stands for `headgate` on a command line."""
+    prometheus: int = 0
+    """Servers that take remote write, each its share of the accounts."""
 
     def worker_names(self) -> list[str]:
         exporters = [exporter_name(i) for i in range(1, self.shards + 1)]

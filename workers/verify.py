@@ -66,7 +66,7 @@ async def verify(
     with translated("verification"):
         for account in config.accounts:
             for region in account.regions:
-                landed = await _landed(connection, account.id, region, from_s, to_s)
+                landed = await landed_points(connection, account.id, region, from_s, to_s)
                 as_of_s = await _as_of(connection, f"cloudwatch/{account.id}/{region}")
                 for profile in config.services_in(account, region):
                     observed_s = as_of_s[profile.service]
@@ -141,7 +141,7 @@ def _asked(truth: Truth, target: tuple[str, str], profile: ServiceProfile) -> It
             yield metric.namespace, metric.name, metric.dimensions, stat
 
 
-async def _landed(
+async def landed_points(
     connection: asyncpg.Connection, account: str, region: str, from_s: int, to_s: int
 ) -> dict[SeriesName, dict[int, tuple[float, int]]]:
     """By series: timestamp → (value, second of the look that it is from)."""
