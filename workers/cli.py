@@ -29,6 +29,7 @@ COMMANDS = {
     "samples": "samples",
     "check": "check",
     "import": "yace",
+    "rules": "rules",
     "compare": "compare",
     "preflight": "preflight",
     "quote": "quote",

@@ -12,6 +12,7 @@ from shard_config.document import SIZE_BYTES_MAX, ConfigError, ConfigErrors
 from shard_config.load import loads
 from shard_config.yace import Note, read
 from shard_config.yace_plan import Plan, plan_of, render
+from workers.rules import register_import
 
 LINES_MAX = 8
 """Lines of the file that a note names."""
@@ -60,10 +61,10 @@ def report(plan: Plan) -> list[str]:
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "import",
-        help="the configuration of another exporter as one of Headgate",
-        description="Reads the configuration of another exporter and writes one of Headgate with the same meaning.",
+        help="the configuration of another exporter as one of Headgate, and Prometheus rules made for it",
+        description="Reads the configuration of another exporter, or rules that were made for it, and writes one for Headgate with the same meaning.",
     )
-    others = parser.add_subparsers(title="exporters", metavar="EXPORTER", required=True)
+    others = parser.add_subparsers(title="of what", metavar="WHAT", required=True)
     yace = others.add_parser(
         "yace",
         help="yet-another-cloudwatch-exporter's config.yml",
@@ -82,6 +83,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="whose account jobs without a roleArn are of: its 12 digits",
     )
     yace.set_defaults(run=run)
+    register_import(others)
 
 
 def run(args: argparse.Namespace) -> int:
