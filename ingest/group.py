@@ -34,6 +34,9 @@ METADATA_MAX_AGE_S = 30
 """A topic that was created again under its members is noticed within this (aiokafka's default is five minutes, in which
 they own nothing and say nothing)."""
 
+Committable = int | tuple[int, str]
+"""A next offset, or one with a note of up to 4,096 bytes beside it."""
+
 Revoked = Callable[[Sequence[int]], Awaitable[None]]
 Assigned = Callable[[Sequence[int]], Awaitable[Mapping[int, int]]]
 
@@ -44,7 +47,8 @@ class Consumer:
     `assigned` is awaited with the partitions of each new assignment and returns where each starts (partition → next offset).
     `revoked` is awaited before all of them go (rebalancing is eager): drain there, within `drain_s`. With `instance_id` the
     member is static: a restart within the session timeout keeps its partitions. `assignor` decides, where this member leads the group, who
-    gets what; None: round robin.
+    gets what; None: round robin. Where a position is outside the log, `skipped` is told the partition and how many records are lost, and reading goes on
+    at the log's first; None: that is Fatal.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Consumer:
         drain_s: int = 20,
         stall_s: float = 60.0,
         assignor: AbstractPartitionAssignor | None = None,
+        skipped: Callable[[int, int], None] | None = None,
     ) -> None:
         self.topic = topic
         self.group = group
@@ -69,6 +74,7 @@ class Consumer:
         self._stall_s = stall_s
         self._revoked = revoked
         self._assigned = assigned
+        self._skipped = skipped
         self._progress_s = self._polled_s = clock.monotonic_s()
         self._unopened: list[int] = []
         """Partitions that were assigned and whose start is not known yet."""
@@ -132,7 +138,7 @@ class Consumer:
     async def poll(self, records_max: int, timeout_s: float) -> list[Record]:
         """Up to that many records; empty after `timeout_s` without one, or a second later in the middle of a rebalance.
 
-        Raises Fatal for a position outside the log, Transient after a stall (the client was left; the next poll joins anew), and what
+        With `records_max` 0 nothing is read and nothing is fetched, and the member stays one. Raises Fatal for a position outside the log, Transient after a stall (the client was left; the next poll joins anew), and what
         `assigned` raises.
         """
         # Time in which nobody polled is not time in which nothing came.
@@ -148,8 +154,10 @@ class Consumer:
         client = self._require()
         try:
             await self._open()
+            if not records_max:
+                client.pause(*client.assignment())
             async with asyncio.timeout(timeout_s + 1.0):
-                got = await client.getmany(timeout_ms=int(timeout_s * 1000), max_records=records_max)
+                got = await client.getmany(timeout_ms=int(timeout_s * 1000), max_records=records_max or None)
         except TimeoutError:
             return []  # aiokafka waits for a rebalance as long as it takes; nothing is lost by not waiting with it
         except (OffsetOutOfRangeError, NoOffsetForPartitionError) as error:
@@ -160,6 +168,9 @@ class Consumer:
             raise Transient(
                 f"group {self.group} on {self.topic}", f"{type(error).__name__} {error}"
             ) from error
+        finally:
+            if not records_max:
+                client.resume(*client.paused())
         records: list[Record] = []
         for tp, batch in got.items():
             # What was fetched before an assignment was opened comes again from where it starts.
@@ -174,14 +185,14 @@ class Consumer:
                     for r in batch
                 )
                 self._next[tp.partition] = batch[-1].offset + 1
-        if records or self.lag() == 0:
+        if records or not records_max or self.lag() == 0:
             self._progress_s = self._clock.monotonic_s()
         else:
             await self._watch(client, failed=False)
         return records
 
     async def _check_positions(self, error: KafkaError) -> None:
-        """Raise Fatal where an open partition's position is outside the log.
+        """Raise Fatal where an open partition's position is outside the log, or go to its first.
 
         Before a partition is opened, aiokafka starts at the group's committed offset, and complains where that has expired or never was; `assigned`
         may know better, so such a complaint counts only where it is true of where we really stand.
@@ -190,6 +201,9 @@ class Consumer:
             here = self._next.get(partition)
             if here is None:
                 continue  # it was revoked meanwhile
+            if not first <= here <= end and self._skipped is not None:
+                self._skipped(partition, max(0, first - here))
+                here = self._next[partition] = first
             if not first <= here <= end:
                 raise Fatal(
                     f"group {self.group} on {self.topic}/{partition}",
@@ -198,8 +212,8 @@ class Consumer:
                 ) from error
             self._require().seek(TopicPartition(self.topic, partition), here)
 
-    async def commit(self, next_offsets: Mapping[int, int]) -> None:
-        """Commit partition → next offset. A commit that a rebalance overtook is dropped: its new owner decides."""
+    async def commit(self, next_offsets: Mapping[int, Committable]) -> None:
+        """Commit partition → next offset, with its note. A commit that a rebalance overtook is dropped: its new owner decides."""
         if not next_offsets:
             return
         client = self._require()
@@ -248,6 +262,35 @@ class Consumer:
         except KafkaError as error:
             raise Transient(f"group {self.group} on {self.topic}", f"committed: {error}") from error
         return found
+
+    async def notes(self, partitions: Sequence[int]) -> dict[int, tuple[int, str]]:
+        """Partition → the group's committed next offset and the note beside it; one without is left out. Raises Transient."""
+        # aiokafka's `committed` leaves the note out, and asks in this way, too.
+        coordinator = self._require()._coordinator
+        asked = [TopicPartition(self.topic, p) for p in partitions]
+        try:
+            found = await coordinator.fetch_committed_offsets(asked) if coordinator else {}
+        except KafkaError as error:
+            raise Transient(f"group {self.group} on {self.topic}", f"committed: {error}") from error
+        return {tp.partition: (at.offset, at.metadata) for tp, at in found.items() if at.offset >= 0}
+
+    async def offsets_at(self, partitions: Sequence[int], timestamp_ms: int) -> dict[int, int]:
+        """Partition → its first offset with a timestamp of then or later; the log's end where there is none. Raises Transient."""
+        client = self._require()
+        asked = {TopicPartition(self.topic, p): max(0, timestamp_ms) for p in partitions}
+        try:
+            found = await client.offsets_for_times(asked)
+            ends = await client.end_offsets(list(found))
+        except KafkaError as error:
+            raise Transient(f"topic {self.topic}", f"offsets at {timestamp_ms}: {error}") from error
+        return {tp.partition: ends[tp] if at is None else at.offset for tp, at in found.items()}
+
+    def caught_up(self) -> list[int]:
+        """The open partitions of which everything was handed out that there is, as far as this member has heard."""
+        if self._client is None:
+            return []
+        heard = {p: self._client.highwater(TopicPartition(self.topic, p)) for p in self._next}
+        return [p for p, high in heard.items() if high is not None and self._next[p] >= high]
 
     def lag(self) -> int:
         """Records between where this member stands and the high-water marks that it last heard of."""

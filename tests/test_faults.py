@@ -32,8 +32,9 @@ from tests.faults.proxy import Proxy
 from tests.faults.replay import archive_all, replay_archive, replay_kafka
 from tests.faults.stage import Stage, Victim, seed_of_run, staged
 from tests.faults.truth import Published, Truth
-from workers.consumer import Reader, serve
+from workers.consumer import serve
 from workers.lifecycle import Lifecycle
+from workers.reading import Reader
 from workers.servers import PostgresServer
 
 Mutant = Callable[[pytest.MonkeyPatch], None]

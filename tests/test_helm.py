@@ -33,7 +33,7 @@ from tests.helm_chart import (
     tool,
     values_of,
 )
-from workers import consumer, exporter
+from workers import exporter, reading
 from workers.names import landing_group
 
 MADE = "run `make helm-docs`"
@@ -284,7 +284,7 @@ def test_probes_ask_what_they_mean_and_the_grace_is_above_the_drain(rendered: Re
         assert container["args"][-2:] == ["--metrics-port", "9100"]
         # An exporter drains, cancels what is left, and says goodbye to Kafka, for ten seconds each client.
         assert pod["spec"]["terminationGracePeriodSeconds"] >= 2 * exporter.DRAIN_S + 2 * 10
-        assert pod["spec"]["terminationGracePeriodSeconds"] >= consumer.DRAIN_S + 2 * 10
+        assert pod["spec"]["terminationGracePeriodSeconds"] >= reading.DRAIN_S + 2 * 10
 
 
 @needs_helm

@@ -23,8 +23,8 @@ from ingest.positions import value_id
 from shard_config.model import Limits
 from tests.conftest import eventually
 from tests.fake_log import FakeBroker, FakeConsumer, FakeSender
-from workers.consumer import BYTES_MAX, RECORDS_MAX, Reader, slices
 from workers.lifecycle import Lifecycle
+from workers.reading import BYTES_MAX, RECORDS_MAX, Reader, slices
 
 TARGET = Target("cloudwatch", "123456789012", "eu-west-1")
 NOON_S = 1_767_268_800

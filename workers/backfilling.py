@@ -28,8 +28,8 @@ from ingest.model import Receipt, Target
 from ingest.ports import Record, Sink
 from ingest.replay import Replay
 from ingest.sinks.connection import translated
-from workers.consumer import slices
 from workers.pace import Pace
+from workers.reading import slices
 
 _log = structlog.get_logger()
 

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import heapq
 import os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
-from ingest.batch import decoded_bytes
 from ingest.clock import Clock, SystemClock
 from ingest.dead import cluster_id
 from ingest.errors import Fatal, Transient
@@ -36,19 +33,11 @@ from workers import local
 from workers.lifecycle import Lifecycle, add_worker_arguments, run_worker
 from workers.members import Members
 from workers.names import landing_group, ledger_group
+from workers.reading import Reader, cut_short
 from workers.reload import Settings
 from workers.upkeep import Upkeep
 
 _log = structlog.get_logger()
-
-POLL_RECORDS_MAX = 2048
-"""As many as one fetch (16 MiB) usually brings, so that no partition lags behind the others of a backlog."""
-RECORDS_MAX = 128
-BYTES_MAX = 4 * 1024 * 1024
-DECODED_BYTES_MAX = 32 * 1024 * 1024
-"""Of one transaction's batches together, decompressed: 33 kB of zstd may hold 16 MiB. Rows take four times as much."""
-DRAIN_S = 8.0
-"""For a landing in the works when told to stop. With Kafka's own goodbyes it is well within the 30 s of a Pod."""
 
 LANDED = Counter("headgate_points_landed_total", "Points in landed batches, those known already included.")
 BATCHES = Counter("headgate_batches_landed_total", "Landed batches; by the way they took.", ["way"])
@@ -65,101 +54,9 @@ LAND_SECONDS = Histogram(
 LAG = Gauge("headgate_consumer_lag_records", "Records not landed yet; high: add consumers.", ["topic"])
 
 
-class Reader:
-    """One group's membership, and what is done with its records. `take` lands them and returns what to commit."""
-
-    def __init__(
-        self,
-        consumer: Callable[[Reader], Consumer],
-        take: Callable[[Sequence[Record]], Awaitable[dict[int, int]]],
-        open_partitions: Callable[[Consumer, Sequence[int]], Awaitable[dict[int, int]]],
-        close_partitions: Callable[[], Awaitable[None]],
-    ) -> None:
-        self._take = take
-        self._open = open_partitions
-        self._close = close_partitions
-        self._taking = asyncio.Lock()
-        self._revocations = 0
-        self.consumer = consumer(self)
-
-    async def assigned(self, partitions: Sequence[int]) -> dict[int, int]:
-        starts = await self._open(self.consumer, partitions)
-        _log.info("partitions_assigned", topic=self.consumer.topic, partitions=list(partitions))
-        return starts
-
-    async def revoked(self, partitions: Sequence[int]) -> None:
-        async with self._taking:
-            self._revocations += 1
-            try:
-                await self._close()
-            except Transient as error:
-                # Its next owner takes them all the same: by force.
-                _log.warning("partitions_not_released", topic=self.consumer.topic, error=str(error))
-        _log.info("partitions_revoked", topic=self.consumer.topic, partitions=list(partitions))
-
-    async def run(self, lifecycle: Lifecycle) -> None:
-        """Until told to stop. A landing that fails is tried again with the same records, as long as they are ours."""
-        await self._until_it_works(lifecycle, self.consumer.start)
-        try:
-            while not lifecycle.stop.is_set():
-                lifecycle.beat(self.consumer.topic)
-                try:
-                    records = await self.consumer.poll(POLL_RECORDS_MAX, 0.25)
-                except Transient as error:
-                    _log.warning("poll_retries", topic=self.consumer.topic, error=str(error))
-                    await lifecycle.pause(error.retry_after_s)
-                    continue
-                lifecycle.ready = True
-                LAG.labels(topic=self.consumer.topic).set(self.consumer.lag())
-                revocations = self._revocations
-                for some in slices(records):
-                    await self._until_it_works(lifecycle, partial(self._once, some, revocations))
-        finally:
-            await self.consumer.stop()
-
-    async def _once(self, records: Sequence[Record], revocations: int) -> None:
-        async with self._taking:
-            if revocations != self._revocations:
-                return  # they may be ours again by now: then they are read again, from the store's position
-            next_offsets = await self._take(records)
-        try:
-            await self.consumer.commit(next_offsets)
-        except Transient as error:
-            _log.warning("commit_skipped", topic=self.consumer.topic, error=str(error))
-
-    async def _until_it_works(self, lifecycle: Lifecycle, work: Callable[[], Awaitable[None]]) -> None:
-        while not lifecycle.stop.is_set():
-            lifecycle.beat(self.consumer.topic)
-            try:
-                await work()
-            except Transient as error:
-                _log.warning("consumer_retries", topic=self.consumer.topic, error=str(error))
-                await lifecycle.pause(error.retry_after_s)
-            else:
-                return
-
-
-def slices(records: Sequence[Record]) -> Iterator[Sequence[Record]]:
-    """What one transaction takes each: up to RECORDS_MAX records of up to BYTES_MAX together, DECODED_BYTES_MAX decompressed, the
-    oldest of all partitions first.
-
-    A partition's records stay in order. Oldest first because rows in order of time go to the end of the store's index; partition after
-    partition PostgreSQL's COPY took 1.6 times as long (0.6 M rows/s instead of 0.95 M).
-    """
-    partitions: dict[int, list[Record]] = {}
-    for record in records:
-        partitions.setdefault(record.position.partition, []).append(record)
-    some: list[Record] = []
-    size = decoded = 0
-    for record in heapq.merge(*partitions.values(), key=lambda r: r.timestamp_ms):
-        size += len(record.value)
-        decoded += (of_this := decoded_bytes(record.value))
-        if some and (len(some) == RECORDS_MAX or size > BYTES_MAX or decoded > DECODED_BYTES_MAX):
-            yield some
-            some, size, decoded = [], len(record.value), of_this
-        some.append(record)
-    if some:
-        yield some
+def _polled(lifecycle: Lifecycle, consumer: Consumer) -> None:
+    lifecycle.ready = True
+    LAG.labels(topic=consumer.topic).set(consumer.lag())
 
 
 def landing_reader(config: Config, name: str, landing: Landing, sink: PostgresSink, clock: Clock) -> Reader:
@@ -192,6 +89,7 @@ def landing_reader(config: Config, name: str, landing: Landing, sink: PostgresSi
         take,
         open_partitions,
         close_partitions,
+        polled=_polled,
     )
 
 
@@ -220,6 +118,7 @@ def ledger_reader(config: Config, name: str, ledger: Ledger, clock: Clock) -> Re
         take,
         open_partitions,
         close_partitions,
+        polled=_polled,
     )
 
 
@@ -235,18 +134,6 @@ def _consumer(config: Config, topic: str, group: str, name: str, clock: Clock, r
         assigned=reader.assigned,
         revoked=reader.revoked,
     )
-
-
-async def cut_short(works: Sequence[asyncio.Task[None]], lifecycle: Lifecycle) -> None:
-    """Cancel what goes on DRAIN_S after the signal to stop.
-
-    Whatever is in hand lands again from the store's position; a network that swallows everything may keep a landing for a minute.
-    """
-    await lifecycle.stop.wait()
-    _, late = await asyncio.wait(works, timeout=DRAIN_S)
-    for work in late:
-        _log.warning("drain_cut_short", after_s=DRAIN_S)
-        work.cancel()
 
 
 def settling_of(config: Config) -> dict[str, int]:

@@ -22,7 +22,7 @@ from ingest.group import Consumer
 from ingest.sinks import connection, postgres
 from ingest.sinks.postgres import PostgresSink
 from shard_config.model import Config
-from workers import consumer
+from workers import consumer, reading
 from workers.lifecycle import run_worker
 
 _log = structlog.get_logger()
@@ -77,12 +77,12 @@ def impatient(seconds: int) -> None:
 
 def short_drain(seconds: int) -> None:
     """Not a point: so long for what is in the works when told to stop."""
-    consumer.DRAIN_S = seconds
+    reading.DRAIN_S = seconds
 
 
 def hoarding(_: int) -> None:
     """Not a point, but a consumer that takes all that Kafka has: what its memory is watched for."""
-    consumer.POLL_RECORDS_MAX = 1_000_000
+    reading.POLL_RECORDS_MAX = 1_000_000
     init = Consumer.__init__
 
     def patched(self: Consumer, *args: Any, **kwargs: Any) -> None:
