@@ -318,7 +318,7 @@ async def serve(config: Config, lifecycle: Lifecycle, path: Path | None = None) 
         publisher = Publisher(config.kafka, producer, board, clock, lambda: coordinator.planned)
         lifecycle.pages["shards"] = publisher.page
         page = Page(config, coordinator, publisher.page, budgeter, connection("page"), clock)
-        page.serve(lifecycle)
+        page.document.serve(lifecycle)
         replanned = asyncio.Event()
 
         async def apply(changed: Config) -> None:

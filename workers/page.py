@@ -4,26 +4,17 @@
 * *Never in the planner's way*: what takes long is done in a thread, reading is bounded in time, the ledger is read over one connection,
   and the more rarely the longer that takes: a LEDGER_SHARE of the time at most. While nobody looks, only the history is kept.
 * *Never silent about a part that is away*: what it said last stays, with the time since when it does not answer.
-* *Nothing from outside*: one file, whose script and style the Content-Security-Policy knows by their hashes; no other is run, none is loaded.
-  The script makes text, never markup.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import gzip
-import hashlib
-import re
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from importlib.resources import files
+from dataclasses import replace
 from typing import Any, Protocol
 
-import orjson
 import structlog
-from aiohttp import web
 from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
@@ -43,6 +34,7 @@ from shard_config.model import Config, Kafka
 from workers.lifecycle import Lifecycle
 from workers.members import AGE
 from workers.names import exporter_group, landing_group, ledger_group
+from workers.page_document import Document, Packed
 from workers.page_facts import (
     HISTORY_S,
     SAMPLE_S,
@@ -54,13 +46,8 @@ from workers.page_facts import (
     Part,
     Seen,
     Unit,
-    cells_of,
-    faults_of,
-    numbers_of,
-    shards_of,
-    unowned_of,
 )
-from workers.page_verdict import findings_of, verdict_of
+from workers.page_verdict import page_of
 from workers.reload import INVALID
 from workers.status import GroupStatus, ends_of, look_at_groups
 
@@ -68,14 +55,11 @@ _log = structlog.get_logger()
 
 EVERY_S = 3.0
 """While somebody looks; else each SAMPLE_S."""
-WATCHED_S = 30.0
-"""After a request."""
 KAFKA_TIMEOUT_S = 10.0
 LEDGER_TIMEOUT_S = 20.0
 LEDGER_SHARE = 0.05
 LEDGER_EVERY_MAX_S = 120.0
 STARTS_KEPT = 20
-MOVES_SHOWN = 20
 
 
 class Planner(Protocol):
@@ -97,14 +81,6 @@ class Money(Protocol):
     decision: Decision | None
     decided_at_ms: int | None
     error: str
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """/page.json, ready to be sent."""
-
-    plain: bytes
-    packed: bytes
 
 
 class Page:
@@ -130,40 +106,13 @@ class Page:
         self._kafka_part: Part[KafkaSeen] = Part()
         self._ledger_part: Part[Glance] = Part()
         self._presence = Presence()
-        self._asked_s = float("-inf")
-        self._woken = asyncio.Event()
-        self._made = Made(b"{}", gzip.compress(b"{}"))
-        self._html, self._policy = document()
+        self.document = Document(clock)
         self.configure(config)
 
     def configure(self, config: Config) -> None:
         """Show this configuration's targets from now on."""
         self._config = config
         self._grids: Mapping[str, tuple[Grid, ...]] = {str(t): g for t, g in grids_of(config).items()}
-
-    # --- serving
-
-    def serve(self, lifecycle: Lifecycle) -> None:
-        """Have it served from now on."""
-        lifecycle.views[""] = self._document
-        lifecycle.views["page.json"] = self._data
-
-    def _document(self, _: web.Request) -> web.Response:
-        headers = {"Content-Security-Policy": self._policy, "X-Frame-Options": "DENY", **_HEADERS}
-        return web.Response(body=self._html, content_type="text/html", charset="utf-8", headers=headers)
-
-    def _data(self, request: web.Request) -> web.Response:
-        if self._clock.monotonic_s() - self._asked_s > WATCHED_S:
-            self._woken.set()
-        self._asked_s = self._clock.monotonic_s()
-        # The clock of the page: whoever looks at it may have another.
-        headers = {"X-Headgate-Now-Ms": str(self._clock.now_ms()), "Vary": "Accept-Encoding", **_HEADERS}
-        if "gzip" not in request.headers.get("Accept-Encoding", ""):
-            return web.Response(body=self._made.plain, content_type="application/json", headers=headers)
-        headers["Content-Encoding"] = "gzip"
-        return web.Response(body=self._made.packed, content_type="application/json", headers=headers)
-
-    # --- collecting
 
     async def run(self, lifecycle: Lifecycle) -> None:
         """Until told to stop. What does not answer is on the page."""
@@ -174,18 +123,17 @@ class Page:
 
     @property
     def _every_s(self) -> float:
-        watched = self._clock.monotonic_s() - self._asked_s <= WATCHED_S
-        return EVERY_S if watched else float(SAMPLE_S)
+        return EVERY_S if self.document.watched else float(SAMPLE_S)
 
     async def _make(self, lifecycle: Lifecycle) -> None:
         while not lifecycle.stop.is_set():
-            self._woken.clear()
+            self.document.wanted.clear()
             try:
                 await self.make()
             except Exception:
                 # Whatever is wrong with the page, it must not stop the planning. The page says that nothing new is made.
                 _log.exception("page_not_made")
-            await lifecycle.pause(self._every_s, self._woken)
+            await lifecycle.pause(self._every_s, self.document.wanted)
 
     async def make(self) -> None:
         """Make the page of what is known now."""
@@ -197,22 +145,20 @@ class Page:
         )
         config, grids = self._config, self._grids
 
-        def made() -> Made:
+        def made() -> Packed:
             units = units_of(config, grids, planned, pauses, polling)
-            plain = orjson.dumps(page_of(replace(seen, units=units), self._history, self._ends))
-            return Made(plain, gzip.compress(plain, 3))
+            return Packed.of(page_of(replace(seen, units=units), self._history, self._ends))
 
-        self._made = await asyncio.to_thread(made)
+        self.document.data = await asyncio.to_thread(made)
 
     def _seen(self) -> Seen:
         now_ms, shards, money = self._clock.now_ms(), self._shards(), self._money
-        horizon_s = self._config.run.horizon_s
+        horizon_s, read_ms = self._config.run.horizon_s, self._ledger_part.as_of_ms or now_ms
         self._presence.take(shards, now_ms)
         away_ms = money.decided_at_ms or self._started_ms
-        organization_age_s = AGE.collect()
         return Seen(
             now_ms=now_ms,
-            asked_until_ms=now_ms if horizon_s is None else min(now_ms, horizon_s[1] * 1000),
+            asked_until_ms=read_ms if horizon_s is None else min(read_ms, horizon_s[1] * 1000),
             started_ms=self._started_ms,
             revision=self._config.revision,
             shards=shards,
@@ -223,7 +169,7 @@ class Page:
             ledger=self._ledger_part,
             money=Part(money.decision, money.decided_at_ms, away_ms if money.error else None, money.error),
             config_refused=_value(INVALID.collect()) == 1,
-            organization_age_s=_value(organization_age_s) if self._config.organization else None,
+            organization_age_s=_value(AGE.collect()) if self._config.organization else None,
             unowned_since_ms=self._presence.unowned_since_ms,
             dead_before=self._history.first_dead(),
         )
@@ -238,7 +184,9 @@ class Page:
             except HeadgateError as error:
                 self._ledger_part = self._ledger_part.failed(str(error), self._clock.now_ms())
             pause_s = max(self._every_s, min(took_s / LEDGER_SHARE, LEDGER_EVERY_MAX_S))
-            await lifecycle.pause(pause_s, *([self._woken] if took_s < LEDGER_SHARE * SAMPLE_S else []))
+            await lifecycle.pause(
+                pause_s, *([self.document.wanted] if took_s < LEDGER_SHARE * SAMPLE_S else [])
+            )
 
     async def look_at_ledger(self) -> None:
         """One look. Raises HeadgateError."""
@@ -264,7 +212,7 @@ class Page:
                     if clients is not None:
                         await clients.stop()
                     clients = None
-                await lifecycle.pause(self._every_s, self._woken)
+                await lifecycle.pause(self._every_s, self.document.wanted)
         finally:
             if clients is not None:
                 await clients.stop()
@@ -353,41 +301,6 @@ class _Clients:
 # --- pure -------------------------------------------------------------------------------------------------------
 
 
-def page_of(seen: Seen, history: History, ends: Ends) -> Json:
-    """/page.json. Adds to the history what is known of now."""
-    cells = cells_of(seen)
-    numbers = numbers_of(seen, cells)
-    if seen.ledger.failing_since_ms is None and seen.kafka.failing_since_ms is None:
-        history.add(seen.now_ms, numbers, ends)
-    findings = findings_of(seen, cells, numbers)
-    receivers = sorted(seen.kafka.value.receivers.items()) if seen.kafka.value else []
-    return {
-        "as_of_ms": seen.now_ms,
-        "asked_until_ms": seen.asked_until_ms,
-        "started_ms": seen.started_ms,
-        "revision": seen.revision,
-        "verdict": verdict_of(seen, cells, findings),
-        "findings": [f.plain() for f in findings[1:]],
-        "parts": [
-            {"name": name, "as_of_ms": p.as_of_ms, "failing_since_ms": p.failing_since_ms, "error": p.error}
-            for name, p in seen.parts
-        ],
-        "numbers": numbers,
-        "history": history.page(),
-        "levels": dict(Counter(c["level"] for c in cells)),
-        "plan": {k: seen.shards[k] for k in ("epoch", "published_at_ms", "reason", "slots", "settled")},
-        "shards": shards_of(seen),
-        "unowned": unowned_of(seen),
-        "cells": cells,
-        "moves": seen.shards["moves"][-MOVES_SHOWN:],
-        "receivers": [
-            {"receiver": name, "lag": g.lag_total, "waits_s": g.waits_s, "members": list(g.members)}
-            for name, g in receivers
-        ],
-        "faults": faults_of(seen),
-    }
-
-
 def units_of(
     config: Config,
     grids: Mapping[str, tuple[Grid, ...]],
@@ -419,27 +332,3 @@ def receivers_of(config: Config) -> tuple[Any, ...]:
 def _value(metrics: Any) -> float:
     """Of a gauge without labels."""
     return float(next(iter(metrics)).samples[0].value)
-
-
-_HEADERS = {
-    "Cache-Control": "no-store",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
-
-
-def document() -> tuple[bytes, str]:
-    """The page's file, and the Content-Security-Policy that lets its own script and style run, and nothing else."""
-    html = (files("workers") / "page.html").read_text("utf-8")
-    script, style = (_hash(html, tag) for tag in ("script", "style"))
-    policy = (
-        f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
-    )
-    return html.encode(), policy
-
-
-def _hash(html: str, tag: str) -> str:
-    [text] = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from ingest.budget import Decision
-from ingest.glance import Glance
+from ingest.glance import Glance, Trouble
 from ingest.overview import GRACE_S
 from workers.budgets import to_plain
 
@@ -93,7 +93,7 @@ class Seen:
 
     now_ms: int
     asked_until_ms: int
-    """Freshness counts from here: now, or the end of a run's horizon."""
+    """Freshness counts from here: when the ledger was read last, or the end of a run's horizon."""
     started_ms: int
     revision: str
     shards: Json
@@ -113,6 +113,10 @@ class Seen:
     """Since when slots have had no shard; None: each has one."""
     dead_before: tuple[int, int] | None = None
     """The oldest count of dead letters within HISTORY_S that is known, and when."""
+
+    @property
+    def starting(self) -> bool:
+        return self.now_ms - self.started_ms < STARTING_S * 1000
 
     @property
     def parts(self) -> tuple[tuple[str, Part[Any]], ...]:
@@ -171,7 +175,7 @@ def _level(seen: Seen, unit: Unit, fresh_ms: int | None) -> str:
             return "fresh"
         if age_s <= 3 * unit.interval_s + GRACE_S:
             return "late"
-    if seen.ledger.value is None or seen.now_ms - seen.started_ms < STARTING_S * 1000:
+    if seen.ledger.value is None or seen.starting:
         return "waiting"
     return "stale"
 
@@ -309,16 +313,28 @@ def faults_of(seen: Seen) -> list[Json]:
         if part.failing_since_ms is not None:
             fault(part.failing_since_ms, name, part.error, "it is tried again by itself")
     if (glance := seen.ledger.value) is not None:
-        for t in glance.troubles:
-            at_ms = int(t.at.timestamp() * 1000) if t.at else None
-            detail = t.detail.removeprefix(f"{t.target} {t.service}: ")
-            fault(at_ms, f"{t.target} {t.service}", f"{t.status}: {detail}", REMEDIES.get(t.status, ""))
+        for (service, what), some in _by_story(glance.troubles).items():
+            at = max((t.at for t in some if t.at), default=None)
+            more = f" and {len(some) - 1:,} targets more" if len(some) > 1 else ""
+            at_ms = int(at.timestamp() * 1000) if at else None
+            fault(at_ms, f"{service} of {some[0].target}{more}", what, REMEDIES.get(some[0].status, ""))
         for g in glance.given:
             what = f"{g.windows} windows from {g.start:%Y-%m-%d %H:%M}Z were given up: {g.reason}"
-            fault(int(g.at.timestamp() * 1000), f"{g.target} {g.service}", what, REMEDIES.get(g.reason, ""))
+            fault(
+                int(g.at.timestamp() * 1000), f"{g.service} of {g.target}", what, REMEDIES.get(g.reason, "")
+            )
     kafka, before = seen.kafka.value, seen.dead_before
     if kafka is not None and before is not None and kafka.dead > before[0]:
         what = f"{kafka.dead - before[0]:,} dead letters more than at the beginning of this half hour"
         fault(before[1], "validation", what, "`headgate dead list` says which and why")
     found.sort(key=lambda f: -(f["at_ms"] or 0))
     return found[:FAULTS_MAX]
+
+
+def _by_story(troubles: Sequence[Trouble]) -> dict[tuple[str, str], list[Trouble]]:
+    """By service and complaint: what has befallen a hundred targets is one line."""
+    found: dict[tuple[str, str], list[Trouble]] = defaultdict(list)
+    for t in troubles:
+        detail = t.detail.removeprefix(f"{t.target} {t.service}: ")
+        found[t.service, f"{t.status}: {detail}"].append(t)
+    return found

@@ -5,12 +5,24 @@ A finding that has an alert bears its name, which is also its runbook's (docs/ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 from ingest.clock import utc
-from workers.page_facts import STARTING_S, Json, Seen, unowned_of
+from workers.page_facts import (
+    MOVES_MAX,
+    Ends,
+    History,
+    Json,
+    Seen,
+    cells_of,
+    faults_of,
+    numbers_of,
+    shards_of,
+    unowned_of,
+)
 
 FINDINGS_MAX = 12
 AWAY_S = 10.0
@@ -24,6 +36,8 @@ RECEIVER_WAITS_S = 900.0
 ORGANIZATION_S = 4 * 3600.0
 CRITICAL_SHARE = 0.1
 """Of targets that are stale."""
+MOVED_WITHIN_MS = 60_000
+ON_ITS_WAY = ("no_receipt", "not_checked", "not_landed", "not_settled")
 
 LEVELS = ("critical", "warning", "info", "ok")
 
@@ -52,146 +66,207 @@ def verdict_of(seen: Seen, cells: Sequence[Json], findings: Sequence[Finding]) -
     """The gravest finding, or that there is none."""
     if findings:
         return findings[0].plain()
-    landed = sum(c["level"] in ("fresh", "late") for c in cells)
-    if any(c["level"] == "waiting" for c in cells):
+    if seen.ledger.value is None or any(c["level"] == "waiting" for c in cells):
+        landed = sum(c["level"] in ("fresh", "late") for c in cells)
         text = f"Starting: {landed:,} of {count(len(cells), 'target')} have landed something so far."
-        return Finding("info", "", text, "Nothing; it takes a poll interval.").plain()
+        return Finding("info", "", text, "Wait: it takes a poll interval.").plain()
     shards = sum(s["alive"] for s in seen.shards["shards"])
-    text = f"All is well: {count(len(cells), 'target')} on {count(shards, 'shard')}, and nothing is open past its deadline."
+    what = f"{count(len(cells), 'target')} on {count(shards, 'shard')}"
+    text = f"All is well: {what}, and nothing is open past its deadline."
     return Finding("ok", "", text, "Nothing to do.").plain()
+
+
+def page_of(seen: Seen, history: History, ends: Ends) -> Json:
+    """/page.json. Adds to the history what is known of now."""
+    cells = cells_of(seen)
+    numbers = numbers_of(seen, cells)
+    if seen.ledger.failing_since_ms is None and seen.kafka.failing_since_ms is None:
+        history.add(seen.now_ms, numbers, ends)
+    findings = findings_of(seen, cells, numbers)
+    receivers = sorted(seen.kafka.value.receivers.items()) if seen.kafka.value else []
+    return {
+        "as_of_ms": seen.now_ms,
+        "asked_until_ms": seen.asked_until_ms,
+        "started_ms": seen.started_ms,
+        "revision": seen.revision,
+        "verdict": verdict_of(seen, cells, findings),
+        "findings": [f.plain() for f in findings[1:]],
+        "parts": [
+            {"name": name, "as_of_ms": p.as_of_ms, "failing_since_ms": p.failing_since_ms, "error": p.error}
+            for name, p in seen.parts
+        ],
+        "numbers": numbers,
+        "history": history.page(),
+        "levels": dict(Counter(c["level"] for c in cells)),
+        "plan": {k: seen.shards[k] for k in ("epoch", "published_at_ms", "reason", "slots", "settled")},
+        "shards": shards_of(seen),
+        "unowned": unowned_of(seen),
+        "cells": cells,
+        "moves": seen.shards["moves"][-MOVES_MAX:],
+        "receivers": [
+            {"receiver": name, "lag": g.lag_total, "waits_s": g.waits_s, "members": list(g.members)}
+            for name, g in receivers
+        ],
+        "faults": faults_of(seen),
+    }
 
 
 # --- what is looked for, one function each ----------------------------------------------------------------------
 
+DO = {
+    "kafka": "Look at the brokers. All workers go on by themselves when they answer; nothing is lost meanwhile.",
+    "postgres": "Look at PostgreSQL: is it up, its disk full, its connections used up? What waits in Kafka lands by itself afterwards.",
+    "no_shard": "Start exporters, or see why they do not start: their last log lines; `headgate doctor` in a cluster.",
+    "unowned": "Do exporters start and stop again? Their last log lines say why; `headgate doctor` in a cluster.",
+    "no_consumer": "Start consumers. One that stopped for safety has exit code 3 and says what to do in its last log line.",
+    "gone": "Nothing where you removed it. Else its last log line says why it ended; the others carry its load.",
+    "restarts": "Its log says why it ended each time. Exit code 3: another process has its name. In a cluster: `headgate doctor`.",
+    "idle": "More shards than slots? See `headgate plan`.",
+    "unbalanced": "`headgate gaps`, then `headgate audit` over the same time.",
+    "stale": "Of one shard: that exporter. Of all: Kafka, PostgreSQL, the consumers. Of one account: its role or its quota.",
+    "gaps": "`headgate gaps` says which, why, and from where they can be healed; healing is under way.",
+    "given": "`headgate why` says who each is up to; then `headgate backfill`.",
+    "lag": "Are all consumers there, and is PostgreSQL slow? More consumers land more, up to one for each partition.",
+    "no_writer": "Start `headgate remote-write`.",
+    "receiver": "Is it up, and does it take what it is sent? The remote writer's log says what it answers.",
+    "dead": "`headgate dead list` says which and why; `headgate dead replay` lands what can be.",
+    "passed": "`headgate cost` says what the money goes to; `headgate pause` stops an account or a service at once.",
+    "stopped": "Raise the budget, or mark the service `critical: true`; it takes effect within half a minute.",
+    "short": "`headgate cost` says what the money goes to.",
+    "stretched": "The same points come, later. See more at once: raise the budget, or mark the service `critical: true`.",
+    "config": "`headgate check` prints every error with its line.",
+    "organization": "The coordinator's log says why under organization_not_listed; try `headgate check --live`.",
+}
+
 
 def _parts(seen: Seen, cells: Sequence[Json], numbers: Json) -> Iterator[Finding]:
-    kafka, ledger = seen.kafka, seen.ledger
-    if (since_ms := kafka.failing_since_ms) is not None and _for_s(seen, since_ms) > AWAY_S:
+    since_ms = seen.kafka.failing_since_ms
+    if since_ms is not None and _for_s(seen, since_ms) > AWAY_S:
         text = f"Kafka has not answered since {clock(since_ms)}: nothing new is collected, and nothing lands."
-        yield Finding("critical", "", text, "Look at the brokers. All workers go on by themselves when they answer; nothing is lost meanwhile.")  # fmt: skip
-    if (since_ms := ledger.failing_since_ms) is not None and _for_s(seen, since_ms) > AWAY_S:
-        text = f"PostgreSQL has not answered since {clock(since_ms)}: collecting goes on, nothing lands. Targets, windows and dollars are shown as they were then."
-        yield Finding("critical", "", text, "Look at PostgreSQL: is it up, its disk full, its connections used up? What waits in Kafka lands by itself afterwards.")  # fmt: skip
+        yield Finding("critical", "", text, DO["kafka"])
+    since_ms = seen.ledger.failing_since_ms
+    if since_ms is not None and _for_s(seen, since_ms) > AWAY_S:
+        text = f"PostgreSQL has not answered since {clock(since_ms)}: collecting goes on, nothing lands. Targets are shown as they were then."
+        yield Finding("critical", "", text, DO["postgres"])
 
 
 def _workers(seen: Seen, cells: Sequence[Json], numbers: Json) -> Iterator[Finding]:
-    if seen.now_ms - seen.started_ms < STARTING_S * 1000 / 6 or seen.kafka.value is None:
+    if _for_s(seen, seen.started_ms) < UNOWNED_S or seen.kafka.value is None:
         return
+    since_ms = seen.unowned_since_ms
     if not any(s["alive"] for s in seen.shards["shards"]):
-        yield Finding("critical", "", "No exporter shard is there: nothing is collected.", "Start exporters, or see why they do not start: `headgate doctor` in a cluster.")  # fmt: skip
-    elif seen.unowned_since_ms is not None and _for_s(seen, seen.unowned_since_ms) > UNOWNED_S:
+        text = "No exporter shard is there: nothing is collected."
+        yield Finding("critical", "HeadgateSlotsWithoutShard", text, DO["no_shard"])
+    elif since_ms is not None and _for_s(seen, since_ms) > UNOWNED_S:
         slots = set(unowned_of(seen))
         waiting = sum(c["slot"] in slots for c in cells)
-        text = f"{count(len(slots), 'slot')} have had no shard since {clock(seen.unowned_since_ms)}: {count(waiting, 'target')} wait."
-        yield Finding("critical", "", text, "Do exporters start and stop again? Their last log lines say why; `headgate doctor` in a cluster.")  # fmt: skip
+        are = f"{count(waiting, 'target')} {'is' if waiting == 1 else 'are'} not collected"
+        text = f"{count(len(slots), 'slot')} without a shard since {clock(since_ms)}: {are}."
+        level = "critical" if waiting else "warning"
+        yield Finding(level, "HeadgateSlotsWithoutShard", text, DO["unowned"])
     if not seen.kafka.value.landing.members:
-        yield Finding("critical", "HeadgateLedgerNotObserved", "No consumer is there: what is collected waits in Kafka, and nothing lands.", "Start consumers; one that stopped for safety has exit code 3 and says what to do in its last log line.")  # fmt: skip
+        text = "No consumer is there: what is collected waits in Kafka, and nothing lands."
+        yield Finding("critical", "HeadgateLedgerNotObserved", text, DO["no_consumer"])
 
 
 def _shards(seen: Seen, cells: Sequence[Json], numbers: Json) -> Iterator[Finding]:
     alive = {s["shard"]: s for s in seen.shards["shards"] if s["alive"]}
     for name, last_ms in sorted(seen.gone.items()):
-        if name not in alive and _for_s(seen, last_ms) < GONE_S:
-            taken = [m for m in seen.shards["moves"] if m["from"] == name and m["at_ms"] >= last_ms - 60_000]
-            to = sorted({m["to"] for m in taken})
-            text = f"The shard {name} has been gone since {clock(last_ms)}"
-            text += (
-                f"; its {count(len(taken), 'slot')} moved to {some(to)}." if taken else "; its slots wait."
-            )
-            yield Finding("warning", "", text, "Nothing where you removed it. Else its last log line says why it ended; the others carry its load.")  # fmt: skip
+        if name in alive or _for_s(seen, last_ms) > GONE_S:
+            continue
+        taken = [
+            m for m in seen.shards["moves"] if m["from"] == name and m["at_ms"] > last_ms - MOVED_WITHIN_MS
+        ]
+        became = f"its {count(len(taken), 'slot')} moved to {some(sorted({m['to'] for m in taken}))}"
+        text = f"The shard {name} is gone since {clock(last_ms)}; {became if taken else 'its slots wait'}."
+        yield Finding("warning", "", text, DO["gone"])
     for name, starts in sorted(seen.starts.items()):
         if len(starts) >= STARTS:
             text = f"The shard {name} has started {len(starts)} times within half an hour, last at {clock(starts[-1])}."
-            yield Finding("warning", "", text, "Its log says why it ended each time. Exit code 3: another process has its name. In a cluster: `headgate doctor`.")  # fmt: skip
+            yield Finding("warning", "", text, DO["restarts"])
     idle = sorted(name for name, s in alive.items() if not s["slots"])
     if idle and seen.shards["settled"]:
-        text = f"{some(idle)} {'has' if len(idle) == 1 else 'have'} no slots."
-        yield Finding("warning", "", text, "More shards than slots? See `headgate plan`.")
+        text = f"{some(idle)}: no slots, so nothing to do."
+        yield Finding("warning", "HeadgateShardWithoutSlots", text, DO["idle"])
 
 
 def _windows(seen: Seen, cells: Sequence[Json], numbers: Json) -> Iterator[Finding]:
-    reasons = dict(numbers["gaps_by_reason"])
+    reasons = {why: n for why, n in numbers["gaps_by_reason"].items() if why != "paused"}
     if unbalanced := reasons.pop("unbalanced", 0):
-        text = (
-            f"The rows of {count(unbalanced, 'window')} in the store are not those that its receipts tell of."
-        )
-        yield Finding("critical", "HeadgateWindowsUnbalanced", text, "`headgate gaps`, then `headgate audit` over the same time.")  # fmt: skip
-    stale = [c for c in cells if c["level"] == "stale"]
-    if stale:
+        text = f"In the store the rows of {count(unbalanced, 'window')} are not what was collected."
+        yield Finding("critical", "HeadgateWindowsUnbalanced", text, DO["unbalanced"])
+    if stale := [c for c in cells if c["level"] == "stale"]:
         worst = min(stale, key=lambda c: c["fresh_ms"] or 0)
-        since = (
-            f"has landed nothing newer than {clock(worst['fresh_ms'])}"
-            if worst["fresh_ms"]
-            else "has landed nothing yet"
-        )
-        text = f"{len(stale):,} of {count(len(cells), 'target')} {'is' if len(stale) == 1 else 'are'} stale; {worst['unit']} {since}."
+        newest = f"nothing newer than {clock(worst['fresh_ms'])}" if worst["fresh_ms"] else "nothing yet"
+        of = f"{len(stale):,} of {count(len(cells), 'target')}"
+        text = f"Stale: {of}. Of {worst['unit']} there is {newest}."
+        do = f"It complains: {worst['problem']}" if worst.get("problem") else DO["stale"]
         level = "critical" if len(stale) > CRITICAL_SHARE * len(cells) else "warning"
-        do = f"Its problem: {worst['problem']}" if worst.get("problem") else "Of one shard: that exporter. Of all: Kafka, PostgreSQL, the consumers. Of one account: its role or quota."  # fmt: skip
         yield Finding(level, "HeadgateTargetStale", text, do)
-    reasons.pop("paused", None)
+    if seen.starting:
+        # What an earlier life left open is being looked at.
+        reasons = {why: n for why, n in reasons.items() if why not in ON_ITS_WAY}
     if gaps := sum(reasons.values()):
         why = ", ".join(f"{n:,} {reason}" for reason, n in reasons.items())
-        text = f"{count(gaps, 'window')} open past {'its' if gaps == 1 else 'their'} deadline: {why}."
-        yield Finding("warning", "HeadgateWindowsOpenPastDeadline", text, "`headgate gaps` says which, why, and from where they can be healed; healing is under way.")  # fmt: skip
+        text = f"Open past {'its' if gaps == 1 else 'their'} deadline: {count(gaps, 'window')} ({why})."
+        yield Finding("warning", "HeadgateWindowsOpenPastDeadline", text, DO["gaps"])
     if given := seen.ledger.value.given if seen.ledger.value else ():
-        text = f"{count(sum(g.windows for g in given), 'window')} of {count(len({g.target for g in given}), 'target')} were given up within the hour: {some(sorted({g.reason for g in given}))}."
-        yield Finding("warning", "HeadgateWindowsDeclared", text, "`headgate why` says who each is up to; then `headgate backfill`.")  # fmt: skip
+        whose = f"{count(sum(g.windows for g in given), 'window')} of {count(len({g.target for g in given}), 'target')}"
+        text = f"Given up within the hour: {whose} ({some(sorted({g.reason for g in given}))})."
+        yield Finding("warning", "HeadgateWindowsDeclared", text, DO["given"])
 
 
 def _lag(seen: Seen, cells: Sequence[Json], numbers: Json) -> Iterator[Finding]:
     waits_s = numbers["lag_waits_s"]
     if waits_s is not None and waits_s > WAITS_S:
-        text = f"{count(numbers['lag'], 'batch', 'batches')} have waited to land for up to {spoken(waits_s)}."
-        yield Finding("warning", "", text, "Are all consumers there, and is PostgreSQL slow? More consumers land more, up to one for each partition.")  # fmt: skip
+        text = f"Waiting to land for {spoken(waits_s)}: {count(numbers['lag'], 'batch', 'batches')}."
+        yield Finding("warning", "HeadgateLagGrowing", text, DO["lag"])
     for name, group in sorted(seen.kafka.value.receivers.items()) if seen.kafka.value else ():
         if not group.members and group.lag_total:
             text = f"Nobody sends to the receiver {name}: {count(group.lag_total, 'batch', 'batches')} wait."
-            yield Finding("warning", "", text, "Start `headgate remote-write`.")
+            yield Finding("warning", "HeadgateRemoteWriterGone", text, DO["no_writer"])
         elif group.waits_s is not None and group.waits_s > RECEIVER_WAITS_S:
-            text = f"The receiver {name} is behind: samples have waited for it for {spoken(group.waits_s)}."
-            yield Finding("warning", "", text, "Is it up, and does it take what it is sent? The remote writer's log says what it answers.")  # fmt: skip
-    lately = numbers["dead_lately"]
-    if lately:
-        text = (
-            f"{count(lately, 'dead letter')} since {clock(seen.dead_before[1] if seen.dead_before else 0)}."
-        )
-        yield Finding("warning", "", text, "`headgate dead list` says which and why; `headgate dead replay` lands what can be.")  # fmt: skip
+            text = f"The receiver {name} is {spoken(group.waits_s)} behind."
+            yield Finding("warning", "HeadgateRemoteWriteLagging", text, DO["receiver"])
+    if numbers["dead_lately"] and seen.dead_before:
+        text = f"{count(numbers['dead_lately'], 'dead letter')} since {clock(seen.dead_before[1])}."
+        yield Finding("warning", "HeadgateDeadLetterShare", text, DO["dead"])
 
 
 def _money(seen: Seen, cells: Sequence[Json], numbers: Json) -> Iterator[Finding]:
     decision = seen.money.value
     if decision is None:
         return
-    days = {**decision.days, "all accounts": decision.all}
-    passed = [name for name, day in days.items() if day.passed]
-    short = [
-        n
-        for n, d in days.items()
-        if d.budget_usd is not None and d.forecast_usd > d.budget_usd and not d.passed
-    ]
-    if passed:
-        yield Finding("critical", "HeadgateBudgetPassed", f"The day's budget is passed: {some(passed)}.", "`headgate cost` says what the money goes to; `headgate pause` stops an account or a service at once.")  # fmt: skip
-    if stopped := sorted({f"{service} of {account}" for account, service in decision.polling.stopped}):
-        yield Finding("critical", "HeadgatePollsStopped", f"Not polled until midnight UTC, for want of money: {some(stopped)}.", "Raise the budget, or mark the service `critical: true`; it takes effect within half a minute.")  # fmt: skip
-    if short:
-        yield Finding("warning", "HeadgateBudgetTooSmall", f"By midnight UTC the budget will be passed: {some(short)}.", "`headgate cost` says what the money goes to.")  # fmt: skip
+    days = {"all accounts": decision.all, **decision.days}
+    polling = decision.polling
+    if passed := [name for name, day in days.items() if day.passed]:
+        text = f"The day's budget is passed: {some(passed)}."
+        yield Finding("critical", "HeadgateBudgetPassed", text, DO["passed"])
+    if stopped := sorted(f"{service} of {account}" for account, service in polling.stopped):
+        text = f"Not polled until midnight UTC, for want of money: {some(stopped)}."
+        yield Finding("critical", "HeadgatePollsStopped", text, DO["stopped"])
+    short = (n for n, d in days.items() if d.budget_usd is not None and d.forecast_usd > d.budget_usd)
+    if too_small := [name for name in short if name not in passed]:
+        text = f"By midnight UTC the budget will be passed: {some(too_small)}."
+        yield Finding("warning", "HeadgateBudgetTooSmall", text, DO["short"])
     if stretched := sorted(
-        {f"{service} of {account} ×{k}" for (account, service), k in decision.polling.stretch.items()}
+        f"{service} of {account} ×{k}" for (account, service), k in polling.stretch.items()
     ):
-        yield Finding("warning", "HeadgatePollsStretched", f"Polled more rarely, for a budget: {some(stretched)}.", "The same points come, later. See more at once: raise the budget, or mark the service `critical: true`.")  # fmt: skip
+        text = f"Polled more rarely, for a budget: {some(stretched)}."
+        yield Finding("warning", "HeadgatePollsStretched", text, DO["stretched"])
 
 
 def _settings(seen: Seen, cells: Sequence[Json], numbers: Json) -> Iterator[Finding]:
     if seen.config_refused:
-        yield Finding("warning", "HeadgateConfigInvalid", "The configuration file as it stands now is refused; the one before is in use.", "`headgate check` prints every error with its line.")  # fmt: skip
-    if seen.organization_age_s is not None and seen.organization_age_s > ORGANIZATION_S:
-        text = f"The organization's list of accounts is {spoken(seen.organization_age_s)} old: new accounts are not collected."
-        yield Finding("warning", "HeadgateOrganizationNotListed", text, "The coordinator's log says why under organization_not_listed; try `headgate check --live`.")  # fmt: skip
+        text = "The configuration file as it stands now is refused; the one before is in use."
+        yield Finding("warning", "HeadgateConfigInvalid", text, DO["config"])
+    age_s = seen.organization_age_s
+    if age_s is not None and age_s > ORGANIZATION_S:
+        text = f"The organization's list of accounts is {spoken(age_s)} old: new accounts are not collected."
+        yield Finding("warning", "HeadgateOrganizationNotListed", text, DO["organization"])
 
 
-_LOOKS: tuple[Callable[[Seen, Sequence[Json], Json], Iterator[Finding]], ...] = (
-    _parts, _workers, _windows, _money, _shards, _lag, _settings,
-)  # fmt: skip
+_LOOKS: Final = (_parts, _workers, _windows, _money, _shards, _lag, _settings)
 
 
 # --- words ------------------------------------------------------------------------------------------------------
