@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import ssl
+import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -268,7 +271,9 @@ Answering = Callable[[web.Request, list[Row]], Awaitable[web.StreamResponse]]
 
 
 @asynccontextmanager
-async def scripted(answer: Answering) -> AsyncIterator[tuple[str, list[list[Row]]]]:
+async def scripted(
+    answer: Answering, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[tuple[str, list[list[Row]]]]:
     """A receiver that answers as it is told: its URL, and the samples of each request that came."""
     came: list[list[Row]] = []
 
@@ -282,8 +287,8 @@ async def scripted(answer: Answering) -> AsyncIterator[tuple[str, list[list[Row]
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}/write", came
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{runner.addresses[0][1]}/write", came
     finally:
         await runner.cleanup()
 
@@ -685,6 +690,29 @@ async def test_certificates_that_are_not_there_say_which_key_to_look_at(tmp_path
     async with writer("https://127.0.0.1:9/write", ca_file=str(tmp_path / "ca.pem")) as one:
         failure = await failure_of(one)
     assert "ca_file of remote_write.receivers[prometheus-1]" in failure.remedy
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, ssl.SSLContext]:
+    """A certificate of 127.0.0.1 that no system knows, and a server's context with it."""
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl on the PATH")
+    key, made = tmp_path / "key.pem", tmp_path / "ca.pem"
+    words = "req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256 -days 2 -subj /CN=test"
+    command = ["openssl", *words.split(), "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*command, "-keyout", key, "-out", made], check=True, capture_output=True, timeout=30)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(made, key)
+    return made, tls
+
+
+async def test_a_receiver_is_checked_against_ca_file(certificate: tuple[Path, ssl.SSLContext]) -> None:
+    ca_file, tls = certificate
+    async with scripted(saying(204), tls) as (url, _):
+        async with writer(url) as one:
+            assert "ca_file of remote_write.receivers[prometheus-1]" in (await failure_of(one)).remedy
+        async with writer(url, ca_file=str(ca_file)) as one:
+            assert outcome(await one.write([some("a", (-1, 1))])) == (1, [])
 
 
 async def test_times_that_cannot_be_written_are_refused_and_not_sent() -> None:
