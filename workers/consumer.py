@@ -41,13 +41,15 @@ _log = structlog.get_logger()
 
 LANDED = Counter("headgate_points_landed_total", "Points in landed batches, those known already included.")
 BATCHES = Counter("headgate_batches_landed_total", "Landed batches; by the way they took.", ["way"])
+for _way in ("known", "copied", "merged"):
+    BATCHES.labels(way=_way)  # a share of them needs them to be there before
 DEAD = Counter(
     "headgate_dead_total",
     "Dead letters, whole records and single points. Rising: see the dead-letter topic.",
     ["kind"],
 )
 for _kind in ("record", "point"):
-    DEAD.labels(kind=_kind)  # an alert on an increase needs it to be there before
+    DEAD.labels(kind=_kind)
 LAND_SECONDS = Histogram(
     "headgate_land_seconds", "One landing transaction.", buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 )

@@ -54,6 +54,10 @@ FRESHNESS = Gauge(
     "Age of a target's newest landed window, since its end; rising: nothing of it lands.",
     ["target"],
 )
+OBSERVED = Gauge(
+    "headgate_ledger_observed_timestamp_seconds",
+    "Unix time at which the metrics of windows and targets were last read from the ledger. Standing still: they are old; is PostgreSQL there?",
+)
 STORE = Gauge("headgate_store_bytes", "What the store's database takes on disk.", ["sink"])
 CAPACITY = Gauge(
     "headgate_store_capacity_bytes",
@@ -87,6 +91,7 @@ class Upkeep:
         self._scopes = {**self._scopes, **scopes_of(config)}
         self._retention = timedelta(days=config.ledger_retention_days)
         self._samples_retention_days = config.samples_retention_days
+        self._clock_offset_s = config.run.clock_offset_s
         CAPACITY.clear()
         if config.postgres.capacity_bytes is not None:
             CAPACITY.labels(sink="postgres").set(config.postgres.capacity_bytes)
@@ -161,6 +166,7 @@ class Upkeep:
             if self._targets is not None and target not in self._targets:
                 continue
             FRESHNESS.labels(target=target).set((now - until).total_seconds())
+        OBSERVED.set(now.timestamp() - self._clock_offset_s)
         return OBSERVE_INTERVAL_S
 
     async def measure(self) -> float:

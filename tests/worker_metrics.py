@@ -1,0 +1,77 @@
+"""The metrics that running workers have: of real processes, each asked for its /metrics. Their servers are away, which they outlive."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from workers.cli import COMMANDS
+from workers.servers import LOOPBACK, free_ports, get_local
+
+CONFIG = """
+accounts: [{id: "100000000001", regions: [eu-west-1], services: [ec2]}]
+kafka: {bootstrap: "127.0.0.1:1"}
+postgres: {dsn: "postgresql://127.0.0.1:1/none", capacity_bytes: 1}
+s3: {endpoint_url: "http://127.0.0.1:1"}
+remote_write: {receivers: [{name: p1, url: "http://127.0.0.1:1/api/v1/write"}]}
+"""
+WORKERS = {
+    "coordinator": (),
+    "exporter": ("--shard", "exporter-1"),
+    "consumer": ("--name", "consumer-1"),
+    "remote-write": ("--name", "remote-write-1"),
+}
+TIMEOUT_S = 60.0
+AGREED = {
+    f"headgate_remote_write_{name}"
+    for name in (
+        "samples_total", "refused_total", "held_samples", "lag_records", "failing",
+        "delay_seconds_bucket", "delay_seconds_sum", "delay_seconds_count",
+        "request_seconds_bucket", "request_seconds_sum", "request_seconds_count",
+    )
+}  # fmt: skip
+"""Of the remote writer, as long as it is no command yet."""
+
+
+def metrics_of_workers(home: Path) -> set[str]:
+    """Names as PromQL knows them (…_bucket of histograms), of all workers together."""
+    config = home / "headgate.yaml"
+    config.write_text(CONFIG)
+    started: list[tuple[subprocess.Popen[bytes], int]] = []
+    try:
+        for worker in WORKERS.keys() & COMMANDS.keys():
+            (port,) = free_ports(1)
+            options = ["--config", str(config), *WORKERS[worker], "--metrics-port", str(port)]
+            command = [sys.executable, "-m", "workers.cli", worker, *options]
+            with (home / f"{worker}.log").open("wb") as log:
+                process = subprocess.Popen(command, stderr=log, stdout=log, env=os.environ)
+            started.append((process, port))
+        found = {name for process, port in started for name in names_of(_read(process, port))}
+        return found if "remote-write" in COMMANDS else found | AGREED
+    finally:
+        for process, _ in started:
+            process.kill()
+            process.wait()
+
+
+def names_of(exposed: str) -> set[str]:
+    """From text in Prometheus' format, of metrics without a sample, too."""
+    found = set()
+    for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", exposed, re.MULTILINE):
+        found |= {f"{name}_{part}" for part in ("bucket", "sum", "count")} if "histogram" in kind else {name}
+    return found
+
+
+def _read(process: subprocess.Popen[bytes], port: int) -> str:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            return get_local(f"http://{LOOPBACK}:{port}/metrics", timeout_s=5).decode()
+        except OSError:
+            assert process.poll() is None, f"{process.args!r} ended"
+            assert time.monotonic() < deadline_s
+            time.sleep(0.1)
