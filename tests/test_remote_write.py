@@ -485,13 +485,17 @@ def test_a_date_to_come_back_at_is_understood() -> None:
 async def test_a_receiver_that_refuses_us_is_no_refusal_of_samples_and_says_which_key_to_look_at(
     status: int, key: str
 ) -> None:
-    async with scripted(saying(status, "no", Location="/elsewhere")) as (url, came), writer(url) as one:
+    async with (
+        scripted(saying(status, "no", Location="/elsewhere?key=hidden")) as (url, came),
+        writer(url) as one,
+    ):
         failure = await failure_of(one)
     assert key in failure.remedy
     assert "remote_write.receivers[prometheus-1]" in failure.remedy
     assert failure.retry_after_s == 15
     assert len(came) == 1
     assert ("/elsewhere" in failure.what) == (status < 400)
+    assert "hidden" not in str(failure)
 
 
 async def test_a_400_in_words_that_nobody_knows_is_about_samples_where_a_request_without_any_is_taken() -> (
@@ -503,8 +507,10 @@ async def test_a_400_in_words_that_nobody_knows_is_about_samples_where_a_request
     assert came.count([]) == 1
 
 
-async def test_a_400_to_everything_is_about_the_url() -> None:
-    text = "The plain HTTP request was sent to HTTPS port"
+@pytest.mark.parametrize(
+    "text", ["The plain HTTP request was sent to HTTPS port", "Request Header Or Cookie Too Large"]
+)
+async def test_a_400_to_everything_is_about_the_url(text: str) -> None:
     async with scripted(saying(400, text)) as (url, came), writer(url) as one:
         failure = await failure_of(one)
     assert "look at url" in failure.remedy
@@ -661,13 +667,15 @@ async def test_headers_are_the_protocols_and_the_receivers() -> None:
 @pytest.mark.parametrize("fields", [{"bearer_token": "s3cret"}, {"username": "me", "password": "s3cret"}])
 async def test_secrets_are_in_no_error_even_where_the_receiver_repeats_them(fields: dict[str, str]) -> None:
     async def echo(request: web.Request, rows: list[Row]) -> web.StreamResponse:
-        return web.Response(status=403, text=f"{request.headers['Authorization']} s3cret does not fit")
+        text = f"{request.headers['Authorization']} s3cret does not fit {request.rel_url}"
+        return web.Response(status=403, text=text)
 
-    async with scripted(echo) as (url, _), writer(url, **fields) as one:
+    async with scripted(echo) as (url, _), writer(f"{url}?key=hidden", **fields) as one:
         failure = await failure_of(one)
     for text in (str(failure), repr(failure), repr(one)):
         assert "s3cret" not in text
         assert "bWU6czNjcmV0" not in text
+        assert "hidden" not in text
     assert "does not fit" in str(failure)
 
 

@@ -39,6 +39,18 @@ class Refusal(StrEnum):
     """In a refused request, and not looked at further: the bound on requests was reached."""
 
 
+SURE = frozenset(
+    {
+        Refusal.OUT_OF_ORDER,
+        Refusal.TOO_OLD,
+        Refusal.DUPLICATE,
+        Refusal.TOO_FAR_AHEAD,
+        Refusal.INVALID_LABELS,
+    }
+)
+"""Reasons whose words nobody but a receiver of samples says. A proxy, too, finds things too large."""
+
+
 class Verdict(StrEnum):
     TAKEN = "taken"
     REFUSED = "refused"
@@ -61,7 +73,7 @@ class Answer:
 _WORDS = (
     # In this order: Prometheus says "out of bounds" of both ends.
     (Refusal.TOO_FAR_AHEAD, re.compile(r"(too.far.in(to)?.(the.)?|\bin the )future")),
-    (Refusal.TOO_OLD, re.compile(r"too.old|out of bounds")),
+    (Refusal.TOO_OLD, re.compile(r"too.old|out.of.bounds")),
     (
         Refusal.DUPLICATE,
         re.compile(r"duplicate.(sample|timestamp)|same timestamp, but a different value"),
@@ -90,7 +102,7 @@ def verdict_of(answer: Answer) -> Verdict:
         return Verdict.REFUSED
     if status == 413:
         return Verdict.TOO_LARGE
-    if status == 500 and refusal_of(answer.said) not in {Refusal.REFUSED, Refusal.LIMIT}:
+    if status == 500 and refusal_of(answer.said) in SURE:
         return Verdict.REFUSED
     if status >= 500 or status in {408, 425, 429}:
         return Verdict.LATER

@@ -32,6 +32,7 @@ from ingest.sinks.prompb import (
 )
 from ingest.sinks.remote_answers import (
     MISCONFIGURED_RETRY_S,
+    SURE,
     Answer,
     Refusal,
     Verdict,
@@ -81,7 +82,7 @@ class RemoteWrite:
         self._clock = clock
         self._samples_max = samples_per_request
         self._observe_s = observe_s
-        self._where = f"remote write to {receiver.name} ({urlsplit(receiver.url).netloc.rpartition('@')[2]})"
+        self._where = f"remote write to {receiver.name} ({urlsplit(receiver.url).netloc})"
         self._headers, self._secrets = _credentials(receiver)
         self._slots = asyncio.Semaphore(IN_FLIGHT)
         self._turn = asyncio.Lock()
@@ -150,8 +151,8 @@ class RemoteWrite:
     async def _verdict(self, job: Job, answer: Answer) -> Verdict:
         """TAKEN, REFUSED or TOO_LARGE. Raises Transient for all that is not about samples."""
         verdict = verdict_of(answer)
-        if verdict is Verdict.REFUSED and refusal_of(answer.said) is Refusal.REFUSED:
-            # Words that we do not know, of a proxy perhaps: then a request without samples is refused as well.
+        if verdict is Verdict.REFUSED and refusal_of(answer.said) not in SURE:
+            # Perhaps the words of a proxy: then a request without samples is refused as well.
             if job.takes_requests is None:
                 job.takes_requests = verdict_of(await self._post(encoded_request([]))) is Verdict.TAKEN
             if not job.takes_requests:
@@ -201,7 +202,8 @@ class RemoteWrite:
                 if response.status >= 300:
                     said = self._said(await _beginning(response))
                     if response.status < 400:
-                        said = self._said(response.headers.get("Location", "").encode())
+                        # Without its query, which may be ours.
+                        said = self._said(response.headers.get("Location", "").partition("?")[0].encode())
                 return Answer(response.status, said, response.headers.get("Retry-After", ""))
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise self._no_answer(error) from None
@@ -254,16 +256,17 @@ async def _beginning(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _credentials(receiver: Receiver) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Headers of every request, and the texts in them that nobody may read."""
+    """Headers of every request, and the texts that nobody may read: a URL's query may be one."""
     headers = {**_HEADERS, **receiver.headers}
+    secrets = [urlsplit(receiver.url).query]
     if receiver.bearer_token is not None:
         # A token from a file often ends in a new line, which no header may have.
         token = receiver.bearer_token.get_secret_value().strip()
         headers["Authorization"] = f"Bearer {token}"
-        return headers, (token,) if token else ()
-    if receiver.password is not None:
+        secrets.append(token)
+    elif receiver.password is not None:
         password = receiver.password.get_secret_value()
         basic = b64encode(f"{receiver.username}:{password}".encode()).decode()
         headers["Authorization"] = f"Basic {basic}"
-        return headers, tuple(text for text in (basic, password) if text)
-    return headers, ()
+        secrets += (basic, password)
+    return headers, tuple(secret for secret in secrets if secret)
