@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
@@ -19,72 +19,13 @@ from shard_config.document import ConfigError, ConfigErrors, Node, Path, did_you
 from shard_config.fields import Statistic
 from shard_config.known import known_regions
 from shard_config.yace_facts import KEYS, KINDS, SAID, facts, is_of, literally, searched
+from shard_config.yace_jobs import Job, Note, Pick, Reading, Role, Wanted
 
 PERIOD_S: Final = 300
 LENGTH_S: Final = 300
 
 _ROLE: Final = re.compile(r"arn:aws[a-z-]*:iam::(\d{12}):role/.+")
 _STATISTIC: Final = TypeAdapter(Statistic)
-
-
-@dataclass(frozen=True, slots=True)
-class Role:
-    """An account and how it is entered; `arn` is empty for the ambient credentials."""
-
-    account: str
-    arn: str
-    external_id: str = ""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Pick:
-    """Which metrics of a name: patterns that match the whole text, as `shard_config.model.Selection` has them."""
-
-    dimensions: tuple[tuple[str, str], ...] = ()
-    dimension_names: tuple[str, ...] | None = None
-    tags: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A metric of a job."""
-
-    name: str
-    statistics: tuple[str, ...]
-    period_s: int
-    length_s: int
-    delay_s: int
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A discovery, customNamespace or static job. A metric is meant where one of `picks` holds."""
-
-    line: int
-    namespace: str
-    regions: tuple[str, ...]
-    roles: tuple[Role, ...]
-    metrics: tuple[Wanted, ...]
-    picks: tuple[Pick, ...]
-    recently_active: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """Something of YACE's that is otherwise here, or not at all."""
-
-    line: int
-    what: str
-    todo: str
-
-
-@dataclass(slots=True)
-class Reading:
-    """What a file says: `jobs` in the order of the file."""
-
-    file: str
-    jobs: list[Job] = field(default_factory=list)
-    notes: list[Note] = field(default_factory=list)
 
 
 def read(text: str, file: str, account: str = "") -> Reading:
@@ -154,7 +95,12 @@ class _Reader:
         active = node.get("recentlyActiveOnly")
         recently = active is not None and active.value is True
         if metrics:
-            self._reading.jobs.append(Job(node.line, namespace, regions, roles, metrics, picks, recently))
+            named, tags = node.get("name"), self._pairs(node, "customTags", "tag", path)
+            name = named.text if kind != "jobs" and named is not None else ""
+            custom_tags = tuple((key, value) for key, value, _ in tags)
+            self._reading.jobs.append(
+                Job(node.line, name, namespace, regions, roles, metrics, picks, recently, custom_tags)
+            )
 
     def _namespace(self, kind: str, node: Node, path: Path) -> str:
         key = "type" if kind == "jobs" else "namespace"
@@ -310,9 +256,11 @@ class _Reader:
                 f"length {length_s} is shorter than period {period_s}",
                 f"length: {period_s}",
             )
-        return self._with_statistics(
-            metric, job, path, Wanted(name.text, (), period_s, length_s, self._number(metric, job, "delay"))
-        )
+        nil = metric.get("nilToZero") or job.get("nilToZero")
+        zero = nil is not None and nil.value is True
+        delay_s = self._number(metric, job, "delay")
+        wanted = Wanted(name.text, (), period_s, length_s, delay_s, zero)
+        return self._with_statistics(metric, job, path, wanted)
 
     def _with_statistics(self, metric: Node, job: Node, path: Path, wanted: Wanted) -> Wanted | None:
         own, of_job = metric.get("statistics"), job.get("statistics")
@@ -331,9 +279,7 @@ class _Reader:
                 self._reading.notes.append(Note(statistic.line, what, "choose another, or keep YACE for it"))
         if not kept:
             return None
-        return Wanted(
-            wanted.name, tuple(dict.fromkeys(kept)), wanted.period_s, wanted.length_s, wanted.delay_s
-        )
+        return replace(wanted, statistics=tuple(dict.fromkeys(kept)))
 
     def _number(self, metric: Node, job: Node, key: str) -> int:
         for node in (metric.get(key), job.get(key)):
@@ -348,8 +294,10 @@ class _Reader:
         if exported is None or not exported.mapping:
             return
         self._note("exportedTagsOnMetrics", discovery.keys["exportedTagsOnMetrics"])
-        for name in exported.mapping:
-            if not facts().namespace(name):
+        for name, tags in exported.mapping.items():
+            namespace = facts().namespace(name)
+            self._reading.exported_tags[namespace] = tuple(tag.text for tag in tags.items or ())
+            if not namespace:
                 near = did_you_mean(name, [*facts().aliases, *facts().aliases.values()])
                 self._error(
                     exported.keys[name],
@@ -392,7 +340,7 @@ class _Reader:
         return True
 
     def _note(self, key: str, line: int) -> None:
-        self._reading.notes.append(Note(line, *SAID[key]))
+        self._reading.notes.append(Note(line, *SAID[key], key))
 
     def _missing(self, node: Node, path: Path, key: str, suggestion: str) -> None:
         if render((*path, key)) not in {error.path for error in self._errors}:  # else it is there, and wrong

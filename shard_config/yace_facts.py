@@ -86,14 +86,17 @@ KEYS: Final[Mapping[str, Mapping[str, type]]] = {
 }
 KINDS: Final = {str: "text", int: "a whole number", bool: "true or false", list: "a list", dict: "a mapping"}
 
+WRITE: Final = "say --remote-write and the URL of what takes it"
+OF_WRITE: Final = ("nilToZero", "customTags", "exportedTagsOnMetrics", "includeContextOnInfoMetrics")
+"""Keys that mean something only where samples go to Prometheus: see `shard_config.yace_series`."""
 SAID: Final[Mapping[str, tuple[str, str]]] = {
-    "nilToZero": ("nilToZero: Headgate stores what CloudWatch has, and no zeros of its own", "fill gaps in the query: `or vector(0)`, coalesce()"),
+    "nilToZero": ("nilToZero: Headgate stores no zeros of its own; remote write sends them", WRITE),
     "roundingPeriod": ("roundingPeriod: Headgate always asks for whole periods", "nothing to do"),
     "addCloudwatchTimestamp": ("addCloudwatchTimestamp: Headgate always keeps CloudWatch's timestamp", "nothing to do"),
     "exportAllDataPoints": ("exportAllDataPoints: Headgate always keeps every point", "nothing to do"),
-    "customTags": ("customTags: Headgate adds no labels of your own yet", "join them in the query by account and region, or wait for remote write"),
-    "exportedTagsOnMetrics": ("exportedTagsOnMetrics: resource tags are no labels of a series", "join them in the query by the resource's dimension"),
-    "includeContextOnInfoMetrics": ("includeContextOnInfoMetrics: there are no info metrics", "account and region are labels of every series"),
+    "customTags": ("customTags: labels of remote write", WRITE),
+    "exportedTagsOnMetrics": ("exportedTagsOnMetrics: labels of remote write", WRITE),
+    "includeContextOnInfoMetrics": ("includeContextOnInfoMetrics: info metrics are remote write's, and have account and region always", WRITE),
     "enhancedMetrics": ("enhancedMetrics: those are no CloudWatch metrics, YACE asks other APIs for them", "keep YACE for these, or leave them"),
     "sts-region": ("sts-region: each account's first region is asked for its credentials", "nothing to do"),
     "static": ("static jobs ask for a metric whether it is listed or not; Headgate asks for it once ListMetrics has it", "nothing to do, unless the metric reports less than once in two weeks"),

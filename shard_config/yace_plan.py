@@ -10,15 +10,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Final
 
 from shard_config.known import shipped_services
 from shard_config.model import DATAPOINTS_PER_CALL_MAX, MetricProfile, ServiceProfile, retention_s
-from shard_config.yace import Job, Note, Pick, Reading, Role, Wanted
 from shard_config.yace_facts import facts, literally
+from shard_config.yace_jobs import Job, Note, Pick, Reading, Role, Wanted
 
 POLL_S: Final = 300
 """YACE's own scraping interval, unless its command line says otherwise."""
@@ -237,8 +237,11 @@ def _stem(namespace: str) -> str:
 # --- the file -------------------------------------------------------------------------------------------------
 
 
-def render(plan: Plan) -> str:
-    """headgate.yaml: what the jobs ask for, with a comment on where each service is from."""
+def render(plan: Plan, write: Sequence[str] = (), named: Collection[str] = ()) -> str:
+    """headgate.yaml: what the jobs ask for, with a comment on where each service is from.
+
+    `write` are the lines of `remote_write`, where there is one (`yace_series`), and `named` the services whose series it names after resources.
+    """
     template = _template(plan.accounts)
     lines = [
         f"# From {plan.file}, a configuration of YACE. `headgate check` says what it collects, `headgate quote --config` what that costs",
@@ -246,20 +249,25 @@ def render(plan: Plan) -> str:
         "",
     ]
     if template:
-        lines += ["aws:", f"  role_template: {_text(template)}", ""]
+        lines += ["aws:", f"  role_template: {yaml_text(template)}", ""]
     lines.append("accounts:")
     for account in plan.accounts:
-        lines += [f"  - id: {_text(account.id)}"]
-        lines += [f"    regions: {_list(account.regions)}", f"    services: {_list(account.services)}"]
+        lines += [f"  - id: {yaml_text(account.id)}"]
+        lines += [
+            f"    regions: {yaml_list(account.regions)}",
+            f"    services: {yaml_list(account.services)}",
+        ]
         if account.role.arn and not template:
-            lines.append(f"    role_arn: {_text(account.role.arn)}")
+            lines.append(f"    role_arn: {yaml_text(account.role.arn)}")
         if account.role.external_id:
             lines.append(
-                f"    external_id: {_text(account.role.external_id)} # or {{env: NAME}}, {{file: PATH}}"
+                f"    external_id: {yaml_text(account.role.external_id)} # or {{env: NAME}}, {{file: PATH}}"
             )
     lines += ["", "services:"]
     for name, service in plan.services.items():
-        lines += _service_lines(name, service, plan.lines[name])
+        lines += _service_lines(name, service, plan.lines[name], name in named)
+    if write:
+        lines += ["", *write]
     return "\n".join(lines) + "\n"
 
 
@@ -269,7 +277,7 @@ def _template(accounts: Sequence[AccountPlan]) -> str:
     return templates.pop() if len(templates) == 1 and len(accounts) > 1 else ""
 
 
-def _service_lines(name: str, service: Service, jobs: tuple[int, ...]) -> list[str]:
+def _service_lines(name: str, service: Service, jobs: tuple[int, ...], named: bool) -> list[str]:
     shipped = shipped_services().get(name)
     at = ", ".join(str(line) for line in jobs[:12]) + (
         f" and {len(jobs) - 12} more" if len(jobs) > 12 else ""
@@ -278,14 +286,14 @@ def _service_lines(name: str, service: Service, jobs: tuple[int, ...]) -> list[s
     add = lines.append
     like = next((p for p in shipped_services().values() if p.namespace == service.namespace), None)
     if shipped is None:
-        add(f"    namespace: {_text(service.namespace)}")
+        add(f"    namespace: {yaml_text(service.namespace)}")
         if (
             like is not None
             and like.discovery_interval_s != ServiceProfile.model_fields["discovery_interval_s"].default
         ):
             add(f"    discovery_interval_s: {like.discovery_interval_s}")
     if service.regions:
-        add(f"    regions: {_list(service.regions)}")
+        add(f"    regions: {yaml_list(service.regions)}")
     add(f"    period_s: {service.period_s}")
     add(f"    poll_interval_s: {service.poll_interval_s}")
     add(f"    settling_s: {service.settling_s}")
@@ -296,8 +304,8 @@ def _service_lines(name: str, service: Service, jobs: tuple[int, ...]) -> list[s
         lines.extend(f"      - {_choice(choice)}" for choice in service.only)
     resources = facts().resources.get(service.namespace)
     tagged = any(choice.pick.tags for choice in service.only)
-    if tagged and resources is not None and (shipped is None or shipped.resources is None):
-        add(f"    resources: {{types: {_list(resources.types)}, arns: {_list(resources.arns)}}}")
+    if (tagged or named) and resources is not None and (shipped is None or shipped.resources is None):
+        add(f"    resources: {{types: {yaml_list(resources.types)}, arns: {yaml_list(resources.arns)}}}")
     add("    metrics:")
     known = {m.name: m for m in like.metrics} if like is not None and like.metrics != "all" else {}
     lines.extend(f"      - {_metric(metric, statistics, known)}" for metric, statistics in service.metrics)
@@ -305,10 +313,10 @@ def _service_lines(name: str, service: Service, jobs: tuple[int, ...]) -> list[s
 
 
 def _metric(name: str, statistics: tuple[str, ...], known: Mapping[str, MetricProfile]) -> str:
-    text = f"name: {_text(name)}, statistics: {_list(statistics)}"
+    text = f"name: {yaml_text(name)}, statistics: {yaml_list(statistics)}"
     like = known.get(name)
     if like is not None and like.unit:
-        text += f", unit: {_text(like.unit)}"
+        text += f", unit: {yaml_text(like.unit)}"
     # Ranges hold for the shipped statistics: a Sum of percentages knows none.
     if like is not None and set(statistics) <= set(like.statistics):
         bounds = (("min", like.min), ("max", like.max))
@@ -319,25 +327,25 @@ def _metric(name: str, statistics: tuple[str, ...], known: Mapping[str, MetricPr
 def _choice(choice: Choice) -> str:
     parts = []
     if choice.metrics:
-        parts.append(f"metrics: {_list(literally(name) for name in choice.metrics)}")
+        parts.append(f"metrics: {yaml_list(literally(name) for name in choice.metrics)}")
     if choice.pick.dimensions:
-        parts.append(f"dimensions: {_mapping(choice.pick.dimensions)}")
+        parts.append(f"dimensions: {yaml_map(choice.pick.dimensions)}")
     if choice.pick.dimension_names is not None:
-        parts.append(f"dimension_names: {_list(choice.pick.dimension_names)}")
+        parts.append(f"dimension_names: {yaml_list(choice.pick.dimension_names)}")
     if choice.pick.tags:
-        parts.append(f"tags: {_mapping(choice.pick.tags)}")
+        parts.append(f"tags: {yaml_map(choice.pick.tags)}")
     return f"{{{', '.join(parts)}}}"
 
 
-def _mapping(pairs: Iterable[tuple[str, str]]) -> str:
-    return "{" + ", ".join(f"{_text(key)}: {_text(value)}" for key, value in pairs) + "}"
+def yaml_map(pairs: Iterable[tuple[str, str]]) -> str:
+    return "{" + ", ".join(f"{yaml_text(key)}: {yaml_text(value)}" for key, value in pairs) + "}"
 
 
-def _list(texts: Iterable[str]) -> str:
-    return "[" + ", ".join(_text(text) for text in texts) + "]"
+def yaml_list(texts: Iterable[str]) -> str:
+    return "[" + ", ".join(yaml_text(text) for text in texts) + "]"
 
 
-def _text(text: str) -> str:
+def yaml_text(text: str) -> str:
     """Bare where YAML reads it as this text in any place, else in quotes."""
     plain = text.replace("/", "").replace("-", "").replace("_", "").replace(":", "")
     bare = (

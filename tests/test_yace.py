@@ -20,6 +20,7 @@ from ingest.sources.cloudwatch import CloudWatchSource
 from shard_config.document import ConfigErrors
 from shard_config.load import load, loads
 from shard_config.model import Config
+from shard_config.remote_write import RemoteWrite
 from shard_config.yace import read
 from shard_config.yace_facts import facts, searched
 from shard_config.yace_plan import plan_of, render
@@ -121,6 +122,85 @@ def test_jobs_without_a_role_need_an_account() -> None:
     with pytest.raises(ConfigErrors, match="say --account"):
         read((FOLDER / "small.ok.yml").read_text(), "small")
     assert [a.id for a in config_of((FOLDER / "small.ok.yml").read_text()).accounts] == [HOME]
+
+
+# --- labels and zeros -----------------------------------------------------------------------------------------
+
+
+def written(text: str, tmp_path: Path, *words: str) -> RemoteWrite:
+    """`remote_write` of what the import writes."""
+    path, out = tmp_path / "config.yml", tmp_path / "headgate.yaml"
+    path.write_text(text)
+    out.unlink(missing_ok=True)
+    command = ["import", "yace", str(path), "--account", HOME, "--out", str(out)]
+    assert cli.main([*command, "--remote-write", "http://prometheus:9090/api/v1/write", *words]) == 0
+    found = load(out, environ={}).remote_write
+    assert found is not None
+    return found
+
+
+def test_labels_and_zeros_have_their_place_in_remote_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = written(FIFTY.read_text(), tmp_path, "--labels-snake-case")
+    assert [r.url for r in found.receivers] == ["http://prometheus:9090/api/v1/write"]
+    assert (found.names, found.snake_case) == ("yace", True)
+    assert found.services["ec2"].exported_tags == ("Name", "team")
+    assert set(found.services["alb"].nil_to_zero) == {"RequestCount", "HTTPCode_Target_5XX_Count"}
+    assert found.services["example-batch-jobs"].unnamed == "batch"
+    [custom] = found.custom_tags
+    assert (dict(custom.tags), set(custom.services), len(custom.accounts)) == (
+        {"tier": "prod"},
+        {"ecs", "elb"},
+        12,
+    )
+    said = capsys.readouterr().err
+    for key in ("nilToZero:", "customTags:", "exportedTagsOnMetrics:", "--remote-write"):
+        assert key not in said
+    assert "sts-region" in said
+
+
+def test_a_service_that_is_no_shipped_one_is_named_after_its_resources_too(tmp_path: Path) -> None:
+    late = "{name: CPUUtilization, statistics: [Average], period: 60}"
+    text = discovery(job(CPU), job(late), job("{name: ClusterUsedSpace, statistics: [Sum]}", kind="AWS/ES"))
+    written(text, tmp_path)
+    services = load(tmp_path / "headgate.yaml", environ={}).services
+    assert len(services) == 3
+    assert all(service.resources is not None for service in services)
+    assert [s.service for s in config_of(text).services if s.resources is None] == ["ec2-2", "es"]
+
+
+def test_series_of_a_custom_namespace_have_its_jobs_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    role = "{roleArn: arn:aws:iam::123456789012:role/r}"
+    jobs = [
+        f"  - {{name: {name}, namespace: {namespace}, regions: [eu-west-1], roles: [{role}], metrics: [{CPU}]}}\n"
+        for name, namespace in (("mine", "My/App"), ("other", "My/App"), ("direct", "AWS/EC2"))
+    ]
+    found = written("apiVersion: v1alpha1\ncustomNamespace:\n" + "".join(jobs), tmp_path)
+    assert {name: s.unnamed for name, s in found.services.items()} == {"my-app": "mine", "ec2": "direct"}
+    said = capsys.readouterr().err
+    assert re.search(r":4: the job's name other: .* name=mine", said)
+    assert re.search(r":5: the job's name direct: ec2 has tagged resources", said)
+
+
+def test_tags_and_zeros_that_jobs_of_one_service_do_not_share_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tagged = ", customTags: [{key: tier, value: gold}], searchTags: [{key: env, value: ^prod$}]"
+    zero = "{name: CPUUtilization, statistics: [Average], nilToZero: true}"
+    found = written(discovery(job(zero, tagged), job(CPU)), tmp_path)
+    assert found.services["ec2"].nil_to_zero == ("CPUUtilization",)
+    assert [(dict(c.tags), c.accounts, c.services) for c in found.custom_tags] == [({"tier": "gold"}, (), ())]
+    said = capsys.readouterr().err
+    assert re.search(r":5: nilToZero: other jobs", said)
+    assert re.search(r":5: customTags of another job", said)
+
+
+def test_snake_case_is_nothing_without_remote_write(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["import", "yace", str(FOLDER / "discovery.ok.yml"), "--labels-snake-case"]) == 2
+    assert "--remote-write" in capsys.readouterr().err
 
 
 # --- how jobs become services ---------------------------------------------------------------------------------

@@ -5,21 +5,26 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from ingest.errors import HeadgateError
 from shard_config.document import SIZE_BYTES_MAX, ConfigError, ConfigErrors
 from shard_config.load import loads
-from shard_config.yace import Note, read
+from shard_config.yace import read
+from shard_config.yace_jobs import Note
 from shard_config.yace_plan import Plan, plan_of, render
+from shard_config.yace_series import lines_of, write_of
 from workers.rules import register_import
 
 LINES_MAX = 8
 """Lines of the file that a note names."""
 
 
-def translated(path: Path, account: str) -> tuple[Plan, str]:
-    """The plan and our file. Raises ConfigErrors for a file that YACE would not take, or that we cannot read."""
+def translated(
+    path: Path, account: str, write_url: str = "", *, snake_case: bool = False
+) -> tuple[Plan, str]:
+    """The plan and our file, with `remote_write` where there is a URL for it. Raises ConfigErrors for a file that YACE would not take, or that we cannot read."""
     try:
         with path.open("rb") as file:
             text = file.read(SIZE_BYTES_MAX + 1).decode()
@@ -27,13 +32,19 @@ def translated(path: Path, account: str) -> tuple[Plan, str]:
         raise ConfigErrors([ConfigError(str(path), 0, "", f"cannot be read: {error.strerror}")]) from error
     except UnicodeDecodeError as error:
         raise ConfigErrors([ConfigError(str(path), 0, "", "not UTF-8 text")]) from error
-    plan = plan_of(read(text, str(path), account))
-    written = render(plan)
+    reading = read(text, str(path), account)
+    plan = plan_of(reading)
+    if write_url:
+        write = write_of(reading, plan)
+        plan = replace(plan, notes=write.notes)
+        written = render(plan, lines_of(write, write_url, snake_case=snake_case), write.named)
+    else:
+        written = render(plan)
     loads(written, f"translation of {path}", environ={})  # what is written loads
     return plan, written
 
 
-def lines_of(notes: Iterable[Note]) -> list[tuple[str, str, list[int]]]:
+def merged(notes: Iterable[Note]) -> list[tuple[str, str, list[int]]]:
     """(what, what to do, lines): equal notes once, in the order of their first line."""
     found: dict[tuple[str, str], list[int]] = {}
     for note in sorted(notes, key=lambda n: n.line):
@@ -49,7 +60,7 @@ def report(plan: Plan) -> list[str]:
     lines = [
         f"{plan.file}: {len(plan.accounts)} accounts, {targets} targets, {len(plan.services)} services. Not the same here:"
     ]
-    for what, todo, at in lines_of(plan.notes):
+    for what, todo, at in merged(plan.notes):
         more = f" (also at {', '.join(str(n) for n in at[1:LINES_MAX])}" if len(at) > 1 else ""
         more += f" and {len(at) - LINES_MAX} more" if len(at) > LINES_MAX else ""
         lines.append(f"{plan.file}:{at[0]}: {what}; {todo}{more + ')' if more else ''}")
@@ -82,6 +93,17 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="ID",
         help="whose account jobs without a roleArn are of: its 12 digits",
     )
+    yace.add_argument(
+        "--remote-write",
+        default="",
+        metavar="URL",
+        help="send samples on to this receiver of remote write, as http://prometheus:9090/api/v1/write, under YACE's names and labels",
+    )
+    yace.add_argument(
+        "--labels-snake-case",
+        action="store_true",
+        help="where YACE runs with -labels-snake-case: labels there as dimension_instance_id",
+    )
     yace.set_defaults(run=run)
     register_import(others)
 
@@ -91,7 +113,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigErrors(
             [ConfigError("--account", 0, "", f'"{args.account}" is not right', "an account id is 12 digits")]
         )
-    plan, written = translated(args.file, args.account)
+    if args.labels_snake_case and not args.remote_write:
+        what = "labels are remote write's: say --remote-write, too"
+        raise ConfigErrors([ConfigError("--labels-snake-case", 0, "", what)])
+    plan, written = translated(args.file, args.account, args.remote_write, snake_case=args.labels_snake_case)
     print("\n".join(report(plan)), file=sys.stderr)
     if args.out is None:
         print(written, end="")
