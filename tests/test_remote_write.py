@@ -33,6 +33,7 @@ from ingest.sinks.prompb import (
     labels_problem,
 )
 from ingest.sinks.remote_answers import Refusal, retry_after_s
+from ingest.sinks.remote_requests import REQUEST_BYTES_MAX, Piece, chains_of, samples_in
 from ingest.sinks.remote_write import RemoteWrite
 from shard_config.remote_write import Receiver
 from tests.prometheus_server import PrometheusServer, needs_prometheus
@@ -800,3 +801,27 @@ def test_what_is_encoded_is_what_the_protobuf_library_reads(
     (series,) = WriteRequest.FromString(bytes(cramjam.snappy.decompress_raw(body))).timeseries
     assert [(one.name, one.value) for one in series.labels] == [("__name__", "a"), ("text", text)]
     assert [(one.timestamp, one.value) for one in series.samples] == samples
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 25), st.sampled_from([60, 3_000_000])), max_size=30),
+    st.integers(1, 40),
+    st.booleans(),
+)
+def test_every_sample_is_planned_once_in_order_within_the_bounds(
+    shapes: list[tuple[int, int]], samples_max: int, one_each: bool
+) -> None:
+    starts = np.cumsum([0, *(count for count, _ in shapes)]).tolist()
+    pieces = [Piece(n, starts[n], starts[n] + count) for n, (count, _) in enumerate(shapes) if count]
+    label_bytes = [size for _, size in shapes]
+    owner: dict[int, int] = {}
+    planned: dict[int, list[int]] = {}
+    for at, chain in enumerate(chains_of(pieces, samples_max, one_each, label_bytes)):
+        for request in reversed(chain):
+            assert 1 <= samples_in(request) <= samples_max
+            assert len(request) == 1 or sum(label_bytes[p.series] for p in request) <= REQUEST_BYTES_MAX
+            for piece in request:
+                assert piece.stop - piece.start == 1 or not one_each
+                assert owner.setdefault(piece.series, at) == at
+                planned.setdefault(piece.series, []).extend(range(piece.start, piece.stop))
+    assert planned == {piece.series: list(range(piece.start, piece.stop)) for piece in pieces}
