@@ -200,7 +200,7 @@ def test_each_shard_is_one_pod_with_its_index_for_an_identity(rendered: Render) 
         ("config.accounts[0].alias=production", False),
         ("config.budget.usd_per_day=10", False),
         (
-            "config.remote_write.receivers[0].name=a,config.remote_write.receivers[0].url=http://a/write",
+            "config.remote_write.receivers[0].name=a,config.remote_write.receivers[0].url=http://a:9090/write",
             False,
         ),
         ("dashboards.enabled=true,prometheusRule.enabled=true", False),
@@ -223,6 +223,10 @@ def test_what_workers_take_up_while_they_run_restarts_none(
         ("shards=65", "more than config.slots: 64"),
         ("sinks.postgres.autoscaling.max=9", "more pods than config.kafka.raw_partitions: 8"),
         ("config.remote_write.receivers[0].name=a", "url"),
+        (
+            "config.remote_write.receivers[0].name=a,config.remote_write.receivers[0].url=http://a:8428/write",
+            "receiver a: nothing is let out to port 8428",
+        ),
         ("sinks.remoteWrite.autoscaling.by=load", "/sinks/remoteWrite"),
         ("prometheusRule.runbookUrl=wiki", "/prometheusRule/runbookUrl"),
         ("shards=0", "/shards"),
