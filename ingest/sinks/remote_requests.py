@@ -59,6 +59,9 @@ def chains_of(
     for group in _groups(pieces, samples_max, one_each, label_bytes):
         longest = max(piece.stop - piece.start for piece in group)
         step = 1 if one_each else samples_max
+        if longest <= step:
+            chains.append([group])
+            continue
         requests = [
             [
                 Piece(piece.series, start, min(start + step, piece.stop))
