@@ -6,7 +6,8 @@ Guarantees:
 * a metric belongs to the resource that YACE would say: of an ARN the first pattern that fits counts, of a metric's resources the one
   with the most dimensions, and of those the earlier pattern's;
 * what goes wrong with the store costs a refresh, never what is known: the list before stays in use;
-* nobody waits for a list longer than `WAIT_S`, and a list that nobody has written is asked for ever more rarely;
+* nobody waits longer than `WAIT_S` for lists that are not there, all targets together, and not again for `PATIENCE_S`; a list that nobody has
+  written is asked for ever more rarely;
 * time, requests in flight and resources in memory are bounded.
 
 A list is magic, blake2b-128 of all that follows, and one zstd frame of JSON.
@@ -39,7 +40,9 @@ CONTENT_BYTES_MAX: Final = 256 * 1024 * 1024
 RESOURCES_MAX: Final = 500_000
 """In memory, of all targets of a process; of what is beyond, series are named as if it had no tags."""
 WAIT_S: Final = 60.0
-"""So long series wait for a list that was never read; then they are named without it."""
+"""So long series wait for a list that nobody has written yet; then they are named without it."""
+PATIENCE_S: Final = 900.0
+"""So rarely: who waits holds up all that is behind it, and one list that is missing seldom comes alone."""
 READ_S: Final = 10.0
 REFRESH_S: Final = 30.0
 AT_ONCE: Final = 8
@@ -180,8 +183,8 @@ def _found(patterns: Sequence[re.Pattern[str]], arn: str) -> Iterator[tuple[int,
 class _Known:
     """What is known of one list. Times are those of `refresh`; `index` is None until it was read."""
 
-    asked_s: float
     next_s: float
+    tried: bool = False
     wait_s: float = RETRY_S
     listed_at_s: int = 0
     index: ResourceIndex | None = None
@@ -196,20 +199,28 @@ class ResourceBook:
         self._cache = cache
         self._profiles = config.service_by_name if config.lists_resources else {}
         # A monitoring account does not know the tags of those that it watches.
-        self._accounts = {account.id for account in config.accounts if not account.via}
+        self._services = {account.id: account.services for account in config.accounts if not account.via}
         self._known: dict[Key, _Known] = {}
         self._now_s = 0.0
+        self._until_s = float("-inf")
+        """Until then lists that are not there are waited for."""
         self._full = False
 
     async def refresh(self, wanted: Iterable[Key], now_s: float) -> None:
-        """Read the lists of these targets and services that are due, and forget all others. Takes REFRESH_S at most; never raises for the store.
+        """Read the lists of these targets that are due, of all of their services, and forget those of others.
 
-        Call it each few seconds: most calls read nothing. `now_s` is the clock's, since the epoch.
+        Takes REFRESH_S at most, and never raises for the store. Call it each few seconds: most calls read nothing. `now_s` is the clock's, since
+        the epoch.
         """
-        keys = {key for key in wanted if self._profile(key) is not None}
+        # All services of a target: who asks for one will soon ask for the others.
+        targets = {target for target, _ in wanted}
+        keys = {(t, s) for t in targets for s in self._services.get(t.account, ()) if self._profile((t, s))}
         self._known = {key: known for key, known in self._known.items() if key in keys}
-        for key in keys - self._known.keys():
-            self._known[key] = _Known(now_s, now_s)
+        new = keys - self._known.keys()
+        if new and now_s >= self._until_s + PATIENCE_S:
+            self._until_s = now_s + WAIT_S
+        for key in new:
+            self._known[key] = _Known(now_s)
         self._now_s = now_s
         due = iter([key for key, known in self._known.items() if known.next_s <= now_s])
 
@@ -230,7 +241,9 @@ class ResourceBook:
         if self._profile(key) is None:
             return True
         known = self._known.get(key)
-        return known is not None and (known.index is not None or self._now_s - known.asked_s >= WAIT_S)
+        if known is None or not known.tried:
+            return False
+        return known.index is not None or self._now_s >= self._until_s
 
     def version(self, target: Target, service: str) -> int:
         """Another number whenever `of` may say otherwise than before: labels that were made of it are to be made anew."""
@@ -253,7 +266,7 @@ class ResourceBook:
         """The service's profile, where its resources are listed at all."""
         target, service = key
         profile = self._profiles.get(service)
-        if target.source != SourceName.CLOUDWATCH or target.account not in self._accounts:
+        if target.source != SourceName.CLOUDWATCH or target.account not in self._services:
             return None
         return profile if profile is not None and profile.resources is not None else None
 
@@ -268,7 +281,9 @@ class ResourceBook:
                 body = await self._cache.cached(cache_name(target, service), LIST_BYTES_MAX)
             if body is not None:
                 await self._take(key, known, profile.resources, body)
+            known.tried = True
         except (HeadgateError, TimeoutError) as error:
+            known.tried = True
             log.warning("resources_not_read", target=str(target), service=service, error=f"{type(error).__name__}: {error}")  # fmt: skip
         if known.index is not None and (left_s := known.listed_at_s + interval_s - now_s) > 0:
             # Exporters list again when it is this old, and take a while.

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ingest.errors import Rejected, Transient
 from ingest.model import LookStatus, Target
 from ingest.resources import (
+    PATIENCE_S,
     RETRY_S,
     WAIT_S,
     ResourceBook,
@@ -290,6 +291,24 @@ async def test_series_wait_a_minute_for_a_list_that_nobody_has_written() -> None
     await r.refresh(NOW_S + WAIT_S + 10 * RETRY_S)
     assert r.name() == instance("i-1")[0]
     assert r.book.version(TARGET, "ec2") != version
+
+
+async def test_lists_that_are_missing_are_waited_for_together_and_not_each_by_itself() -> None:
+    accounts = [{"id": a, "regions": [REGION], "services": ["ec2", "rds"]} for a in ACCOUNTS]
+    services = [EC2.model_dump(), shipped_services()["rds"].model_dump()]
+    config = writing(Config.model_validate({"accounts": accounts, "services": services}))
+    book = ResourceBook(config, FakeCache())
+    first, second = target_of(ACCOUNTS[0]), target_of(ACCOUNTS[1])
+    await book.refresh([(first, "ec2")], NOW_S)
+    await book.refresh([(first, "ec2")], NOW_S + WAIT_S)
+    assert book.known(first, "rds")  # a target's services are asked for together
+    assert not book.known(second, "ec2")  # not even tried
+    await book.refresh([(first, "ec2"), (second, "ec2")], NOW_S + WAIT_S + 1)
+    assert book.known(second, "ec2")
+    later_s = NOW_S + WAIT_S + PATIENCE_S + 1
+    third = target_of(ACCOUNTS[2])
+    await book.refresh([(third, "ec2")], later_s)
+    assert not book.known(third, "ec2")
 
 
 async def test_a_denied_list_is_not_waited_for() -> None:
