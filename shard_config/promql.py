@@ -257,6 +257,7 @@ def _hold(text: str, after: str, late: list[_Late], edits: Mapping[int, list[Edi
     """The result's tree is the original's with each late selector changed, and nothing else. Raises NotMigrated."""
     numbers = itertools.count()
     number = -1
+    done: set[int] = set()
 
     def changed(node: Any) -> Any:
         """What a node of the original has become; None where it stays."""
@@ -266,10 +267,11 @@ def _hold(text: str, after: str, late: list[_Late], edits: Mapping[int, list[Edi
         elif not isinstance(node, promql_parser.MatrixSelector | promql_parser.Call):
             return None
         one = late[number] if number >= 0 else None
-        if one is None or not one.moves or type(node) is not _kind(one.selector):
+        if one is None or number in done or not one.moves or type(node) is not _kind(one.selector):
             return None
         if isinstance(node, promql_parser.Call) and node.func.name != "absent":
             return None
+        done.add(number)
         s = one.selector
         start, end = (s.opened, s.closed + 1) if s.function == "absent" else (s.start, s.whole_end)
         return _parsed(
