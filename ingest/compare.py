@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import blake2b
+from itertools import combinations
 from typing import Final
 
 from ingest.errors import Rejected
@@ -75,21 +76,32 @@ def read_line(text: str) -> Line | None:
     if found is None:
         raise Rejected("exposition", "bad_exposition", f"not a sample: {text[:100]!r}")
     name, inside, value, timestamp = found.groups()
-    labels: Labels = {}
-    at = 0
-    while inside and at < len(inside):
-        pair = _LABEL.match(inside, at)
-        if pair is None:
-            raise Rejected("exposition", "bad_exposition", f"not labels: {inside[at : at + 100]!r}")
-        label, said = pair.groups()
-        if said:  # YACE pads the series of a name to the same labels
-            labels[label] = _ESCAPED.sub(_unescape, said) if "\\" in said else said
-        at = pair.end()
+    labels = _labels(inside) if inside else {}
     try:
         number = float(value)
     except ValueError:
         raise Rejected("exposition", "bad_exposition", f"not a number: {value[:100]!r}") from None
     return Line(name, labels, number, int(timestamp) // 1000 if timestamp else None)
+
+
+def _labels(inside: str) -> Labels:
+    pairs = _LABEL.findall(inside)
+    # What the pattern passed over between pairs would be lost in silence: so lengths have to add up, spaces and commas aside.
+    if sum(len(k) + len(v) + 3 for k, v in pairs) + max(0, len(pairs) - 1) != len(inside):
+        _check(inside)
+    # YACE pads the series of a name to the same labels: those say nothing.
+    if "\\" in inside:
+        return {k: _ESCAPED.sub(_unescape, v) for k, v in pairs if v}
+    return {k: v for k, v in pairs if v}
+
+
+def _check(inside: str) -> None:
+    at = 0
+    while at < len(inside):
+        pair = _LABEL.match(inside, at)
+        if pair is None:
+            raise Rejected("exposition", "bad_exposition", f"not labels: {inside[at : at + 100]!r}")
+        at = pair.end()
 
 
 def _unescape(found: re.Match[str]) -> str:
@@ -149,6 +161,8 @@ class Verdict(StrEnum):
     """YACE shows 0 where the store has no point: its nilToZero."""
     UNSETTLED = "unsettled"
     """Not the same yet, and its time to settle is not over."""
+    OTHER_PERIOD = "other_period"
+    """YACE asks for a longer period: its value is what ours add up to, or its metric is known to be so."""
     NEITHER = "neither"
     """No point on either side."""
 
@@ -223,3 +237,43 @@ def _judged(shown: Shown, ours: Sequence[Point], newest_s: int | None, read_s: f
     if there.observed_s > shown.at_s:
         return Judged(shown, Verdict.REVISED, there)
     return Judged(shown, Verdict.WRONG if there.observed_s <= read_s else Verdict.UNCLEAR, there)
+
+
+# --- another period -------------------------------------------------------------------------------------------
+
+PERIODS_S: Final = (300, 900, 3600)
+"""Longer periods that YACE may ask for: 300 s is its default."""
+
+
+def longer_periods(period_s: int) -> tuple[int, ...]:
+    """Those that points of ours add up to."""
+    return tuple(p for p in PERIODS_S if p > period_s and p % period_s == 0)
+
+
+SUBSETS_OF: Final = 6
+"""Of so many points every combination is tried, of more only the first ones."""
+
+
+def adds_up(value: float, stat: str, points: Sequence[Point]) -> bool:
+    """Whether the points of a longer period come to this value, or some of them do: YACE reads before the late ones are there.
+
+    Two at least; of an average only where each had as many samples.
+    """
+    values = [p.value for p in points]
+    numbers = range(2, len(values) + 1)
+    if len(values) <= SUBSETS_OF:
+        return any(_folds(value, stat, some) for n in numbers for some in combinations(values, n))
+    return any(_folds(value, stat, values[:n]) for n in numbers)
+
+
+def _folds(value: float, stat: str, values: Sequence[float]) -> bool:
+    match stat:
+        case "Maximum":
+            return value == max(values)
+        case "Minimum":
+            return value == min(values)
+        case "Sum" | "SampleCount":
+            return math.isclose(value, math.fsum(values), rel_tol=1e-12)
+        case "Average":
+            return math.isclose(value, math.fsum(values) / len(values), rel_tol=1e-12)
+    return False

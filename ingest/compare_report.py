@@ -16,7 +16,7 @@ import orjson
 
 from ingest.compare import Verdict
 from ingest.compare_state import State
-from ingest.compare_store import OpenStretch
+from ingest.compare_store import OpenStretch, describe, key_said
 from ingest.model import SourceName, Target
 from shard_config.model import Config, ServiceProfile
 from shard_config.price import STATISTICS_IN_ONE, Prices
@@ -61,7 +61,7 @@ class LabelGroup:
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """How many values were judged how, of an account, region and service; `lag_s` is how old the oldest good one was when it was scraped."""
+    """How many values were judged how, of an account, region and service; `lag_s` is how old the equal ones were when they were scraped, on average."""
 
     account: str
     region: str
@@ -87,8 +87,9 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Bill:
-    """Of one side, for the time compared. `once_usd` where up to five statistics of a metric count as one; both without ListMetrics' free requests."""
+    """Of one side and its series, for the time compared. `once_usd` where up to five statistics of a metric count as one; both as if ListMetrics' free requests were used up."""
 
+    series: int
     metrics: int
     lists: int
     each_usd: Decimal
@@ -253,8 +254,8 @@ def extra_groups(state: State, reasons: Reasons) -> list[Group]:
         of_service[account, region, reasons.service_of(name)[1]] += n
     groups: dict[tuple[str, str, str, str], list[str]] = {}
     counts: dict[tuple[str, str, str, str], int] = defaultdict(int)
-    for account, region, service, name, series in state.rows(
-        "SELECT account, region, service, name, series FROM ours WHERE live = 1 AND NOT EXISTS (SELECT 1 FROM theirs WHERE theirs.key = ours.key)"
+    for account, region, service, name, text, period_s in state.rows(
+        "SELECT account, region, service, name, said, period_s FROM ours WHERE live = 1 AND NOT EXISTS (SELECT 1 FROM theirs WHERE theirs.key = ours.key)"
     ):
         n, arns = of_name.get((account, region, name), (0, False))
         why = reasons.why_extra(service, name, of_service[account, region, service], n, arns)
@@ -262,7 +263,7 @@ def extra_groups(state: State, reasons: Reasons) -> list[Group]:
         counts[key] += 1
         some = groups.setdefault(key, [])
         if len(some) < EXAMPLES:
-            some.append(series)
+            some.append(describe(key_said(account, region, text, period_s)))
     return _sorted(Group(*key, False, counts[key], tuple(some)) for key, some in groups.items())
 
 
@@ -282,14 +283,15 @@ def said(name: str, labels: Mapping[str, str]) -> str:
 def values_of(state: State) -> list[Values]:
     """Verdicts by account, region and service, those with the most faults first."""
     found: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)
-    lags: dict[tuple[str, str, str], int] = defaultdict(int)
+    lags: dict[tuple[str, str, str], int] = {}
     for account, region, service, verdict, n, lag_s in state.rows("SELECT * FROM verdicts"):
         key = (account, region, service)
         found[key][verdict] = n
-        lags[key] = max(lags[key], lag_s)
+        if verdict == Verdict.EQUAL:
+            lags[key] = round(lag_s / n)
     bad = (Verdict.WRONG, Verdict.GAP_HERE, Verdict.UNCLEAR)
     return sorted(
-        (Values(*key, verdicts, lags[key]) for key, verdicts in found.items()),
+        (Values(*key, verdicts, lags.get(key, 0)) for key, verdicts in found.items()),
         key=lambda v: (-sum(v.verdicts.get(b, 0) for b in bad), v.account, v.region, v.service),
     )
 
@@ -307,15 +309,14 @@ def examples_of(state: State, at_most: int) -> list[Example]:
     found: list[Example] = []
     for verdict in order:
         rows = state.rows(
-            """SELECT o.series, e.at_s, e.ts, e.theirs, e.ours, e.ours_ts, e.observed_s FROM examples AS e JOIN ours AS o USING (key)
+            """SELECT o.account, o.region, o.said, o.period_s, e.at_s, e.ts, e.theirs, e.ours, e.ours_ts, e.observed_s, e.note FROM examples AS e JOIN ours AS o USING (key)
             WHERE verdict = ? ORDER BY e.at_s, e.key LIMIT ?""",
             verdict,
             at_most,
         )
-        found += [
-            Example(verdict, series, at, ts or None, theirs, ours, ours_ts, seen)
-            for series, at, ts, theirs, ours, ours_ts, seen in rows
-        ]
+        for account, region, text, period_s, at_s, ts, theirs, ours, ours_ts, observed_s, note in rows:
+            series = describe(key_said(account, region, text, period_s))
+            found.append(Example(verdict, series, at_s, ts or None, theirs, ours, ours_ts, observed_s, note))
     return found[:at_most]
 
 
@@ -349,4 +350,6 @@ def yace_bill(state: State, prices: Prices) -> Bill:
     names = dict(state.rows("SELECT name, count(*) FROM theirs GROUP BY name"))
     usd = metrics * prices.usd_per_1000_metrics / 1000
     requests = prices.list_metrics_usd(lists + statistics, prices.requests_free_per_month)
-    return Bill(metrics, lists + statistics, usd + requests, usd * share_once(names) + requests)
+    return Bill(
+        sum(names.values()), metrics, lists + statistics, usd + requests, usd * share_once(names) + requests
+    )

@@ -36,12 +36,14 @@ CREATE TABLE IF NOT EXISTS theirs (
 CREATE TABLE IF NOT EXISTS infos (labels TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS ours (
     key INTEGER PRIMARY KEY, id BLOB NOT NULL, name TEXT NOT NULL, account TEXT NOT NULL, region TEXT NOT NULL, service TEXT NOT NULL,
-    series TEXT NOT NULL, period_s INTEGER NOT NULL, rank INTEGER NOT NULL, read_s INTEGER NOT NULL, live INTEGER);
+    said TEXT NOT NULL, period_s INTEGER NOT NULL, rank INTEGER NOT NULL, read_s INTEGER NOT NULL, live INTEGER);
 CREATE TABLE IF NOT EXISTS pending (at_s INTEGER, name TEXT, key INTEGER, ts INTEGER, value REAL, PRIMARY KEY (at_s, name, key, ts)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS periods (name TEXT PRIMARY KEY, period_s INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS spans (name TEXT PRIMARY KEY, lag_s INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS verdicts (account TEXT, region TEXT, service TEXT, verdict TEXT, n INTEGER NOT NULL, lag_s INTEGER NOT NULL,
     PRIMARY KEY (account, region, service, verdict)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS examples (verdict TEXT, key INTEGER, at_s INTEGER, ts INTEGER, theirs REAL, ours_ts INTEGER, ours REAL, observed_s REAL,
+    note TEXT NOT NULL DEFAULT '',
     PRIMARY KEY (verdict, key, at_s, ts)) WITHOUT ROWID;
 """
 
@@ -53,7 +55,7 @@ _GONE: Final = """INSERT OR IGNORE INTO pending SELECT ?, name, key, 0, NULL FRO
     WHERE url = ? AND last_s = ? AND abs(key) % ? = ? LIMIT ?"""
 """Of what the scrape before showed and this one does not."""
 
-_RIPE: Final = """SELECT p.at_s, p.name, o.account, o.region, p.key, p.ts, p.value, o.id, o.period_s, o.service
+_RIPE: Final = """SELECT p.at_s, p.name, o.account, o.region, p.key, p.ts, p.value, o.id, o.period_s, o.service, o.said
 FROM pending AS p JOIN ours AS o ON o.key = p.key JOIN waits AS w ON w.service = o.service
 WHERE p.at_s <= ? - w.wait_s ORDER BY p.at_s, p.name LIMIT ?"""
 
@@ -69,6 +71,8 @@ class Ripe:
     id: bytes
     period_s: int
     service: str
+    said: str
+    """`compare_store.OurSeries.said`."""
 
 
 class State:
@@ -190,32 +194,32 @@ class State:
     # --- our series -----------------------------------------------------------------------------------------------
 
     def put_ours(self, rows: Sequence[tuple[Any, ...]]) -> None:
-        """(key, id, name, account, region, service, series, period_s, rank, read_s); of two with one key that of the greater rank stays."""
+        """(key, id, name, account, region, service, said, period_s, rank, read_s), `said` being `compare_store.said_of`; of two with one key that of the greater rank stays."""
         self.db.executemany(
             "INSERT INTO ours VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL) ON CONFLICT (key) DO UPDATE SET id = excluded.id, service = excluded.service,"
-            " series = excluded.series, period_s = excluded.period_s, rank = excluded.rank, read_s = excluded.read_s WHERE excluded.rank >= rank",
+            " said = excluded.said, period_s = excluded.period_s, rank = excluded.rank, read_s = excluded.read_s WHERE excluded.rank >= rank",
             rows,
         )
 
     # --- values ---------------------------------------------------------------------------------------------------
 
     def ripe(self, now_s: int, waits: Mapping[str, int], at_most: int) -> list[Ripe]:
-        """The oldest values whose service's time to settle is over, whole scrapes of a metric where they fit."""
+        """The oldest values whose service's time to settle is over, by scrape and metric."""
         self.db.executemany("INSERT OR REPLACE INTO waits VALUES (?, ?)", waits.items())
         return [
             Ripe(
-                Shown(key, at_s, ts or None, math.nan if value is None else value),
-                name,
-                account,
-                region,
-                id_,
-                period_s,
-                service,
+                Shown(key, at_s, ts or None, math.nan if value is None else value), name, account, region, *of
             )
-            for at_s, name, account, region, key, ts, value, id_, period_s, service in self.rows(
-                _RIPE, now_s, at_most
-            )
+            for at_s, name, account, region, key, ts, value, *of in self.rows(_RIPE, now_s, at_most)
         ]
+
+    def period_s(self, name: str) -> int | None:
+        """The longer period that YACE asks for a metric at, where that was found out."""
+        known: int | None = self.one("SELECT period_s FROM periods WHERE name = ?", name)
+        return known
+
+    def set_period(self, name: str, period_s: int) -> None:
+        self.db.execute("INSERT OR REPLACE INTO periods VALUES (?, ?)", (name, period_s))
 
     def span_s(self, name: str) -> int | None:
         """How old the values of a metric were at most when they were scraped, as far as is known."""
@@ -229,7 +233,7 @@ class State:
             shown, ours = one.shown, one.ours
             lag_s = shown.at_s - ours.timestamp_s if ours is not None and one.verdict is Verdict.EQUAL else 0
             self.db.execute(
-                "INSERT INTO verdicts VALUES (?, ?, ?, ?, 1, ?) ON CONFLICT DO UPDATE SET n = n + 1, lag_s = max(lag_s, excluded.lag_s)",
+                "INSERT INTO verdicts VALUES (?, ?, ?, ?, 1, ?) ON CONFLICT DO UPDATE SET n = n + 1, lag_s = lag_s + excluded.lag_s",
                 (ripe.account, ripe.region, ripe.service, one.verdict, lag_s),
             )
             if lag_s and shown.timestamp_s is None:
@@ -255,9 +259,29 @@ class State:
         )
         shown = one.shown
         self.db.execute(
-            "INSERT OR IGNORE INTO examples VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR IGNORE INTO examples VALUES (?, ?, ?, ?, ?, ?, ?, ?, '')",
             (one.verdict, shown.key, shown.at_s, shown.timestamp_s or 0, shown.value, *ours),
         )
+
+    def conclude(
+        self, example: tuple[str, int, int, int], of: tuple[str, str, str], verdict: Verdict, note: str
+    ) -> None:
+        """Give an example (verdict, key, at_s, ts) of an account, region and service another verdict, or the same, and say why."""
+        self.db.execute("BEGIN")
+        self.db.execute(
+            "UPDATE OR REPLACE examples SET verdict = ?, note = ? WHERE verdict = ? AND key = ? AND at_s = ? AND ts = ?",
+            (verdict, note, *example),
+        )
+        if verdict != example[0]:
+            self.db.execute(
+                "UPDATE verdicts SET n = n - 1 WHERE account = ? AND region = ? AND service = ? AND verdict = ?",
+                (*of, example[0]),
+            )
+            self.db.execute(
+                "INSERT INTO verdicts VALUES (?, ?, ?, ?, 1, 0) ON CONFLICT DO UPDATE SET n = n + 1",
+                (*of, verdict),
+            )
+        self.db.execute("COMMIT")
 
 
 def _chunks(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import asyncpg
+import orjson
 
 from ingest.clock import utc
 from ingest.compare import Point
 from ingest.gaps import REASON_SQL
-from ingest.model import split_version
+from ingest.model import SeriesKey, split_version
 from ingest.overview import OPEN_SQL
 from ingest.sinks.connection import open_connection, translated
 from shard_config.model import Postgres
@@ -50,6 +51,25 @@ class OurSeries:
     dimensions: str
     stat: str
     period_s: int
+
+    @property
+    def said(self) -> str:
+        """All of its key but account, region and period, as JSON: the state's word for a series."""
+        dimensions = sorted(orjson.loads(self.dimensions).items())
+        return orjson.dumps([self.namespace, self.metric, dimensions, self.stat]).decode()
+
+
+def key_said(account: str, region: str, said: str, period_s: int) -> SeriesKey:
+    """The inverse of `OurSeries.said`."""
+    namespace, metric, dimensions, stat = orjson.loads(said)
+    pairs = tuple((name, value) for name, value in dimensions)
+    return SeriesKey(account, region, namespace, metric, pairs, stat, period_s)
+
+
+def describe(key: SeriesKey) -> str:
+    """A series for people."""
+    inside = ", ".join(f"{name}={value}" for name, value in key.dimensions)
+    return f"{key.account} {key.region} {key.namespace} {key.metric}{{{inside}}} {key.stat} {key.period_s}s"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ transaction that counts it.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final
@@ -15,10 +15,10 @@ import asyncpg
 import orjson
 
 from ingest import charges
-from ingest.compare import DIMENSION, Judged, Point, Verdict, judge, key_of_series
+from ingest.compare import DIMENSION, Judged, Point, Verdict, adds_up, judge, key_of_series, longer_periods
 from ingest.compare_report import Bill
 from ingest.compare_state import Ripe, State
-from ingest.compare_store import OurSeries, points, series_of
+from ingest.compare_store import OurSeries, key_said, points, series_of
 from ingest.model import SourceName
 from shard_config.model import Config, ServiceProfile
 from shard_config.price import Prices, statistics_share
@@ -35,6 +35,11 @@ PROBED_MAX: Final = 200_000
 PROBES: Final = 5
 FOREVER_S: Final = 1 << 40
 
+OTHER_PERIODS_TRIED: Final = 100
+"""Of a step."""
+OTHER_PERIOD_HITS: Final = 3
+
+_DIFFERENT: Final = (Verdict.REVISED, Verdict.UNCLEAR, Verdict.WRONG, Verdict.GAP_HERE)
 _DULL: Final = (Verdict.EQUAL, Verdict.NEITHER, Verdict.GAP_THERE)
 
 
@@ -77,10 +82,8 @@ def _row(
     of = [p for p in profiles if p.namespace == one.namespace]
     asked = next((p for p in of if p.period_s == one.period_s), None)
     key, name = key_of_series(account, region, one.namespace, one.metric, dimensions.items(), one.stat, snake)
-    said = ", ".join(f"{k}={v}" for k, v in dimensions.items())
-    series = f"{account} {region} {one.namespace} {one.metric}{{{said}}} {one.stat} {one.period_s}s"
     service = (asked or of[0]).service
-    return key, one.id, name, account, region, service, series, one.period_s, int(asked is not None), now_s
+    return key, one.id, name, account, region, service, one.said, one.period_s, int(asked is not None), now_s
 
 
 async def find_living(
@@ -133,10 +136,52 @@ async def _verdicts(
     first = _judge(ripe, near, waits, now_s)
     # A value that is none of the near ones may be an older one: YACE stood still, or this metric's delay is not known yet.
     odd = [r for r, j in first if r.shown.timestamp_s is None and j.verdict not in _DULL]
-    if not odd:
-        return first
-    far = await points(connection, [pair for r in odd for pair in _asked(r, 0)])
-    return _judge(ripe, near | far, waits, now_s)
+    if odd:
+        far = await points(connection, [pair for r in odd for pair in _asked(r, 0)])
+        first = _judge(ripe, near | far, waits, now_s)
+    return await _at_other_periods(connection, state, first)
+
+
+async def _at_other_periods(
+    connection: asyncpg.Connection, state: State, verdicts: Sequence[tuple[Ripe, Judged]]
+) -> list[tuple[Ripe, Judged]]:
+    """The same, where differences that only another period makes are told as that."""
+    tried = [(r, j) for r, j in verdicts if j.verdict in _DIFFERENT and state.period_s(r.name) is None][
+        :OTHER_PERIODS_TRIED
+    ]
+    asked = {
+        (r.id, period_s, start_s): [(r.id, t) for t in range(start_s, start_s + period_s, r.period_s)]
+        for r, _ in tried
+        for period_s, start_s in _buckets(r)
+    }
+    found = await points(connection, list({pair for pairs in asked.values() for pair in pairs}))
+    hits: Counter[tuple[str, int]] = Counter()
+    for r, _ in tried:
+        stat = key_said(r.account, r.region, r.said, r.period_s).stat
+        for period_s, start_s in _buckets(r):
+            inside = [p for p in found.get(r.id, ()) if start_s <= p.timestamp_s < start_s + period_s]
+            if adds_up(r.shown.value, stat, inside):
+                hits[r.name, period_s] += 1
+                break
+    of_name = Counter(r.name for r, _ in tried)
+    for (name, period_s), n in hits.items():
+        # One that fits may be chance: small whole numbers often do.
+        if n >= OTHER_PERIOD_HITS and 2 * n >= of_name[name]:
+            state.set_period(name, period_s)
+    return [
+        (r, Judged(j.shown, Verdict.OTHER_PERIOD, j.ours))
+        if j.verdict in _DIFFERENT and state.period_s(r.name) is not None
+        else (r, j)
+        for r, j in verdicts
+    ]
+
+
+def _buckets(ripe: Ripe) -> list[tuple[int, int]]:
+    """(period, start) of the longer periods that a value may be of."""
+    at_s = ripe.shown.timestamp_s
+    if at_s is not None:
+        return [(p, at_s) for p in longer_periods(ripe.period_s) if at_s % p == 0]
+    return [(p, ripe.shown.at_s // p * p - k * p) for p in longer_periods(ripe.period_s) for k in (1, 2, 3)]
 
 
 def _asked(ripe: Ripe, span_s: int) -> list[tuple[bytes, int]]:
@@ -180,12 +225,14 @@ async def charged(connection: asyncpg.Connection, from_s: float, now_s: float) -
     return dict(found)
 
 
-def our_bill(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int]], config: Config) -> Bill:
-    """What was charged between the two."""
+def our_bill(
+    before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int]], config: Config, series: int
+) -> Bill:
+    """What was charged between the two, for so many series."""
     prices, profiles = Prices.of(config.aws), config.service_by_name
     each = {s: n[0] - before.get(s, (0, 0))[0] for s, n in after.items()}
     lists = sum(n[1] - before.get(s, (0, 0))[1] for s, n in after.items())
     requests = prices.list_metrics_usd(lists, prices.requests_free_per_month)
     usd = prices.usd_per_1000_metrics / 1000
     once = sum(n * statistics_share(profiles.get(s)) * usd for s, n in each.items())
-    return Bill(sum(each.values()), lists, sum(each.values()) * usd + requests, once + requests)
+    return Bill(series, sum(each.values()), lists, sum(each.values()) * usd + requests, once + requests)

@@ -24,9 +24,13 @@ import structlog
 from rich.console import Console
 
 from ingest import comparing
+from ingest.archive import open_archive
 from ingest.clock import Clock, SystemClock, utc
 from ingest.compare import Line, read_line
+from ingest.compare_labels import label_groups
+from ingest.compare_proof import prove
 from ingest.compare_report import (
+    LabelGroup,
     Reasons,
     Report,
     examples_of,
@@ -54,6 +58,8 @@ BODY_BYTES_MAX = 1 << 30
 SCRAPE_TIMEOUT_S = 120
 OURS_EACH_S = 3600
 EXAMPLES_LISTED = 200
+ARCHIVE_S = 15.0
+"""For one object: without the archive there is a report, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +141,7 @@ class Comparison:
                 left_s = min(
                     plan.interval_s - (self._clock.monotonic_s() - began_s), until_s - self._clock.now_s()
                 )
-                if not plan.for_s or stop.is_set() or await _stopped(stop, left_s):
+                if not plan.for_s or stop.is_set() or await _stopped(stop, self._clock, left_s):
                     break
         return await self.report()
 
@@ -186,12 +192,16 @@ class Comparison:
             open_ = await open_stretches(connection, from_s - 3600, now_s)
             looked = await looked_at(connection, utc(from_s - 86_400))
             charged = await comparing.charged(connection, from_s, now_s)
+            labels, notes = await self._of_the_archive(connection)
         reasons = Reasons(config, open_, looked, now_s)
+        alive = state.one(
+            "SELECT count(*) FROM ours WHERE live = 1 OR EXISTS (SELECT 1 FROM theirs WHERE theirs.key = ours.key)"
+        )
         bills = {}
         if self._plan.for_s:
             bills = {
                 "yace": yace_bill(state, Prices.of(config.aws)),
-                "headgate": comparing.our_bill(state.get("charged"), charged, config),
+                "headgate": comparing.our_bill(state.get("charged"), charged, config, alive),
             }
         failed = [
             row[0] for row in state.rows("SELECT DISTINCT problem FROM scrapes WHERE problem <> '' LIMIT 20")
@@ -200,29 +210,41 @@ class Comparison:
             from_s=from_s,
             to_s=now_s,
             scrapes=state.one("SELECT count(*) FROM scrapes WHERE problem = ''"),
-            failed=(*failed, *dict.fromkeys(self._problems)),
+            failed=(*failed, *dict.fromkeys((*self._problems, *notes))),
             theirs=state.one("SELECT count(*) FROM theirs"),
-            ours=state.one("SELECT count(*) FROM ours"),
+            ours=alive,
             both=state.one("SELECT count(*) FROM theirs JOIN ours USING (key)"),
             infos=state.one("SELECT count(*) FROM infos"),
             missing=tuple(missing_groups(state, reasons)),
             extra=tuple(extra_groups(state, reasons)),
-            labels=(),
+            labels=tuple(labels),
             values=tuple(values_of(state)),
             examples=tuple(examples_of(state, EXAMPLES_LISTED)),
             unsettled=state.one("SELECT count(*) FROM pending JOIN ours USING (key)"),
             bills=bills,
         )
 
+    async def _of_the_archive(self, connection: asyncpg.Connection) -> tuple[list[LabelGroup], list[str]]:
+        """(labels that differ, what could not be known): without the archive differences of values stay unclear, and no more."""
+        config, state, now_s = self._config, self._state, self._clock.now_s()
+        try:
+            async with open_archive(config.s3, self._clock, deadline_s=ARCHIVE_S) as archive:
+                labels, notes = await label_groups(state, config, archive, now_s)
+                await prove(connection, archive, config, self._clock, state)
+        except Transient as error:
+            return [], [str(error)]
+        return labels, notes
 
-async def _stopped(stop: asyncio.Event, seconds: float) -> bool:
+
+async def _stopped(stop: asyncio.Event, clock: Clock, seconds: float) -> bool:
     """Wait so long, or until it is set; whether it is."""
+    waits = [asyncio.ensure_future(stop.wait()), asyncio.ensure_future(clock.sleep(max(0.0, seconds)))]
     try:
-        async with asyncio.timeout(max(0.0, seconds)):
-            await stop.wait()
-    except TimeoutError:
-        return False
-    return True
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+    return stop.is_set()
 
 
 # --- the command ----------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ EXAMPLES_SHOWN: Final = 10
 SERIES_COLUMNS: Final = ("side", "account", "region", "service", "name", "series")
 
 _SIDES: Final = """SELECT 'missing', account, region, '', name, labels FROM theirs WHERE NOT EXISTS (SELECT 1 FROM ours WHERE ours.key = theirs.key)
-UNION ALL SELECT 'extra', account, region, service, name, series FROM ours
+UNION ALL SELECT 'extra', account, region, service, name, said FROM ours
     WHERE live = 1 AND NOT EXISTS (SELECT 1 FROM theirs WHERE theirs.key = ours.key)"""
 
 
@@ -98,7 +98,7 @@ def _values(report: Report) -> Iterator[Any]:
     if shown:
         yield _table(
             "values",
-            ("account", "region", "service", *(v.replace("_", " ") for v in shown), "oldest when scraped"),
+            ("account", "region", "service", *(v.replace("_", " ") for v in shown), "age when scraped"),
             [
                 (
                     v.account,
@@ -143,26 +143,23 @@ def bills(report: Report) -> Iterator[Any]:
     for side, bill in report.bills.items():
         each, once = bill.per_day(elapsed_s)
         month = (each * DAYS_A_MONTH, once * DAYS_A_MONTH)
-        rows.append(
-            (
-                side,
-                f"{bill.metrics:,}",
-                f"{bill.lists:,}",
-                _usd(bill.each_usd),
-                *map(_usd, (each, once, *month)),
-            )
+        by_series = [usd * 1000 / bill.series for usd in month] if bill.series else ()
+        usd = (
+            " / ".join(map(_usd, pair))
+            for pair in ((bill.each_usd, bill.once_usd), (each, once), month, by_series)
         )
+        rows.append((side, f"{bill.series:,}", f"{bill.metrics:,}", f"{bill.lists:,}", *usd))
     yield _table(
-        "CloudWatch's bill, ListMetrics' free million left out",
+        "CloudWatch's bill: each statistic counted / up to five of a metric counted once; no request free",
         (
             "",
+            "series",
             "metrics requested",
-            "other requests",
+            "requests",
             "in this time",
             "a day",
-            "statistics once",
             "a month",
-            "statistics once",
+            "a month and 1,000 series",
         ),
         rows,
     )

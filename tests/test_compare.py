@@ -1,0 +1,423 @@
+"""YACE beside Headgate: what its real answers are read as, how values are judged, and the whole command over a store.
+
+tests/golden/yace/metrics-1.txt and -2.txt are answers of YACE 0.67, a minute apart, against the simulated AWS of seed 1 (two accounts, EC2 and SQS, 60 metrics each):
+so the simulator's truth is what its values are held against.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import asyncpg
+import orjson
+import pytest
+from aiohttp import web
+from prometheus_client.parser import text_string_to_metric_families
+
+from ingest.clock import ManualClock, utc
+from ingest.compare import (
+    Line,
+    Point,
+    Shown,
+    Verdict,
+    adds_up,
+    expected_s,
+    judge,
+    key_of_line,
+    key_of_series,
+    read_line,
+)
+from ingest.compare_labels import differences
+from ingest.compare_proof import conclude
+from ingest.compare_report import Report, share_once
+from ingest.compare_state import VALUES_PER_SCRAPE, State
+from ingest.errors import Fatal, Rejected
+from ingest.model import SeriesKey, series_id, version_of
+from ingest.sinks.migrate import migrate
+from ingest.sinks.partitions import create_partitions
+from shard_config.load import shipped_services
+from shard_config.model import Account, Config, Postgres
+from workers.compare import Comparison, Plan, duration
+from workers.world import SETTLED, World, account_ids
+
+GOLDEN = Path(__file__).parent / "golden" / "yace"
+FIRST, SECOND = ((GOLDEN / f"metrics-{n}.txt").read_text() for n in (1, 2))
+FIRST_S, SECOND_S = 1_795_524_391, 1_795_524_453
+PROFILES = [shipped_services()[name] for name in ("ec2", "sqs")]
+ACCOUNTS = account_ids(2)
+REGION = "eu-west-1"
+WORLD = World(1, ACCOUNTS, (REGION,), 60, PROFILES)
+
+
+def lines(text: str) -> list[Line]:
+    return [line for line in map(read_line, text.splitlines(keepends=True)) if line is not None]
+
+
+# --- reading --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [FIRST, SECOND])
+def test_yaces_own_answers_are_read_as_prometheus_reads_them(text: str) -> None:
+    theirs = [
+        (s.name, {k: v for k, v in s.labels.items() if v}, s.value, s.timestamp)
+        for family in text_string_to_metric_families(
+            "\n".join(x for x in text.split("\n") if not x.startswith("#"))
+        )
+        for s in family.samples
+    ]
+    assert [(x.name, x.labels, x.value, x.timestamp_s) for x in lines(text)] == theirs
+    assert len(theirs) > 60
+
+
+def test_a_label_is_unescaped_and_one_that_says_nothing_is_left_out() -> None:
+    line = read_line('aws_x_y_sum{a="say \\"hi\\", a\\\\b\\nc",b="",c="é, }"} NaN 1795524060000\n')
+    assert line is not None
+    assert line.labels == {"a": 'say "hi", a\\b\nc', "c": "é, }"}
+    assert math.isnan(line.value)
+    assert line.timestamp_s == 1_795_524_060
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "aws_x{a=1} 2\n",
+        'aws_x{a="1" 2\n',
+        "aws_x\n",
+        "<html>\n",
+        'aws_x{a="1"} two\n',
+        'aws_x{a="1",,b="2"} 3\n',
+        "aws_x 1 2 3\n",
+    ],
+)
+def test_what_is_no_exposition_is_refused(text: str) -> None:
+    with pytest.raises(Rejected, match="bad_exposition"):
+        read_line(text)
+
+
+def test_our_series_are_found_by_what_yace_calls_them() -> None:
+    ours = {
+        key_of_series(account, REGION, m.namespace, m.name, m.dimensions, stat, False)[0]
+        for account in ACCOUNTS
+        for m in WORLD.metrics(account, REGION)
+        for p in PROFILES
+        if not isinstance(p.metrics, str)
+        for profile in p.metrics
+        if (p.namespace, profile.name) == (m.namespace, m.name)
+        for stat in profile.statistics
+    }
+    theirs = {key_of_line(x): x.name for x in lines(FIRST) if not x.is_own and not x.is_info}
+    assert {name for key, name in theirs.items() if key not in ours} == {"aws_ec2_cpuutilization_p99"}
+    assert len(theirs.keys() & ours) == 17
+
+
+def test_a_series_is_another_where_a_dimension_account_or_name_is() -> None:
+    key = key_of_series("1", "r", "AWS/EC2", "CPU", [("InstanceId", "i")], "Sum", False)[0]
+    for other in (
+        ("2", "r", "AWS/EC2", "CPU", [("InstanceId", "i")], "Sum"),
+        ("1", "s", "AWS/EC2", "CPU", [("InstanceId", "i")], "Sum"),
+        ("1", "r", "AWS/EC2", "CPU", [("InstanceId", "j")], "Sum"),
+        ("1", "r", "AWS/EC2", "CPU", [("InstanceId", "i"), ("x", "y")], "Sum"),
+        ("1", "r", "AWS/EC2", "CPU", [("InstanceId", "i")], "Average"),
+    ):
+        assert key_of_series(*other, False)[0] != key
+
+
+# --- verdicts -------------------------------------------------------------------------------------------------
+
+NOON = 1_795_521_600
+NAN = math.nan
+
+
+def verdict_of(shown: Shown, *ours: Point, beside: tuple[Shown, ...] = ()) -> Verdict:
+    return judge(
+        [shown, *beside], {shown.key: ours} | {s.key: [Point(NOON, s.value, 0)] for s in beside}, 60
+    )[0].verdict
+
+
+@pytest.mark.parametrize(
+    ("value", "observed_s", "verdict"),
+    [
+        (1.5, NOON + 400, Verdict.EQUAL),
+        (1.5000000000000002, NOON + 61, Verdict.UNCLEAR),
+        (2.0, NOON + 60, Verdict.WRONG),
+        (2.0, NOON + 200, Verdict.UNCLEAR),
+        (2.0, NOON + 301, Verdict.REVISED),
+    ],
+)
+def test_a_value_with_a_timestamp_is_held_against_that_point(
+    value: float, observed_s: float, verdict: Verdict
+) -> None:
+    """YACE read it after its minute was over, and showed it at noon and five minutes."""
+    assert verdict_of(Shown(1, NOON + 300, NOON, 1.5), Point(NOON, value, observed_s)) == verdict
+
+
+def test_a_point_that_only_one_side_has_is_a_gap_of_the_other() -> None:
+    assert verdict_of(Shown(1, NOON + 300, NOON, 1.5)) == Verdict.GAP_HERE
+    other = Shown(2, NOON + 300, NOON, 7.0)
+    assert (
+        verdict_of(Shown(1, NOON + 300, None, NAN), Point(NOON, 2.0, NOON + 90), beside=(other,))
+        == Verdict.GAP_THERE
+    )
+    assert verdict_of(Shown(1, NOON + 300, None, NAN), beside=(other,)) == Verdict.NEITHER
+
+
+def test_without_timestamps_the_series_that_fit_once_tell_the_time() -> None:
+    group = [Shown(key, NOON + 300, None, float(key)) for key in (1, 2, 3)]
+    ours = {
+        1: [Point(NOON, 1.0, 0), Point(NOON + 60, 9.0, 0)],
+        2: [Point(NOON, 2.0, 0), Point(NOON + 60, 2.0, 0)],  # fits twice, and tells nothing
+        3: [Point(NOON, 8.0, NOON + 500), Point(NOON + 60, 4.0, NOON)],
+    }
+    assert expected_s(group, ours) == NOON
+    assert [j.verdict for j in judge(group, ours, 60)] == [Verdict.EQUAL, Verdict.EQUAL, Verdict.REVISED]
+    assert expected_s(group, {}) is None
+
+
+def test_a_zero_where_we_have_no_point_is_yaces_own() -> None:
+    assert verdict_of(Shown(1, NOON + 300, None, 0.0)) == Verdict.ZERO
+    assert verdict_of(Shown(1, NOON + 300, NOON, 0.0)) == Verdict.GAP_HERE
+    assert verdict_of(Shown(1, NOON + 300, None, 0.0), Point(NOON, 0.0, NOON + 90)) == Verdict.EQUAL
+
+
+def test_points_add_up_to_a_longer_period_or_some_of_them_do() -> None:
+    points = [Point(NOON + 60 * i, float(v), 0) for i, v in enumerate((3, 1, 2))]
+    assert [s for s in ("Sum", "Maximum", "Minimum", "Average", "p99") if adds_up(6.0, s, points)] == ["Sum"]
+    assert adds_up(4.0, "Sum", points)
+    assert adds_up(3.0, "Maximum", points)
+    assert adds_up(1.0, "Minimum", points)
+    assert adds_up(2.0, "Average", points)
+    assert adds_up(5.0, "Sum", points)  # the second was late
+    assert not adds_up(2.0, "Sum", points)  # one alone is no longer period
+    assert not adds_up(0.0, "Sum", [])
+
+
+def test_a_look_of_ours_that_saw_the_same_proves_that_it_was_not_finished() -> None:
+    assert conclude(1.0, [1.0, 2.0]) == (True, "a look of ours saw YACE's value: it was not finished")
+    assert conclude(1.0, [3.0, 2.0]) == (True, "CloudWatch revised it: 3.0, 2.0")
+    assert conclude(1.0, [2.0, 2.0])[0] is False
+    assert conclude(1.0, [])[0] is False
+
+
+# --- labels, money, reasons -----------------------------------------------------------------------------------
+
+
+def test_labels_that_differ_are_named_with_both_values() -> None:
+    theirs = {"name": "arn", "tag_team": "a", "account_alias": "prod", "region": "r"}
+    ours = {"__name__": "x", "name": "global", "region": "r", "custom_tag_env": "e"}
+    known = [
+        ("account_alias", "prod", ""),
+        ("custom_tag_env", "", "e"),
+        ("name", "arn", "global"),
+        ("tag_team", "a", ""),
+    ]
+    assert differences(theirs, ours, resource_known=True) == known
+    assert differences(theirs, ours, resource_known=False) == known[:2]
+
+
+def test_statistics_of_one_metric_count_once_by_fives() -> None:
+    names = {f"aws_x_latency_{s}": 10 for s in ("average", "sum", "p99", "p99_9", "sample_count", "maximum")}
+    assert round(share_once(names) * 60) == 20
+    assert share_once({"aws_x_latency_sum": 10, "aws_x_errors_sum": 10}) == 1
+    assert share_once({}) == 1
+
+
+def test_a_duration_is_read_with_its_unit() -> None:
+    assert [duration(x) for x in ("24h", "30m", "90s", "90", "2d", "0")] == [86_400, 1800, 90, 90, 172_800, 0]
+
+
+# --- state ----------------------------------------------------------------------------------------------------
+
+
+def exposed(count: int, value: float = 1.0) -> Iterator[Line]:
+    for i in range(count):
+        labels = {"account_id": "1", "region": "r", "dimension_Id": str(i)}
+        yield Line("aws_x_y_sum", labels, value, None)
+
+
+def test_what_is_remembered_is_there_after_a_restart_and_a_second_process_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite"
+    state = State(path)
+    state.set("urls", ["u"])
+    assert state.take(0, 100, exposed(5), 5) == 5
+    with pytest.raises(Fatal, match="state"):
+        State(path)
+    state.close()
+    again = State(path)
+    assert again.get("urls") == ["u"]
+    again.take(0, 400, exposed(3), 3)
+    assert list(again.rows("SELECT scrapes, count(*) FROM theirs GROUP BY scrapes ORDER BY 1")) == [
+        (1, 2),
+        (2, 3),
+    ]
+    # What the second scrape does not show is remembered as nothing.
+    assert again.one("SELECT count(*) FROM pending WHERE value IS NULL AND at_s = 400") == 2
+    again.close()
+
+
+def test_a_scrape_that_breaks_off_leaves_nothing_behind() -> None:
+    def broken() -> Iterator[Line]:
+        yield from exposed(3)
+        raise Rejected("exposition", "bad_exposition")
+
+    state = State(None)
+    with pytest.raises(Rejected):
+        state.take(0, 100, broken(), 3)
+    assert [state.one(f"SELECT count(*) FROM {table}") for table in ("theirs", "pending", "scrapes")] == [
+        0,
+        0,
+        0,
+    ]
+
+
+def test_values_are_kept_of_another_part_of_the_series_at_each_scrape() -> None:
+    state, many = State(None), VALUES_PER_SCRAPE * 2
+    for n in range(2):
+        state.take(0, 100 + n, exposed(1000), many)
+    first, second = (state.one("SELECT count(*) FROM pending WHERE at_s = ?", 100 + n) for n in range(2))
+    assert first + second == 1000
+    assert 400 < first < 600
+    assert state.one("SELECT count(DISTINCT key) FROM pending") == 1000
+
+
+def test_a_counter_that_starts_anew_is_counted_on() -> None:
+    state, name = State(None), "yace_cloudwatch_getmetricdata_metrics_requested_total"
+    for n, value in enumerate((100.0, 150.0, 20.0, 30.0)):
+        state.take(0, n, [Line(name, {}, value, None)], 1)
+    assert state.one("SELECT spent FROM counters") == 50 + 20 + 10
+
+
+# --- over a store ---------------------------------------------------------------------------------------------
+
+
+def config_of(dsn: str) -> Config:
+    accounts = tuple(Account(id=a, regions=(REGION,), services=("ec2", "sqs")) for a in ACCOUNTS)
+    return Config(accounts=accounts, services=tuple(PROFILES), postgres=Postgres(dsn=dsn))
+
+
+def our_points(observed_s: int) -> Iterator[tuple[SeriesKey, list[tuple[int, float, int]]]]:
+    """All that the simulated AWS has of half an hour, once settled."""
+    for account in ACCOUNTS:
+        for metric in WORLD.metrics(account, REGION):
+            profile = next(p for p in PROFILES if p.namespace == metric.namespace)
+            assert not isinstance(profile.metrics, str)
+            for stat in next(m.statistics for m in profile.metrics if m.name == metric.name):
+                of = (metric.namespace, metric.name, metric.dimensions, stat, 60)
+                times, values = WORLD.points(account, REGION, *of, FIRST_S - 1500, FIRST_S + 300, SETTLED)
+                key = SeriesKey(account, REGION, metric.namespace, metric.name, metric.dimensions, stat, 60)
+                yield key, [(int(t), float(v), observed_s) for t, v in zip(times, values, strict=True)]
+
+
+@pytest.fixture
+async def landed(database: str) -> AsyncIterator[asyncpg.Connection]:
+    """A store that has what the simulated AWS had, seen after YACE's answers."""
+    await migrate(Postgres(dsn=database))
+    connection = await asyncpg.connect(database)
+    day = FIRST_S // 86_400
+    await create_partitions(connection, [day], set())
+    series, samples = [], []
+    for key, points in our_points(SECOND_S + 300):
+        id_ = series_id(key)
+        dimensions = orjson.dumps(dict(key.dimensions)).decode()
+        series.append(
+            (
+                id_,
+                key.account,
+                key.region,
+                key.namespace,
+                key.metric,
+                dimensions,
+                key.stat,
+                60,
+                "",
+                utc(FIRST_S),
+            )
+        )
+        samples += [(utc(t), id_, v, version_of(0, seen * 1000)) for t, v, seen in points]
+    await connection.executemany(
+        "INSERT INTO series VALUES (encode($1, 'hex')::uuid, $2, $3, $4, $5, $6, $7, $8, $9, $10)", series
+    )
+    await connection.executemany("INSERT INTO samples VALUES ($1, encode($2, 'hex')::uuid, $3, $4)", samples)
+    yield connection
+    await connection.close()
+
+
+@asynccontextmanager
+async def yace(clock: ManualClock, **replaced: str) -> AsyncIterator[str]:
+    """Serves the recorded answers by the clock, and counts on: YACE asks for as much again at each scrape."""
+
+    async def metrics(_: web.Request) -> web.Response:
+        text = FIRST if clock.now_s() < SECOND_S else SECOND
+        for old, new in replaced.items():
+            text = text.replace(old, new)
+        return web.Response(text=text)
+
+    app = web.Application()
+    app.router.add_get("/metrics", metrics)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/metrics"
+    finally:
+        await runner.cleanup()
+
+
+async def compared(config: Config, clock: ManualClock, *urls: str, state: State | None = None) -> Report:
+    """Two scrapes, one of each answer; and the report when all has settled."""
+    state, plan = state or State(None), Plan(urls, 120, SECOND_S - FIRST_S)
+    early = await Comparison(config, plan, state, clock).run(asyncio.Event(), lambda _: None)
+    assert early.unsettled
+    clock.advance(3600)
+    return await Comparison(config, plan, state, clock).run(asyncio.Event(), lambda _: None)
+
+
+def truth() -> dict[int, dict[int, float]]:
+    return {
+        key_of_series(k.account, k.region, k.namespace, k.metric, k.dimensions, k.stat, False)[0]: {
+            t: v for t, v, _ in points
+        }
+        for k, points in our_points(0)
+    }
+
+
+async def test_each_value_is_judged_as_the_simulators_truth_says(
+    landed: asyncpg.Connection, database: str
+) -> None:
+    async with yace(clock := ManualClock(FIRST_S)) as url:
+        report = await compared(config_of(database), clock, url)
+    settled = truth()
+    shown = [
+        (x, settled[key_of_line(x)])
+        for text in (FIRST, SECOND)
+        for x in lines(text)
+        if key_of_line(x) in settled
+    ]
+    stamped = [
+        (x, ours) for x, ours in shown if x.timestamp_s is not None and x.name != "aws_ec2_network_in_sum"
+    ]
+    bare = [(x, ours) for x, ours in shown if x.timestamp_s is None]
+    equal = sum(ours[x.timestamp_s] == x.value for x, ours in stamped if x.timestamp_s)
+    equal += sum(x.value in ours.values() for x, ours in bare)
+    assert report.verdict(Verdict.EQUAL) == equal > 30
+    assert report.verdict(Verdict.REVISED) == len(stamped) + len(bare) - equal > 0
+    assert (
+        report.verdict(Verdict.OTHER_PERIOD) == 8
+    )  # NetworkIn is asked each 300 s there, and each 60 s here
+    assert report.verdict(Verdict.WRONG) == report.verdict(Verdict.GAP_HERE) == report.unsettled == 0
+    for example in report.examples:
+        if example.verdict == "revised" and example.timestamp_s:
+            assert example.ours in {ours.get(example.timestamp_s) for ours in settled.values()}
+
+
+async def test_series_of_one_side_have_their_likely_reason(landed: asyncpg.Connection, database: str) -> None:
+    async with yace(clock := ManualClock(FIRST_S)) as url:
+        report = await compared(config_of(database), clock, url)
+    assert (report.scrapes, report.infos, report.both) == (2, 3, 17)
+    assert {(g.service, g.reason, g.series, g.wrong) for g in report.missing} == {
+        ("ec2", "the service's metrics have no such metric or statistic", 2, True)
+    }
