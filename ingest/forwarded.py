@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Final
 
 import numpy as np
@@ -49,19 +49,25 @@ class Note:
 
     sent_s: int
     next: int
-    settling_s: Mapping[str, int]
-    """By service, as it was then."""
+    settling_s: Mapping[str, int] = field(default_factory=dict)
+    """By service, as it was then; nothing where points do not wait."""
+    by: str = ""
+    """Whose note it is; for those who watch, also what that process did for the receiver:"""
+    newest_s: int = 0
+    """The newest timestamp that was sent."""
+    samples: int = 0
+    refused: int = 0
 
     def write(self) -> str:
         """Services that leave no room are left out: their points are sent again, which the receiver refuses."""
         kept: dict[str, int] = {}
-        size = 64
+        size = 256
         for service, seconds in self.settling_s.items():
             size += len(service) + 16
             if size > NOTE_BYTES_MAX:
                 break
             kept[service] = seconds
-        return orjson.dumps({"sent_s": self.sent_s, "next": self.next, "settling_s": kept}).decode()
+        return orjson.dumps(asdict(self) | {"settling_s": kept}).decode()
 
     @classmethod
     def read(cls, text: str) -> Note | None:
@@ -69,7 +75,10 @@ class Note:
         try:
             found = orjson.loads(text)
             settling_s = {str(k): int(v) for k, v in found["settling_s"].items()}
-            return cls(int(found["sent_s"]), int(found["next"]), settling_s)
+            sent_s, next_, newest_s, samples, refused = (
+                int(found[key]) for key in ("sent_s", "next", "newest_s", "samples", "refused")
+            )
+            return cls(sent_s, next_, settling_s, str(found["by"]), newest_s, samples, refused)
         except (ValueError, TypeError, KeyError, AttributeError):
             return None
 
@@ -79,8 +88,10 @@ class Tally:
     """What was done for one receiver since the process began."""
 
     samples: int = 0
-    refused: Counter[str] = field(default_factory=Counter)
-    """Samples by reason; under bad_record whole records."""
+    refused: Counter[str] = field(
+        default_factory=lambda: Counter(dict.fromkeys(("changed", "out_of_order", "too_old"), 0))
+    )
+    """Samples by reason; under bad_record whole records. The usual reasons are there from the start, so that their increase shows."""
     skipped_records: int = 0
     """That Kafka had dropped before they were read."""
     delays: NDArray[np.int64] = field(

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from ingest import letters, wire
 from ingest.batch import without_series
 from ingest.clock import Clock
-from ingest.errors import Rejected
+from ingest.errors import Rejected, Transient
 from ingest.forwarded import Note, Progress, Tally
 from ingest.holding import Due, Holding, Lane, Member
 from ingest.log import Outgoing, Sender
@@ -78,6 +78,15 @@ class Naming(Protocol):
         """Raises Rejected where it can have none."""
         ...
 
+    def known(self, target: Target, service: str) -> bool:
+        """Whether what names a target's series is known yet; where not, they wait."""
+        ...
+
+
+def start_ms(window_s: int, now_ms: int, log_ahead_s: int = 0) -> int:
+    """From what time of Kafka's records a receiver's new group reads: what is older the receiver would not take."""
+    return now_ms - 1000 * (max(window_s, IN_ORDER_S) + log_ahead_s)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Place:
@@ -105,6 +114,7 @@ class Forwarder:
 
     def __init__(
         self,
+        name: str,
         receiver: str,
         window_s: int,
         settling_s: Mapping[str, int],
@@ -119,10 +129,11 @@ class Forwarder:
         bytes_max: int,
         log_ahead_s: int = 0,
     ) -> None:
-        """`topics` are those of raw batches and of dead letters; `settling_s` by service, 0 where it says nothing.
+        """`name` is this process's. `topics` are those of raw batches and of dead letters; `settling_s` by service, 0 where it says nothing.
 
         `log_ahead_s`: how far the clock is ahead of the time that Kafka's records have (only in a replay of old data).
         """
+        self._name = name
         self._receiver = receiver
         self._window_s = window_s
         self._oldest_s = max(window_s, IN_ORDER_S)
@@ -182,7 +193,10 @@ class Forwarder:
     # --- in -----------------------------------------------------------------------------------------------------
 
     def take(self, records: Sequence[Record]) -> None:
-        """Records, in order within each partition. Nothing is sent: that is what `send` does."""
+        """Records, in order within each partition. Nothing is sent: that is what `send` does.
+
+        Raises Transient where series cannot be named yet: then take the same again, what was taken is passed over.
+        """
         for record in records:
             progress = self._progress.get(record.position.partition)
             if progress is None or record.position.offset < progress.next:
@@ -213,6 +227,8 @@ class Forwarder:
         places = self._places_of(batch)
         if not places:
             return None
+        if not self._naming.known(batch.target, batch.service):
+            raise Transient(f"names of {batch.target} {batch.service}", "are not known yet")
         now_s = self._clock.now_s()
         checked = validate(batch, now_s, self._limits)
         for point in checked.dead:
@@ -324,11 +340,21 @@ class Forwarder:
         self._sent_s = until_s
         for p, progress in self._progress.items():
             offset = progress.commit
-            if offset != self._committed[p] or (self._news and not self._window_s):
-                note = "" if self._window_s else Note(until_s, progress.next, self._settling_s).write()
-                self._marks[p] = offset, note
+            if offset != self._committed[p] or self._news:
+                self._marks[p] = offset, self._note(until_s, progress.next).write()
                 self._committed[p] = offset
         self._news = False
+
+    def _note(self, until_s: int, next_: int) -> Note:
+        return Note(
+            until_s,
+            next_,
+            {} if self._window_s else self._settling_s,
+            self._name,
+            self._holding.newest_s,
+            self._tally.samples,
+            self._tally.refused.total(),
+        )
 
     def _in_time(self, due: Due, now_s: int) -> Due:
         """Without what has become too old for any receiver while it waited."""
@@ -405,11 +431,12 @@ class Forwarder:
             self._labelled += 1
         return labels
 
-    def forget_labels(self) -> None:
-        """Make all labels anew, for what names them has changed."""
-        self._labelled = 0
+    def forget_labels(self, target: Target) -> None:
+        """Make a target's labels anew, for what names them has changed."""
         for member in self._holding.members():
-            member.labels = None
+            if member.target == target and member.labels is not None:
+                member.labels = None
+                self._labelled -= 1
 
     # --- what was refused ---------------------------------------------------------------------------------------
 

@@ -143,14 +143,23 @@ class Producer:
             await asyncio.wait(self._dropped)
 
 
-async def commit_start(kafka: Kafka | str, topic: str, group: str, partitions: int) -> None:
-    """Commit the log's start for a group in each partition where it has committed nothing: a virgin install is not a lost offset."""
+async def commit_start(
+    kafka: Kafka | str, topic: str, group: str, partitions: int, since_ms: int = 0
+) -> None:
+    """Commit where a group starts in each partition where it has committed nothing: a virgin install is not a lost offset.
+
+    That is the first record of `since_ms` or later (milliseconds since the epoch), the log's end where there is none; 0: the log's start.
+    """
     client = AIOKafkaConsumer(**client_options(kafka), group_id=group, enable_auto_commit=False)
     await client.start()
     try:
         asked = [TopicPartition(topic, p) for p in range(partitions)]
         client.assign(asked)
         first = await client.beginning_offsets(asked)
+        if since_ms:
+            ends = await client.end_offsets(asked)
+            found = await client.offsets_for_times(dict.fromkeys(asked, since_ms))
+            first = {tp: ends[tp] if found[tp] is None else found[tp].offset for tp in asked}
         missing = {tp: first[tp] for tp in asked if await client.committed(tp) is None}
         if missing:
             await client.commit(missing)

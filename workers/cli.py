@@ -43,6 +43,7 @@ COMMANDS = {
     "coordinator": "coordinator",
     "exporter": "exporter",
     "consumer": "consumer",
+    "remote-write": "remote_writer",
     "simulate": "simulator",
 }
 """Subcommand → the module of this package that registers it, in the order of `--help`."""

@@ -52,6 +52,10 @@ class Lifecycle:
         """Said by each of a worker's loops, by its name, when it comes round."""
         self._beats[loop] = asyncio.get_running_loop().time()
 
+    def ended(self, loop: str) -> None:
+        """Said of a loop that comes round no more, and should not."""
+        self._beats.pop(loop, None)
+
     def still(self, now_s: float) -> dict[str, float]:
         """The loops that have not come round for STILL_S, on the event loop's clock: by name, since how many seconds."""
         return {name: now_s - at_s for name, at_s in self._beats.items() if now_s - at_s > STILL_S}

@@ -15,3 +15,7 @@ def landing_group(kafka: Kafka) -> str:
 
 def ledger_group(kafka: Kafka) -> str:
     return f"{kafka.prefix}.ledger"
+
+
+def remote_write_group(kafka: Kafka, receiver: str) -> str:
+    return f"{kafka.prefix}.remote-write.{receiver}"

@@ -10,6 +10,7 @@ import asyncio
 import heapq
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import structlog
 
@@ -172,7 +173,7 @@ async def cut_short(works: Sequence[asyncio.Task[None]], lifecycle: Lifecycle) -
     await cancelled_after(works, DRAIN_S)
 
 
-async def cancelled_after(works: Sequence[asyncio.Task[None]], seconds: float) -> None:
+async def cancelled_after(works: Sequence[asyncio.Task[Any]], seconds: float) -> None:
     """Wait for these, that long at most."""
     if not works:
         return

@@ -23,6 +23,7 @@ from ingest import ledger
 from ingest.brokers import client_options
 from ingest.clock import SystemClock
 from ingest.errors import Fatal, Transient
+from ingest.forwarding import start_ms
 from ingest.log import commit_start
 from ingest.membership import look_at_group
 from ingest.sinks.migrate import migrate
@@ -30,7 +31,7 @@ from ingest.sinks.postgres import PostgresSink
 from shard_config.model import S3, Config, Kafka
 from workers import local
 from workers.lifecycle import Lifecycle
-from workers.names import exporter_group, landing_group, ledger_group
+from workers.names import exporter_group, landing_group, ledger_group, remote_write_group
 
 _log = structlog.get_logger()
 
@@ -65,13 +66,7 @@ async def setup(config: Config) -> list[str]:
     """Create what is missing; returns what was done, a line each. Raises Transient, Fatal."""
     clock = SystemClock(config.run.clock_offset_s)
     done = [f"migration {name}" for name in await migrate(config.postgres)]
-    async with kafka_admin(config.kafka) as admin:
-        for name, count in partitions_of(config).items():
-            topic = f"{config.kafka.prefix}.{name}"
-            if name == "collect" and await _grow(admin, config):
-                done.append(f"topic {topic} grown to {count} partitions")
-            if await _create_topic(admin, topic, count, config.kafka.replication, _kept(config.kafka, name)):
-                done.append(f"topic {topic} with {count} partitions")
+    done += await create_topics(config)
     kafka = config.kafka
     await commit_start(kafka, kafka.topic("collect"), exporter_group(kafka), config.slots)
     for sink_name, group, topic, count in (
@@ -84,9 +79,32 @@ async def setup(config: Config) -> list[str]:
             await sink.init_positions(topic, range(count))
         finally:
             await sink.close()
+    await commit_starts(config)
     if await _create_bucket(config.s3):
         done.append(f"bucket {config.s3.bucket}")
     return done
+
+
+async def create_topics(config: Config) -> list[str]:
+    """Create what is missing; returns what was done, a line each. Raises Transient, Fatal."""
+    done = []
+    async with kafka_admin(config.kafka) as admin:
+        for name, count in partitions_of(config).items():
+            topic = f"{config.kafka.prefix}.{name}"
+            if name == "collect" and await _grow(admin, config):
+                done.append(f"topic {topic} grown to {count} partitions")
+            if await _create_topic(admin, topic, count, config.kafka.replication, _kept(config.kafka, name)):
+                done.append(f"topic {topic} with {count} partitions")
+    return done
+
+
+async def commit_starts(config: Config) -> None:
+    """Say where the groups of receivers start that never did: with what these still take."""
+    kafka, now_ms = config.kafka, SystemClock(config.run.clock_offset_s).now_ms()
+    for receiver in config.remote_write.receivers if config.remote_write else ():
+        since_ms = start_ms(receiver.out_of_order_window_s, now_ms, config.run.clock_offset_s)
+        group = remote_write_group(kafka, receiver.name)
+        await commit_start(kafka, kafka.topic("raw"), group, kafka.raw_partitions, since_ms)
 
 
 @contextlib.asynccontextmanager

@@ -1,0 +1,40 @@
+"""What series are called at receivers: labels, and the resources that are in them."""
+
+from __future__ import annotations
+
+from ingest.model import Series, Target
+from ingest.ports import LabelSet
+from ingest.resources import ResourceBook
+from ingest.series_labels import Labels
+from shard_config.model import Config
+
+
+class Names:
+    """What series are called, for all receivers of a process (`ingest.forwarding.Naming`)."""
+
+    def __init__(self, config: Config, book: ResourceBook) -> None:
+        self._labels = Labels(config)
+        self._book = book
+        self.wanted: dict[tuple[Target, str], int] = {}
+        """Targets and services that were asked for, and the version of their resources that labels were made of."""
+
+    def receiver_of(self, series: Series, service: str) -> str:
+        return self._labels.receiver_of(series, service)
+
+    def known(self, target: Target, service: str) -> bool:
+        self.wanted.setdefault((target, service), 0)
+        return self._book.known(target, service)
+
+    def labels_of(self, series: Series, service: str, target: Target) -> LabelSet:
+        resource = self._book.of(target, service, series.key.dimensions)
+        return self._labels.of(series, service, target, resource)
+
+    async def refresh(self, now_s: int) -> set[Target]:
+        """Read the resources that are due; returns the targets whose series have other names now."""
+        await self._book.refresh(list(self.wanted), now_s)
+        others = set()
+        for key, version in self.wanted.items():
+            if (now := self._book.version(*key)) != version:
+                self.wanted[key] = now
+                others.add(key[0])
+        return others
