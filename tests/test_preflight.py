@@ -121,6 +121,30 @@ async def test_tags_are_asked_for_where_a_service_is_selected_by_them_and_a_moni
     assert (wrong.subject, wrong.check) == (f"{ACCOUNTS[1]}/eu-west-1", "tags of ec2")
 
 
+async def test_tags_are_asked_for_where_series_are_named_after_resources(aws_world: Simulator) -> None:
+    def document(**write: object) -> str:
+        return yaml.safe_dump(
+            {
+                "aws": {
+                    "endpoint_url": aws_world.url,
+                    "role_template": "arn:aws:iam::{account}:role/headgate",
+                },
+                "defaults": {"regions": ["eu-west-1"], "services": ["ec2"]},
+                "accounts": [
+                    {"id": ACCOUNTS[0], "external_id": "right"},
+                    {"id": ACCOUNTS[1], "external_id": "right", "via": ACCOUNTS[0]},
+                ],
+                "remote_write": {"receivers": [{"name": "p", "url": "http://127.0.0.1:1/w"}], **write},
+            }
+        )
+
+    found, _ = await asked(loads(document(), "test", environ={}))
+    assert states(found, "tag:GetResources") == {f"{ACCOUNTS[0]}/eu-west-1": State.OK}
+    for without in ({"resources": False}, {"names": "headgate"}):
+        found, _ = await asked(loads(document(**without), "test", environ={}))
+        assert states(found, "tag:GetResources") == {}
+
+
 async def test_an_account_that_is_not_linked_to_its_monitoring_account_is_found_out(
     aws_world: Simulator,
 ) -> None:

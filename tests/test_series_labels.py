@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from ingest.validate import Reason
 from shard_config.load import loads
 from shard_config.model import Config
 from shard_config.remote_write import RemoteWrite
+from workers.cli import main
 
 ACCOUNT = "111122223333"
 TARGET = Target("cloudwatch", ACCOUNT, "eu-west-1")
@@ -290,3 +292,23 @@ def test_receivers_go_by_what_shard_by_names() -> None:
     chosen = {labels.receiver_for(ACCOUNT, region, "ec2") for region in ("eu-west-1", "us-east-1", "x")}
     assert len(chosen) == 1
     assert len({labels.receiver_for(ACCOUNT, "x", f"s{n}") for n in range(50)}) == 4
+
+
+# --- headgate check -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("window_s", "late"), [(0, ["s3"]), (600, ["s3", "ec2"]), (7200, ["s3"]), (7 * 86_400, [])]
+)
+def test_check_says_which_services_come_too_late_for_a_receiver(
+    window_s: int, late: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    receiver = f"{{name: first, url: 'http://127.0.0.1:1/api/v1/write', out_of_order_window_s: {window_s}}}"
+    account = f"{{id: '{ACCOUNT}', regions: [eu-west-1], services: [ec2, s3]}}"
+    path = tmp_path / "headgate.yaml"
+    path.write_text(f"accounts: [{account}]\nremote_write: {{receivers: [{receiver}]}}\n")
+    assert main(["check", str(path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("receiver first")]
+    assert len(lines) == bool(late)
+    assert all(f"{service} up to" in line for line in lines for service in late)
+    assert all("out_of_order_window_s to 432000" in line for line in lines)

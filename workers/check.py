@@ -9,9 +9,13 @@ from pathlib import Path
 
 from ingest.clock import SystemClock
 from ingest.schedule import grids_of
+from ingest.zeros import wait_s
 from shard_config.load import load
 from shard_config.model import Config, Organization
 from shard_config.organization import with_accounts
+
+IN_ORDER_S = 3600
+"""Without an out-of-order window Prometheus takes nothing older than an hour before its newest."""
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.config} is right: {len(grids)} targets, configuration revision {config.revision}")
     for target, services in grids.items():
         print(f"  {target}: {', '.join(f'{g.service} each {g.poll_interval_s} s' for g in services)}")
-    for line in [*_unreached(config), *added]:
+    for line in [*_unreached(config), *_too_late(config), *added]:
         print(line)
     return 0
 
@@ -47,6 +51,23 @@ def _unreached(config: Config) -> list[str]:
         for p in config.services
         if p.resources is not None and p.resources.unreached and any(only.tags for only in p.only)
     ]
+
+
+def _too_late(config: Config) -> list[str]:
+    """What comes later than a receiver of remote write takes it."""
+    lines = []
+    for receiver in config.remote_write.receivers if config.remote_write is not None else ():
+        takes_s = receiver.out_of_order_window_s or IN_ORDER_S
+        late = {p.service: p.settling_s + p.period_s + wait_s(p, config) for p in config.services}
+        services = {name: late_s for name, late_s in late.items() if late_s > takes_s}
+        if services:
+            named = ", ".join(f"{name} up to {late_s:,} s" for name, late_s in services.items())
+            hours = -(-max(services.values()) // 3600)
+            lines.append(
+                f"receiver {receiver.name} takes nothing older than {takes_s:,} s, and points come later: {named}; for those to arrive set Prometheus' "
+                f"storage.tsdb.out_of_order_time_window to {hours}h and remote_write's out_of_order_window_s to {hours * 3600}"
+            )
+    return lines
 
 
 def _with_organization(config: Config, organization: Organization, *, live: bool) -> tuple[Config, list[str]]:

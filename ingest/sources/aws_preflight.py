@@ -22,7 +22,7 @@ from ingest.sources.asking import Asking
 from ingest.sources.aws import Access, Tally
 from ingest.sources.aws_errors import Denied
 from ingest.sources.selection import asks_tags
-from shard_config.model import Account, Config
+from shard_config.model import Account, Config, ServiceProfile
 
 ACCOUNTS_AT_ONCE: Final = 16
 ACCOUNT_DEADLINE_S: Final = 60.0
@@ -110,9 +110,14 @@ class AwsPreflight:
             ("cloudwatch:ListMetrics", partial(self._list_metrics, owner)),
             ("cloudwatch:GetMetricData", partial(self._get_metric_data, owner)),
         ]
-        if any(asks_tags(profile) for profile in self._config.services_in(account, region)):
+        if any(self._needs_tags(profile, linked) for profile in self._config.services_in(account, region)):
             questions.append(("tag:GetResources", self._get_resources))
         return questions
+
+    def _needs_tags(self, profile: ServiceProfile, linked: bool) -> bool:
+        """For selections, or for the names of series in Prometheus, which a monitoring account does not give."""
+        named = self._config.lists_resources and profile.resources is not None and not linked
+        return named or asks_tags(profile)
 
     def _tags_are_wrong(self, account: Account, region: str) -> list[Finding]:
         """What discovery would refuse of services that are selected by tags."""

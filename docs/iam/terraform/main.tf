@@ -36,7 +36,7 @@ variable "role_name" {
 variable "read_tags" {
   type        = bool
   default     = true
-  description = "Whether services are selected by resource tags (only, tags)."
+  description = "Whether services are selected by resource tags (only, tags), or their series named after resources in Prometheus (remote_write)."
 }
 
 locals {
