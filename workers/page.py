@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -106,6 +106,7 @@ class Page:
         self._kafka_part: Part[KafkaSeen] = Part()
         self._ledger_part: Part[Glance] = Part()
         self._presence = Presence()
+        self._clients: _Clients | None = None
         self.document = Document(clock)
         self.configure(config)
 
@@ -115,35 +116,35 @@ class Page:
         self._grids: Mapping[str, tuple[Grid, ...]] = {str(t): g for t, g in grids_of(config).items()}
 
     async def run(self, lifecycle: Lifecycle) -> None:
-        """Until told to stop. What does not answer is on the page."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._look_at_kafka(lifecycle))
-            group.create_task(self._look_at_ledger(lifecycle))
-            group.create_task(self._make(lifecycle))
+        """Until told to stop. What does not answer is on the page; whatever else goes wrong is in the log, and stops nothing."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for step in (self._kafka_step, self._ledger_step, self._make_step):
+                    group.create_task(self._keep(lifecycle, step))
+        finally:
+            await self._clients_away()
 
-    @property
-    def _every_s(self) -> float:
-        return EVERY_S if self.document.watched else float(SAMPLE_S)
-
-    async def _make(self, lifecycle: Lifecycle) -> None:
+    async def _keep(self, lifecycle: Lifecycle, step: Callable[[], Awaitable[float]]) -> None:
+        """`step` gives the least pause after it, in seconds; 0: none, and whoever comes to look wakes it."""
         while not lifecycle.stop.is_set():
-            self.document.wanted.clear()
+            rest_s = 0.0
             try:
-                await self.make()
+                rest_s = await step()
             except Exception:
-                # Whatever is wrong with the page, it must not stop the planning. The page says that nothing new is made.
-                _log.exception("page_not_made")
-            await lifecycle.pause(self._every_s, self.document.wanted)
+                # A bug in the page must not stop the planning. The page says that nothing new is made.
+                _log.exception("page_step_failed")
+            every_s = EVERY_S if self.document.watched else SAMPLE_S
+            await lifecycle.pause(max(every_s, rest_s), *([] if rest_s else [self.document.wanted]))
+
+    async def _make_step(self) -> float:
+        self.document.wanted.clear()
+        await self.make()
+        return 0
 
     async def make(self) -> None:
         """Make the page of what is known now."""
-        seen = self._seen()
-        planned, pauses, polling = (
-            self._coordinator.planned,
-            self._coordinator.pauses,
-            self._coordinator.polling,
-        )
-        config, grids = self._config, self._grids
+        seen, config, grids, planner = self._seen(), self._config, self._grids, self._coordinator
+        planned, pauses, polling = planner.planned, planner.pauses, planner.polling
 
         def made() -> Packed:
             units = units_of(config, grids, planned, pauses, polling)
@@ -174,19 +175,15 @@ class Page:
             dead_before=self._history.first_dead(),
         )
 
-    async def _look_at_ledger(self, lifecycle: Lifecycle) -> None:
-        while not lifecycle.stop.is_set():
-            began_s = self._clock.monotonic_s()
-            took_s = 0.0
-            try:
-                await self.look_at_ledger()
-                took_s = self._clock.monotonic_s() - began_s
-            except HeadgateError as error:
-                self._ledger_part = self._ledger_part.failed(str(error), self._clock.now_ms())
-            pause_s = max(self._every_s, min(took_s / LEDGER_SHARE, LEDGER_EVERY_MAX_S))
-            await lifecycle.pause(
-                pause_s, *([self.document.wanted] if took_s < LEDGER_SHARE * SAMPLE_S else [])
-            )
+    async def _ledger_step(self) -> float:
+        began_s = self._clock.monotonic_s()
+        try:
+            await self.look_at_ledger()
+        except HeadgateError as error:
+            self._ledger_part = self._ledger_part.failed(str(error), self._clock.now_ms())
+            return 0
+        rest_s = (self._clock.monotonic_s() - began_s) / LEDGER_SHARE
+        return min(rest_s, LEDGER_EVERY_MAX_S) if rest_s > EVERY_S else 0
 
     async def look_at_ledger(self) -> None:
         """One look. Raises HeadgateError."""
@@ -196,26 +193,23 @@ class Page:
             found = await bounded(connection, glance(connection, utc(now_ms / 1000), split), LEDGER_TIMEOUT_S)
         self._ledger_part = Part(found, now_ms)
 
-    async def _look_at_kafka(self, lifecycle: Lifecycle) -> None:
-        clients: _Clients | None = None
+    async def _kafka_step(self) -> float:
         try:
-            while not lifecycle.stop.is_set():
-                try:
-                    async with asyncio.timeout(KAFKA_TIMEOUT_S):
-                        if clients is None:
-                            clients = _Clients(self._config.kafka)
-                            await clients.start()
-                        await self._take_kafka(clients)
-                except (KafkaError, OSError, TimeoutError) as error:
-                    what = f"kafka {self._config.kafka.bootstrap}: {type(error).__name__} {error}".rstrip()
-                    self._kafka_part = self._kafka_part.failed(what, self._clock.now_ms())
-                    if clients is not None:
-                        await clients.stop()
-                    clients = None
-                await lifecycle.pause(self._every_s, self.document.wanted)
-        finally:
-            if clients is not None:
-                await clients.stop()
+            async with asyncio.timeout(KAFKA_TIMEOUT_S):
+                if self._clients is None:
+                    self._clients = _Clients(self._config.kafka)
+                    await self._clients.start()
+                await self._take_kafka(self._clients)
+        except (KafkaError, OSError, TimeoutError) as error:
+            what = f"kafka {self._config.kafka.bootstrap}: {type(error).__name__} {error}".rstrip()
+            self._kafka_part = self._kafka_part.failed(what, self._clock.now_ms())
+            await self._clients_away()
+        return 0
+
+    async def _clients_away(self) -> None:
+        clients, self._clients = self._clients, None
+        if clients is not None:
+            await clients.stop()
 
     async def _take_kafka(self, clients: _Clients) -> None:
         config, now_ms = self._config, self._clock.now_ms()
