@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from workers.cli import COMMANDS
 from workers.servers import LOOPBACK, free_ports, get_local
@@ -37,8 +39,15 @@ AGREED = {
 """Of the remote writer, as long as it is no command yet."""
 
 
-def metrics_of_workers(home: Path) -> set[str]:
-    """Names as PromQL knows them (…_bucket of histograms), of all workers together."""
+@cache
+def metrics_of_workers() -> frozenset[str]:
+    """Names as PromQL knows them (…_bucket of histograms), of all workers together. Asked once a test process."""
+    with TemporaryDirectory() as home:
+        found = frozenset(_asked(Path(home)))
+    return found if "remote-write" in COMMANDS else found | AGREED
+
+
+def _asked(home: Path) -> set[str]:
     config = home / "headgate.yaml"
     config.write_text(CONFIG)
     started: list[tuple[subprocess.Popen[bytes], int]] = []
@@ -50,8 +59,7 @@ def metrics_of_workers(home: Path) -> set[str]:
             with (home / f"{worker}.log").open("wb") as log:
                 process = subprocess.Popen(command, stderr=log, stdout=log, env=os.environ)
             started.append((process, port))
-        found = {name for process, port in started for name in names_of(_read(process, port))}
-        return found if "remote-write" in COMMANDS else found | AGREED
+        return {name for process, port in started for name in names_of(_read(process, port))}
     finally:
         for process, _ in started:
             process.kill()

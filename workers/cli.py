@@ -30,6 +30,7 @@ COMMANDS = {
     "check": "check",
     "import": "yace",
     "rules": "rules",
+    "dashboards": "dashboards",
     "compare": "compare",
     "preflight": "preflight",
     "quote": "quote",
