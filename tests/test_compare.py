@@ -7,16 +7,22 @@ so the simulator's truth is what its values are held against.
 from __future__ import annotations
 
 import asyncio
+import csv
+import io
+import json
 import math
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import orjson
 import pytest
 from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 
 from ingest.clock import ManualClock, utc
 from ingest.compare import (
@@ -33,15 +39,18 @@ from ingest.compare import (
 )
 from ingest.compare_labels import differences
 from ingest.compare_proof import conclude
-from ingest.compare_report import Report, share_once
+from ingest.compare_report import Bill, Reasons, Report, share_once
 from ingest.compare_state import VALUES_PER_SCRAPE, State
+from ingest.compare_store import OpenStretch
 from ingest.errors import Fatal, Rejected
 from ingest.model import SeriesKey, series_id, version_of
 from ingest.sinks.migrate import migrate
 from ingest.sinks.partitions import create_partitions
+from shard_config.document import ConfigErrors
 from shard_config.load import shipped_services
 from shard_config.model import Account, Config, Postgres
 from workers.compare import Comparison, Plan, duration
+from workers.compare_view import render, to_json, verdict_on_bills, write_lists
 from workers.world import SETTLED, World, account_ids
 
 GOLDEN = Path(__file__).parent / "golden" / "yace"
@@ -421,3 +430,160 @@ async def test_series_of_one_side_have_their_likely_reason(landed: asyncpg.Conne
     assert {(g.service, g.reason, g.series, g.wrong) for g in report.missing} == {
         ("ec2", "the service's metrics have no such metric or statistic", 2, True)
     }
+
+
+async def test_a_value_that_is_wrong_and_a_point_that_is_missing_fail_the_comparison(
+    landed: asyncpg.Connection, database: str
+) -> None:
+    config = config_of(database)
+    key = next(k for k, _ in our_points(0) if (k.metric, k.stat) == ("CPUUtilization", "Average"))
+    at = utc(1_795_524_180)
+    spoilt = (
+        "UPDATE samples SET value = 1.25, version = $2 WHERE ts = $3 AND series = encode($1, 'hex')::uuid"
+    )
+    await landed.execute(spoilt, series_id(key), version_of(0, 1_795_524_240_000), at)
+    async with yace(clock := ManualClock(FIRST_S)) as url:
+        report = await compared(config, clock, url)
+    assert not report.ok
+    wrong = [e for e in report.examples if e.verdict == "wrong"]
+    assert {(e.theirs, e.ours, e.timestamp_s) for e in wrong} == {(46.5146, 1.25, 1_795_524_180)}
+    assert report.verdict(Verdict.WRONG) == len(wrong) == 2  # both scrapes showed it
+
+    await landed.execute("DELETE FROM samples WHERE ts = $1", at)
+    async with yace(clock := ManualClock(FIRST_S)) as url:
+        report = await compared(config, clock, url)
+    assert report.verdict(Verdict.GAP_HERE) > 3
+    assert not report.ok
+
+
+async def test_extra_series_are_told_apart_by_what_yace_asks_for(
+    landed: asyncpg.Connection, database: str
+) -> None:
+    async with yace(clock := ManualClock(FIRST_S)) as url:
+        report = await compared(config_of(database), clock, url)
+    reasons = {(g.account, g.service): set[str]() for g in report.extra}
+    for group in report.extra:
+        reasons[group.account, group.service].add(group.reason)
+    assert reasons[ACCOUNTS[1], "sqs"] == {
+        "YACE has nothing of the service here: it does not ask, or no resource is tagged"
+    }
+    assert "YACE asks for no such metric or statistic" in reasons[ACCOUNTS[0], "ec2"]
+    assert sum(g.series for g in report.extra) + report.both == report.ours
+    assert not any(g.wrong for g in report.extra)
+
+
+async def test_one_look_leaves_open_what_has_not_settled(landed: asyncpg.Connection, database: str) -> None:
+    await landed.execute("DELETE FROM samples WHERE ts >= $1", utc(FIRST_S - 300))
+    async with yace(clock := ManualClock(FIRST_S)) as url:
+        plan = Plan((url,), 0, 300)
+        report = await Comparison(config_of(database), plan, State(None), clock).run(
+            asyncio.Event(), lambda _: None
+        )
+    assert report.verdict(Verdict.UNSETTLED) > 10
+    assert report.verdict(Verdict.GAP_HERE) == report.verdict(Verdict.WRONG) == 0
+    assert report.bills == {}
+
+
+async def test_an_endpoint_that_is_no_exposition_is_said_and_tried_again(
+    landed: asyncpg.Connection, database: str
+) -> None:
+    clock, state = ManualClock(FIRST_S), State(None)
+    async with yace(clock, **{"# HELP aws_ec2_info": "<html>", "# HELP aws_sqs_info": "<html>"}) as url:
+        plan = Plan((url, url + "x"), 120, 60)
+        report = await Comparison(config_of(database), plan, state, clock).run(
+            asyncio.Event(), lambda _: None
+        )
+    assert not report.ok
+    assert report.scrapes == 0
+    assert len(report.failed) == 3  # and the labels
+    assert any("404" in f for f in report.failed)
+    assert any("bad_exposition" in f for f in report.failed)
+
+
+async def test_a_state_of_other_endpoints_is_refused(landed: asyncpg.Connection, database: str) -> None:
+    state = State(None)
+    state.set("urls", ["http://other/metrics"])
+    comparison = Comparison(config_of(database), Plan(("http://x/metrics",), 60, 60), state, ManualClock(0))
+    with pytest.raises(ConfigErrors, match="other/metrics"):
+        await comparison.run(asyncio.Event(), lambda _: None)
+
+
+async def test_ctrl_c_reports_what_is_known(landed: asyncpg.Connection, database: str) -> None:
+    stop = asyncio.Event()
+    stop.set()
+    async with yace(clock := ManualClock(FIRST_S)) as url:
+        plan = Plan((url,), 86_400, 300)
+        report = await Comparison(config_of(database), plan, State(None), clock).run(stop, lambda _: None)
+    assert report.scrapes == 1
+    assert report.unsettled > 30
+
+
+# --- what is shown --------------------------------------------------------------------------------------------
+
+
+async def test_the_report_is_there_for_people_and_machines(
+    landed: asyncpg.Connection, database: str, tmp_path: Path
+) -> None:
+    state = State(None)
+    async with yace(clock := ManualClock(FIRST_S)) as url:
+        report = await compared(config_of(database), clock, url, state=state)
+    console = Console(width=160, file=io.StringIO())
+    for part in render(report):
+        console.print(part)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    for said in ("4 series that YACE has and we have not", "aws_ec2_cpuutilization_p99", "other period"):
+        assert said in text
+    machine = json.loads(to_json(report))
+    assert machine["both"] == report.both
+    assert machine["ok"] is False
+    write_lists(state, report, tmp_path)
+    with (tmp_path / "series.csv").open(newline="") as file:
+        sides = [row["side"] for row in csv.DictReader(file)]
+    assert sides.count("missing") == 4
+    assert sides.count("extra") == sum(g.series for g in report.extra)
+    assert len((tmp_path / "values.csv").read_text().splitlines()) == len(report.values) + 1
+
+
+def test_who_is_cheaper_is_said_by_both_readings() -> None:
+    yaces = Bill(10, 1000, 5, Decimal("2"), Decimal("0.5"))
+    ours = Bill(10, 1000, 5, Decimal("1"), Decimal("1"))
+    said = verdict_on_bills(yaces, ours, 86_400)
+    assert "each statistic counted, Headgate is cheaper by $30.0000 a month (50%)" in said
+    assert "statistics counted once, YACE is cheaper by $15.0000 a month (50%)" in said
+    assert "less than six hours" in verdict_on_bills(yaces, ours, 600)
+
+
+NAME = "aws_ec2_cpuutilization_average"
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason", "wrong"),
+    [
+        ({"account": "9"}, "the account is not configured", True),
+        ({"region": "us-east-2"}, "region us-east-2 is not configured", True),
+        ({"name": "aws_rds_cpuutilization_average"}, "the service is not configured", True),
+        ({"name": "aws_ec2_cpuutilization_p99"}, "no such metric or statistic", True),
+        ({"valued": 0}, "NaN", False),
+        ({"nonzero": 0}, "nilToZero", False),
+        ({"first_s": 9000}, "new: ListMetrics is asked each 3600 s", False),
+        ({}, "not listed by ListMetrics", True),
+    ],
+)
+def test_why_a_series_of_yaces_is_missing(changed: dict[str, Any], reason: str, wrong: bool) -> None:
+    config = config_of("postgresql://x@y/z")
+    looked = {(f"cloudwatch/{ACCOUNTS[0]}/{REGION}", "ec2")}
+    asked: dict[str, Any] = {"name": NAME, "account": ACCOUNTS[0], "region": REGION, "valued": 9, "nonzero": 9, "first_s": 0}
+    said, is_wrong = Reasons(config, {}, looked, 10_000).why_missing(**(asked | changed))
+    assert reason in said
+    assert is_wrong is wrong
+
+
+def test_a_series_that_nobody_looked_for_yet_has_the_ledgers_reason() -> None:
+    target = f"cloudwatch/{ACCOUNTS[0]}/{REGION}"
+    open_ = {(target, "ec2"): [OpenStretch(0, 300, "paused")]}
+    reasons = Reasons(config_of("postgresql://x@y/z"), open_, set(), 10_000)
+    assert reasons.why_missing(NAME, ACCOUNTS[0], REGION, 9, 9, 0) == (
+        "no look was complete yet: paused",
+        True,
+    )
