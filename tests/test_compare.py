@@ -11,9 +11,12 @@ import csv
 import io
 import json
 import math
-from collections.abc import AsyncIterator, Iterator
+import shutil
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from decimal import Decimal
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ from ingest.compare import (
     key_of_series,
     read_line,
 )
-from ingest.compare_labels import differences
+from ingest.compare_labels import differences, label_groups
 from ingest.compare_proof import conclude
 from ingest.compare_report import Bill, Reasons, Report, share_once
 from ingest.compare_state import VALUES_PER_SCRAPE, State
@@ -49,8 +52,13 @@ from ingest.sinks.partitions import create_partitions
 from shard_config.document import ConfigErrors
 from shard_config.load import shipped_services
 from shard_config.model import Account, Config, Postgres
+from shard_config.remote_write import CustomTags, Receiver, RemoteWrite, ServiceSeries
+from tests.conftest import eventually
+from workers.cli import main
 from workers.compare import Comparison, Plan, duration
 from workers.compare_view import render, to_json, verdict_on_bills, write_lists
+from workers.servers import free_ports, get_local
+from workers.simulator import start
 from workers.world import SETTLED, World, account_ids
 
 GOLDEN = Path(__file__).parent / "golden" / "yace"
@@ -573,7 +581,14 @@ NAME = "aws_ec2_cpuutilization_average"
 def test_why_a_series_of_yaces_is_missing(changed: dict[str, Any], reason: str, wrong: bool) -> None:
     config = config_of("postgresql://x@y/z")
     looked = {(f"cloudwatch/{ACCOUNTS[0]}/{REGION}", "ec2")}
-    asked: dict[str, Any] = {"name": NAME, "account": ACCOUNTS[0], "region": REGION, "valued": 9, "nonzero": 9, "first_s": 0}
+    asked: dict[str, Any] = {
+        "name": NAME,
+        "account": ACCOUNTS[0],
+        "region": REGION,
+        "valued": 9,
+        "nonzero": 9,
+        "first_s": 0,
+    }
     said, is_wrong = Reasons(config, {}, looked, 10_000).why_missing(**(asked | changed))
     assert reason in said
     assert is_wrong is wrong
@@ -587,3 +602,135 @@ def test_a_series_that_nobody_looked_for_yet_has_the_ledgers_reason() -> None:
         "no look was complete yet: paused",
         True,
     )
+
+
+async def test_labels_are_held_against_what_remote_write_sends(
+    landed: asyncpg.Connection, database: str
+) -> None:
+    state = State(None)
+    async with yace(clock := ManualClock(FIRST_S)) as url:
+        await compared(config_of(database), clock, url, state=state)
+    receiver = Receiver(name="one", url="http://127.0.0.1:1/api/v1/write")
+    tags = CustomTags(tags={"Environment": "test"}, services=("sqs",))
+    write = RemoteWrite(
+        receivers=(receiver,), custom_tags=(tags,), services={"ec2": ServiceSeries(unnamed="ec2")}
+    )
+    config = config_of(database).model_copy(update={"remote_write": write})
+    groups, notes = await label_groups(state, config, NoLists(), clock.now_s())
+    found = {(g.label, g.service, g.theirs, g.ours) for g in groups}
+    assert found == {("custom_tag_Environment", "sqs", "prod", "test")}
+    assert "no list of tagged resources" in notes[0]
+    other = config.model_copy(update={"remote_write": write.model_copy(update={"names": "headgate"})})
+    assert (await label_groups(state, other, NoLists(), 0))[0] == []
+
+
+class NoLists:
+    """An archive in which no exporter has put a list of resources."""
+
+    async def cached(self, name: Sequence[str], bytes_max: int) -> bytes | None:
+        return None
+
+
+# --- the command ----------------------------------------------------------------------------------------------
+
+
+class _Answer(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        body = FIRST.encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_the_command_looks_once_and_its_exit_code_says_whether_something_is_missing(
+    landed: asyncpg.Connection, database: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Answer)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        path = tmp_path / "headgate.yaml"
+        accounts = [{"id": a, "regions": [REGION], "services": ["ec2", "sqs"]} for a in ACCOUNTS]
+        path.write_text(json.dumps({"accounts": accounts, "postgres": {"dsn": database}}))
+        url = f"http://127.0.0.1:{server.server_port}/metrics"
+        options = ["--once", "--config", str(path), "--csv-dir", str(tmp_path / "lists"), "--format", "json"]
+        assert main(["compare", "yace", "--url", url, *options]) == 1
+        found = json.loads(capsys.readouterr().out)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert (found["theirs"], found["both"], found["ok"]) == (21, 17, False)
+    assert {g["reason"] for g in found["missing"]} == {
+        "the service's metrics have no such metric or statistic"
+    }
+    assert (tmp_path / "lists" / "series.csv").exists()
+
+
+YACE_CONFIG = """apiVersion: v1alpha1
+sts-region: eu-west-1
+discovery:
+  jobs:
+    - type: AWS/SQS
+      regions: [eu-west-1]
+      roles: [{roleArn: "arn:aws:iam::100000000001:role/Headgate"}]
+      customTags: [{key: Environment, value: prod}]
+      metrics:
+        - {name: ApproximateNumberOfMessagesVisible, statistics: [Average], period: 60, length: 300}
+customNamespace:
+  - name: ec2
+    namespace: AWS/EC2
+    regions: [eu-west-1]
+    roles: [{roleArn: "arn:aws:iam::100000000001:role/Headgate"}, {roleArn: "arn:aws:iam::100000000002:role/Headgate"}]
+    metrics:
+      - {name: CPUUtilization, statistics: [Average, p99], period: 60, length: 300, addCloudwatchTimestamp: true, exportAllDataPoints: true}
+      - {name: NetworkOut, statistics: [Sum], period: 60, length: 300}
+"""
+
+
+async def test_yace_itself_answers_as_recorded(tmp_path: Path) -> None:
+    program = shutil.which("yace")
+    if program is None:
+        pytest.skip("there is no yace on the PATH")
+    (tmp_path / "config.yml").write_text(YACE_CONFIG)
+    simulator = await start(WORLD)
+    environment = {
+        "AWS_ENDPOINT_URL": simulator.url,
+        "AWS_ACCESS_KEY_ID": f"AKIA{ACCOUNTS[0]}",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_REGION": REGION,
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    (port,) = free_ports(1)
+    process = await asyncio.create_subprocess_exec(
+        program,
+        *("--config.file", str(tmp_path / "config.yml"), "--listen-address", f"127.0.0.1:{port}"),
+        env=environment,
+        stdout=(tmp_path / "yace.log").open("wb"),
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    text = ""
+
+    async def answered() -> bool:
+        nonlocal text
+        try:
+            body = await asyncio.to_thread(get_local, f"http://127.0.0.1:{port}/metrics", 5)
+        except OSError:
+            return False
+        text = body.decode()
+        return "\naws_ec2_network_out_sum" in text
+
+    try:
+        await eventually(answered, timeout_s=30)
+    finally:
+        process.terminate()
+        await asyncio.wait_for(process.wait(), 10)
+        await simulator.close()
+    recorded = {(x.name, *sorted(x.labels.items())) for x in lines(FIRST)}
+    now = {(x.name, *sorted(x.labels.items())) for x in lines(text)}
+    assert len(now) > 20
+    assert now <= recorded
