@@ -55,6 +55,7 @@ STRETCH = "headgate_poll_stretch"
 SPEND, FORECAST = 'headgate_spend_usd_today{account="1"}', 'headgate_spend_forecast_usd_today{account="1"}'
 BUDGET = 'headgate_budget_usd{account="1"}'
 FAILING, RW_LAG = "headgate_remote_write_failing", "headgate_remote_write_lag_records"
+SKIPPED = "headgate_remote_write_skipped_records_total"
 REFUSED, SENT = "headgate_remote_write_refused_total", 'headgate_remote_write_samples_total{receiver="p1"}'
 TOPIC = "headgate.raw"
 
@@ -314,6 +315,14 @@ SCENES = (
         75,
         {"receiver": "p1", "reason": "too_old"},
     ),
+    Scene(
+        "HeadgateRemoteWriteSkipped",
+        {f'{SKIPPED}{{receiver="p1"}}': "_x6 5x30", f'{SKIPPED}{{receiver="p2"}}': "0x40"},
+        7,
+        8,
+        {"receiver": "p1"},
+        "Kafka dropped records before p1 had them",
+    ),
 )
 
 QUIET = (
@@ -379,4 +388,5 @@ QUIET = (
     Quiet("HeadgateRemoteWriteRefusing", "values changed after they were sent", {f'{REFUSED}{{receiver="p1",reason="changed"}}': "0+50x130", SENT: "0+100x130"}),
     Quiet("HeadgateRemoteWriteRefusing", "some minutes of it", {f'{REFUSED}{{receiver="p1",reason="too_old"}}': "0x40 0+10x2 20x90", SENT: "0+100x130"}),
     Quiet("HeadgateRemoteWriteRefusing", "the writer restarts", {f'{REFUSED}{{receiver="p1",reason="too_old"}}': "900x45 0x45", SENT: "0+100x45 0+100x45"}),
+    Quiet("HeadgateRemoteWriteSkipped", "the writer restarts an hour later", {f'{SKIPPED}{{instance="a",receiver="p1"}}': "0x70 stale", f'{SKIPPED}{{instance="b",receiver="p1"}}': "_x72 0x60"}),
 )  # fmt: skip

@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from workers.cli import COMMANDS
 from workers.servers import LOOPBACK, free_ports, get_local
 
 CONFIG = """
@@ -28,23 +27,13 @@ WORKERS = {
     "remote-write": ("--name", "remote-write-1"),
 }
 TIMEOUT_S = 60.0
-AGREED = {
-    f"headgate_remote_write_{name}"
-    for name in (
-        "samples_total", "refused_total", "held_samples", "lag_records", "failing",
-        "delay_seconds_bucket", "delay_seconds_sum", "delay_seconds_count",
-        "request_seconds_bucket", "request_seconds_sum", "request_seconds_count",
-    )
-}  # fmt: skip
-"""Of the remote writer, as long as it is no command yet."""
 
 
 @cache
 def metrics_of_workers() -> frozenset[str]:
     """Names as PromQL knows them (…_bucket of histograms), of all workers together. Asked once a test process."""
     with TemporaryDirectory() as home:
-        found = frozenset(_asked(Path(home)))
-    return found if "remote-write" in COMMANDS else found | AGREED
+        return frozenset(_asked(Path(home)))
 
 
 def _asked(home: Path) -> set[str]:
@@ -52,7 +41,7 @@ def _asked(home: Path) -> set[str]:
     config.write_text(CONFIG)
     started: list[tuple[subprocess.Popen[bytes], int]] = []
     try:
-        for worker in WORKERS.keys() & COMMANDS.keys():
+        for worker in WORKERS:
             (port,) = free_ports(1)
             options = ["--config", str(config), *WORKERS[worker], "--metrics-port", str(port)]
             command = [sys.executable, "-m", "workers.cli", worker, *options]
