@@ -24,6 +24,7 @@ from rich.console import Console
 from shard_config.model import Config
 from tests.conftest import eventually
 from workers.local import LocalStack, find_config
+from workers.prometheus import prometheus_program
 from workers.run import run_once
 from workers.scenes import Scene, made_up_scene
 from workers.stack import StackSpec
@@ -130,6 +131,8 @@ def landed_in(path: Path) -> dict[str, dict[str, float]]:
     return found
 
 
+PROMETHEUS = 2 if prometheus_program() else 0
+
 # --- a running stack ----------------------------------------------------------------------------------------------
 
 
@@ -154,7 +157,11 @@ async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
     stack = LocalStack(home)
     await stack.start(
         StackSpec(
-            scene.config, shards=3, consumers=2, simulate_args=(*scene.simulate_args, "--calls-per-s", "3")
+            scene.config,
+            shards=3,
+            consumers=2,
+            simulate_args=(*scene.simulate_args, "--calls-per-s", "3"),
+            prometheus=PROMETHEUS,
         )
     )
     try:
@@ -166,20 +173,25 @@ async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
 
 async def test_killing_any_worker_loses_nothing(running: Running, tmp_path: Path) -> None:
     before = await running.pids()
-    for victim in ("exporter-1", "exporter-2", "consumer-1", "coordinator"):
+    victims = {"exporter-1", "exporter-2", "consumer-1", "coordinator"}
+    if PROMETHEUS:
+        victims |= {"remote-writer-1", "prometheus-1"}
+    for victim in victims:
         os.kill(before[victim], signal.SIGKILL)
     said = io.StringIO()
 
-    code = await run_once(running.stack, running.scene, tmp_path, Console(file=said, width=200))
+    code = await run_once(
+        running.stack, running.scene, tmp_path, Console(file=said, width=200), with_prometheus=True
+    )
 
     assert code == 0, said.getvalue()
     after = await running.pids()
-    assert {name for name in before if before[name] != after[name]} == {
-        "exporter-1",
-        "exporter-2",
-        "consumer-1",
-        "coordinator",
-    }
+    assert {name for name in before if before[name] != after[name]} == victims
+    # All that has landed is in Prometheus, too, whoever was killed; where there is none the summary says so.
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    held = summary["prometheus"]
+    assert (held is not None) == bool(PROMETHEUS)
+    assert held is None or held["samples"] == summary["points"]["equal"] > 0
 
 
 async def test_samples_prints_values_that_read_back_to_the_same_floats(running: Running) -> None:

@@ -334,9 +334,7 @@ def run(args: argparse.Namespace) -> int:
             "headgate run: --prometheus: a Prometheus takes no traces, they are of long ago", file=sys.stderr
         )
         return 2
-    from workers.cli import COMMANDS
-
-    auto = int(args.traces is None and prometheus_program() is not None and "remote-write" in COMMANDS)
+    auto = int(args.traces is None and prometheus_program() is not None)
     prometheus = auto if servers is None else servers
     spec = StackSpec(scene.config, args.shards, args.consumers, scene.simulate_args, prometheus=prometheus)
     return asyncio.run(_run(spec, scene, args.out, once, bool(servers), console))
