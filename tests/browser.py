@@ -78,6 +78,7 @@ class Tab:
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         await self.send("Emulation.setEmulatedMedia", features=[theme])
         await self.send("Page.navigate", url=url)
+        await self.until("document.readyState === 'complete'")
 
     async def resize(self, width: int, height: int) -> None:
         await self.send(

@@ -21,7 +21,7 @@ import orjson
 import pytest
 import yaml
 
-from ingest.budget import Polling
+from ingest.budget import Decision, Polling
 from ingest.clock import SystemClock, utc
 from ingest.gaps import OpenWindows
 from ingest.glance import Given, Glance, OpenOf, Trouble, glance
@@ -281,6 +281,18 @@ def test_what_is_wrong_stands_at_the_top_with_its_runbook_and_what_to_do(case: s
     assert found["do"]
 
 
+def test_of_gaps_that_wait_for_money_it_says_so() -> None:
+    seen = with_glance(seen_of(), windows=OpenWindows({"failed": 3}, None))
+    assert "healing is under way" in page(seen)["verdict"]["do"]
+    assert "heal.usd_per_day" in page(replace(seen, heal_waits={"budget": 3, "backoff": 0}))["verdict"]["do"]
+
+
+def test_while_the_coordinator_starts_what_an_earlier_life_left_open_is_no_alarm() -> None:
+    seen = with_glance(seen_of(), windows=OpenWindows({"no_receipt": 300, "not_checked": 5}, None))
+    assert page(seen)["verdict"]["level"] == "warning"
+    assert page(replace(seen, started_ms=NOW_MS - 20_000))["verdict"]["level"] == "ok"
+
+
 def test_the_gravest_stands_first_and_the_others_follow_bounded() -> None:
     found = page(troubled(seen_of(1000, 8, 64)))
     levels = [found["verdict"]["level"], *(f["level"] for f in found["findings"])]
@@ -295,6 +307,7 @@ def test_every_alert_that_the_page_names_is_one_of_ours() -> None:
     source = (ROOT / "workers/page_verdict.py").read_text()
     assert named == set(re.findall(r'"(Headgate\w+)"', source))
     assert named <= ours
+    assert {path.stem for path in (ROOT / "docs/runbooks").iterdir()} >= {*named, "HeadgateNoCoordinator"}
 
 
 def test_every_command_that_the_page_recommends_is_there() -> None:
@@ -374,7 +387,8 @@ def test_a_complaint_of_many_targets_is_one_fault_and_faults_are_bounded_and_new
 def test_shards_that_went_are_remembered_for_half_an_hour_and_restarts_are_counted() -> None:
     presence = Presence()
     presence.take(shards_page(["a", "b"], 4), NOW_MS)
-    assert (presence.gone(NOW_MS), presence.unowned_since_ms) == ({}, None)
+    assert presence.gone(NOW_MS) == {}
+    assert presence.unowned_since_ms is None
     less = shards_page(["a", "b"], 4, alive=["a"])
     for i in (1, 2):
         less["shards"][0]["since_ms"] = NOW_MS + i
@@ -429,7 +443,7 @@ class Planner:
     """A coordinator that plans nothing, but has a plan; `broken`: asking for it raises."""
 
     def __init__(self) -> None:
-        self.pauses, self.polling, self.behind, self.broken = Pauses(), Polling(), False, False
+        self.pauses, self.polling, self.broken = Pauses(), Polling(), False
 
     @property
     def planned(self) -> Planned:
@@ -439,7 +453,7 @@ class Planner:
 
 
 class Purse:
-    decision = money_of("1", "2", None)
+    decision: Decision | None = money_of("1", "2", None)
     decided_at_ms: int | None = None
     error = ""
 
@@ -741,7 +755,7 @@ async def test_a_shard_that_is_killed_shows_and_its_slots_move_and_then_a_coordi
         except aiohttp.ClientError:
             return False
 
-    await eventually(answers, timeout_s=40)
+    await eventually(answers, timeout_s=60)
     browser.complaints.clear()
     browser.asked.clear()
     await browser.open(stage.url)

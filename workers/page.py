@@ -31,9 +31,10 @@ from ingest.reassign import Planned
 from ingest.schedule import Grid, grids_of
 from ingest.sinks.connection import bounded
 from shard_config.model import Config, Kafka
+from workers.healing import WAITING
 from workers.lifecycle import Lifecycle
 from workers.members import AGE
-from workers.names import exporter_group, landing_group, ledger_group
+from workers.names import exporter_group, landing_group, ledger_group, remote_write_group
 from workers.page_document import Document, Packed
 from workers.page_facts import (
     HISTORY_S,
@@ -70,9 +71,6 @@ class Planner(Protocol):
 
     @property
     def planned(self) -> Planned: ...
-
-    @property
-    def behind(self) -> bool: ...
 
 
 class Money(Protocol):
@@ -169,6 +167,7 @@ class Page:
             kafka=self._kafka_part,
             ledger=self._ledger_part,
             money=Part(money.decision, money.decided_at_ms, away_ms if money.error else None, money.error),
+            heal_waits={s.labels["why"]: int(s.value) for m in WAITING.collect() for s in m.samples},
             config_refused=_value(INVALID.collect()) == 1,
             organization_age_s=_value(AGE.collect()) if self._config.organization else None,
             unowned_since_ms=self._presence.unowned_since_ms,
@@ -219,7 +218,7 @@ class Page:
             landing_group(kafka): kafka.topic("raw"),
             ledger_group(kafka): kafka.topic("ledger"),
         }
-        receivers = {r.name: f"{kafka.prefix}.remote-write.{r.name}" for r in receivers_of(config)}
+        receivers = {r.name: remote_write_group(kafka, r.name) for r in receivers_of(config)}
         topics |= dict.fromkeys(receivers.values(), kafka.topic("raw"))
         groups, ends = await look_at_groups(clients.admin, clients.reader, topics)
         dead = sum((await ends_of(clients.reader, kafka.topic("dead"))).values())

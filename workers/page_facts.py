@@ -105,8 +105,8 @@ class Seen:
     kafka: Part[KafkaSeen] = field(default_factory=Part)
     ledger: Part[Glance] = field(default_factory=Part)
     money: Part[Decision] = field(default_factory=Part)
-    behind: bool = False
-    """Kafka does not take what was planned."""
+    heal_waits: Mapping[str, int] = field(default_factory=dict)
+    """Windows past their deadline about which nothing is done now, by why."""
     config_refused: bool = False
     organization_age_s: float | None = None
     unowned_since_ms: int | None = None

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from ingest.clock import utc
+from ingest.heal import Wait
 from workers.page_facts import (
     MOVES_MAX,
     Ends,
@@ -125,6 +126,7 @@ DO = {
     "unbalanced": "`headgate gaps`, then `headgate audit` over the same time.",
     "stale": "Of one shard: that exporter. Of all: Kafka, PostgreSQL, the consumers. Of one account: its role or its quota.",
     "gaps": "`headgate gaps` says which, why, and from where they can be healed; healing is under way.",
+    "gaps_money": "Healing has spent the day's money: raise `heal.usd_per_day`, or wait for midnight UTC. `headgate gaps` says which they are.",
     "given": "`headgate why` says who each is up to; then `headgate backfill`.",
     "lag": "Are all consumers there, and is PostgreSQL slow? More consumers land more, up to one for each partition.",
     "no_writer": "Start `headgate remote-write`.",
@@ -209,7 +211,8 @@ def _windows(seen: Seen, cells: Sequence[Json], numbers: Json) -> Iterator[Findi
     if gaps := sum(reasons.values()):
         why = ", ".join(f"{n:,} {reason}" for reason, n in reasons.items())
         text = f"Open past {'its' if gaps == 1 else 'their'} deadline: {count(gaps, 'window')} ({why})."
-        yield Finding("warning", "HeadgateWindowsOpenPastDeadline", text, DO["gaps"])
+        do = DO["gaps_money"] if seen.heal_waits.get(Wait.BUDGET) else DO["gaps"]
+        yield Finding("warning", "HeadgateWindowsOpenPastDeadline", text, do)
     if given := seen.ledger.value.given if seen.ledger.value else ():
         whose = f"{count(sum(g.windows for g in given), 'window')} of {count(len({g.target for g in given}), 'target')}"
         text = f"Given up within the hour: {whose} ({some(sorted({g.reason for g in given}))})."

@@ -349,7 +349,11 @@ async def _run(
         await _start(stack, spec, console)
         for url in stack.endpoints.prometheus_urls:
             console.print(f"Prometheus: {url}/ (try: {TRY})", soft_wrap=True, highlight=False)
-        console.print(f"live page: http://{LOOPBACK}:{stack.metrics_ports['coordinator']}/", soft_wrap=True)
+        console.print(
+            f"live page: http://{LOOPBACK}:{stack.metrics_ports['coordinator']}/",
+            soft_wrap=True,
+            highlight=False,
+        )
         if once:
             return await run_once(stack, scene, out, console, with_prometheus=with_prometheus)
         with suppress(asyncio.CancelledError):
