@@ -15,7 +15,7 @@ What a restart must know travels as a note beside the committed offset (`Note`).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -128,10 +128,12 @@ class Forwarder:
         *,
         bytes_max: int,
         log_ahead_s: int = 0,
+        heard: Callable[[Batch, bytes], None] = lambda batch, value: None,
     ) -> None:
         """`name` is this process's. `topics` are those of raw batches and of dead letters; `settling_s` by service, 0 where it says nothing.
 
-        `log_ahead_s`: how far the clock is ahead of the time that Kafka's records have (only in a replay of old data).
+        `log_ahead_s`: how far the clock is ahead of the time that Kafka's records have (only in a replay of old data). `heard` is told each record
+        with series of ours, once: its batch, and its value.
         """
         self._name = name
         self._receiver = receiver
@@ -147,6 +149,7 @@ class Forwarder:
         self._tally = tally
         self._bytes_max = bytes_max
         self._log_ahead_s = log_ahead_s
+        self._heard = heard
         self._cluster = ""
         self.close()
 
@@ -209,6 +212,8 @@ class Forwarder:
             else:
                 batch = without_series(decoded.batch, decoded.bad) if decoded.bad else decoded.batch
                 due_s = self._hold(batch, record.position)
+                if self._places_of(batch):
+                    self._heard(batch, record.value)
             progress.taken(record.position.offset, due_s)
             self._read_s[record.position.partition] = record.timestamp_ms // 1000 + self._log_ahead_s
         self._tally.held = self._holding.held

@@ -184,8 +184,8 @@ class _Known:
     """What is known of one list. Times are those of `refresh`; `index` is None until it was read."""
 
     next_s: float
+    wait_s: float
     tried: bool = False
-    wait_s: float = RETRY_S
     listed_at_s: int = 0
     index: ResourceIndex | None = None
     digest: bytes = b""
@@ -220,7 +220,7 @@ class ResourceBook:
         if new and now_s >= self._until_s + PATIENCE_S:
             self._until_s = now_s + WAIT_S
         for key in new:
-            self._known[key] = _Known(now_s)
+            self._known[key] = _Known(now_s, RETRY_S)
         self._now_s = now_s
         due = iter([key for key, known in self._known.items() if known.next_s <= now_s])
 

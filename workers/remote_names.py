@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ingest.model import Series, Target
 from ingest.ports import LabelSet
-from ingest.resources import ResourceBook
+from ingest.resources import Resource, ResourceBook
 from ingest.series_labels import Labels
 from shard_config.model import Config
 
@@ -17,20 +19,33 @@ class Names:
         self._book = book
         self.wanted: dict[tuple[Target, str], int] = {}
         """Targets and services that were asked for, and the version of their resources that labels were made of."""
+        self.waits = False
+        """Somebody waits for resources: `refresh` soon."""
 
     def receiver_of(self, series: Series, service: str) -> str:
         return self._labels.receiver_of(series, service)
 
     def known(self, target: Target, service: str) -> bool:
         self.wanted.setdefault((target, service), 0)
-        return self._book.known(target, service)
+        known = self._book.known(target, service)
+        self.waits = self.waits or not known
+        return known
 
     def labels_of(self, series: Series, service: str, target: Target) -> LabelSet:
         resource = self._book.of(target, service, series.key.dimensions)
         return self._labels.of(series, service, target, resource)
 
+    def resources(self, target: Target, service: str) -> Sequence[Resource]:
+        """Those that have info series."""
+        return self._book.all(target, service)
+
+    def info_of(self, target: Target, service: str, resource: Resource) -> LabelSet:
+        """Raises Rejected where it can have none."""
+        return self._labels.info(target, service, resource)
+
     async def refresh(self, now_s: int) -> set[Target]:
         """Read the resources that are due; returns the targets whose series have other names now."""
+        self.waits = False
         await self._book.refresh(list(self.wanted), now_s)
         others = set()
         for key, version in self.wanted.items():

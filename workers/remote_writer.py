@@ -30,8 +30,9 @@ from ingest.forwarding import Forwarder, start_ms
 from ingest.group import Committable, Consumer
 from ingest.log import Producer
 from ingest.ports import Receiving, Record
-from ingest.resources import Cache, ResourceBook
+from ingest.resources import ResourceBook
 from ingest.sinks.remote_write import RemoteWrite
+from ingest.sources.listing import Cache
 from ingest.zeros import wait_s
 from shard_config.load import load
 from shard_config.model import Config
@@ -42,6 +43,7 @@ from workers.members import Members
 from workers.names import remote_write_group
 from workers.reading import DRAIN_S, Reader, cancelled_after
 from workers.reload import Settings
+from workers.remote_beside import Beside, follow_ledger, follow_listings, has_zeros
 from workers.remote_metrics import REQUEST_SECONDS, Tallies
 from workers.remote_names import Names
 
@@ -71,6 +73,7 @@ class Courier:
         self._tally = tally
         self._stop = asyncio.Event()
         self._group = remote_write_group(kafka, receiver.name)
+        self.beside = Beside(config, names, clock)
         self.receiver = receiver
         self.opened = False
         """All that the group has given this process is open."""
@@ -94,6 +97,7 @@ class Courier:
             tally,
             bytes_max=bytes_max,
             log_ahead_s=config.run.clock_offset_s,
+            heard=self.beside.heard,
         )
         self._reader = Reader(
             lambda reader: Consumer(
@@ -139,6 +143,7 @@ class Courier:
                 committed[p] = first, note if offset < first else ""
         if virgin:
             committed |= {p: (offset, "") for p, offset in begin.items()}
+        self.beside.forget()
         self.forwarder.open(committed, cluster=await cluster_id(self._config.kafka))
         self.opened = True
         return {p: offset for p, (offset, _) in committed.items()}
@@ -151,6 +156,9 @@ class Courier:
         self.forwarder.take(records)
         if not records:
             self.forwarder.caught_up(self._reader.consumer.caught_up())
+        for batch in self.beside.zeros():
+            with contextlib.suppress(Transient):  # its series cannot be named just now
+                self.forwarder.offer(batch)
         try:
             while not self._leaves() and await self._send():
                 with contextlib.suppress(Transient):  # the next commit says the same, or more
@@ -159,7 +167,12 @@ class Courier:
         except Transient:
             self._tally.failing = True
             raise
+        if not self._leaves():
+            await self.beside.send_info(self.receiving, self._refused)
         return self.forwarder.commits()
+
+    def _refused(self, reason: str) -> None:
+        self._tally.refused[reason] += 1
 
     def _leaves(self) -> bool:
         return self._stop.is_set() or self._reader.leaving.is_set()
@@ -249,6 +262,7 @@ class RemoteWriter:
         self._lifecycle = lifecycle
         self._group = group
         self._names: Names | None = None
+        self._follows = False
         self._running: dict[str, tuple[object, Courier, _Part, asyncio.Task[None]]] = {}
 
     async def apply(self, config: Config) -> None:
@@ -258,6 +272,10 @@ class RemoteWriter:
         for name, (shape, *_) in list(self._running.items()):
             if shapes.get(name) != shape:
                 await self._stop(config, name)
+        if has_zeros(config) and not self._follows:
+            self._follows = True
+            self._group.create_task(follow_ledger(config, self.besides, self._lifecycle))
+            self._group.create_task(follow_listings(self._cache, self._clock, self.besides, self._lifecycle))
         new = receivers.keys() - self._running.keys()
         if not new:
             return
@@ -267,6 +285,10 @@ class RemoteWriter:
             self._names = Names(config, ResourceBook(config, self._cache))
         for name in sorted(new):
             self._start(config, receivers[name], self._names, len(receivers))
+
+    def besides(self) -> list[Beside]:
+        """Of all receivers."""
+        return [courier.beside for _, courier, _, _ in self._running.values()]
 
     def _start(self, config: Config, receiver: Receiver, names: Names, of: int) -> None:
         write = config.remote_write
@@ -288,9 +310,15 @@ class RemoteWriter:
             del self._tallies.by_receiver[name]
         _log.info("receiver_stopped", receiver=name)
 
+    @property
+    def _waits(self) -> bool:
+        return self._names is not None and self._names.waits
+
     async def run(self) -> None:
         """Until told to stop: read resources, and say whether all is open. Then stop all couriers, bounded."""
-        while not await self._lifecycle.pause(REFRESH_S if self._lifecycle.ready else 0.2):
+        while not await self._lifecycle.pause(
+            REFRESH_S if self._lifecycle.ready and not self._waits else 0.2
+        ):
             couriers = [courier for _, courier, _, _ in self._running.values()]
             self._lifecycle.ready = all(courier.opened for courier in couriers)
             if self._names is None:
