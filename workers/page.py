@@ -117,8 +117,11 @@ class Page:
         """Until told to stop. What does not answer is on the page; whatever else goes wrong is in the log, and stops nothing."""
         try:
             async with asyncio.TaskGroup() as group:
-                for step in (self._kafka_step, self._ledger_step, self._make_step):
-                    group.create_task(self._keep(lifecycle, step))
+                steps = (self._kafka_step, self._ledger_step, self._make_step)
+                keeping = [group.create_task(self._keep(lifecycle, step)) for step in steps]
+                await lifecycle.stop.wait()
+                for one in keeping:
+                    one.cancel()  # what hangs shall not hold up the stop: it only reads
         finally:
             await self._clients_away()
 
