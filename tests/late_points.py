@@ -20,8 +20,8 @@ Points = Mapping[int, float]
 """Second → value."""
 
 
-def labels(name: str, **others: str) -> LabelSet:
-    return tuple(sorted({"__name__": name, **others}.items()))
+def labels(metric: str, /, **others: str) -> LabelSet:
+    return tuple(sorted({"__name__": metric, **others}.items()))
 
 
 def seen_s(ts_s: int, settling_s: int = 0) -> int:

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ingest.schedule import grid_of
 from shard_config.document import ConfigErrors
 from shard_config.known import shipped_services
-from shard_config.late import LateNames, delay_of, late_names, spoken
+from shard_config.late import PIPELINE_S, LateNames, delay_of, late_names, spoken
 from shard_config.load import loads
 from shard_config.promql import NotMigrated, rewrite
 from shard_config.promql_scan import selectors_of
@@ -54,6 +55,13 @@ def test_a_point_has_come_by_the_look_that_seals_its_window_and_a_minute_for_the
     ec2 = delay_of(shipped_services()["ec2"])
 
     assert (ec2.earliest_s, ec2.latest_s, ec2.newest_s) == (60 + 600, 300 + 600 + 60, 300 + 600 + 60 + 60)
+
+
+@pytest.mark.parametrize("service", sorted(shipped_services()))
+def test_the_latest_look_is_the_one_that_the_schedule_takes(service: str) -> None:
+    profile = shipped_services()[service]
+
+    assert delay_of(profile).latest_s == profile.poll_interval_s + grid_of(profile).lookback_s + PIPELINE_S
 
 
 def test_a_settling_time_between_polls_ends_with_the_next_poll() -> None:
@@ -375,6 +383,28 @@ def test_series_that_no_service_has_are_named_and_left_alone() -> None:
 def test_what_is_no_rule_file_is_refused(text: str) -> None:
     with pytest.raises(ConfigErrors):
         migrated(text, "rules.yml", SETTLED)
+
+
+def test_labels_that_series_will_not_have_are_noted() -> None:
+    text = f"""groups:
+- name: a
+  rules:
+  - alert: Tagged
+    expr: sum by (tag_Team, tag_Env, dimension_InstanceId) ({CPU}) > 90
+    annotations: {{summary: "{{{{ $labels.tag_Owner }}}}"}}
+  - alert: Joined
+    expr: {CPU} * on (name) group_left (tag_Team) aws_ec2_info > 90
+"""
+    more = "yace, snake_case: true, services: {ec2: {exported_tags: [Env]}}"
+    write = loads(CONFIG % ("ec2", "", 0, more), "headgate.yaml", environ={}).remote_write
+
+    _, (tagged, joined) = migrated(text, "rules.yml", SETTLED, write)
+
+    assert tagged.notes == (
+        "tag_Env, tag_Owner, tag_Team: not among exported_tags of ec2 (remote_write.services)",
+        "dimension_InstanceId: labels are in snake case (remote_write.snake_case)",
+    )
+    assert joined.notes == ()
 
 
 # --- the command ----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,9 +18,13 @@ from shard_config.load import load
 from shard_config.model import Config
 from shard_config.promql import Edit, NotMigrated, Rewritten, rewrite
 from shard_config.recording import recordings_of, render
+from shard_config.remote_write import RemoteWrite
 from shard_config.rule_files import CannotPlace, Rule, rules_of, with_changes
+from shard_config.series_names import tag_label
 
 _NAMES = re.compile(r"\b(?:aws|yace)_[a-z0-9_]+")
+_TAGS = re.compile(r"\btag_[a-zA-Z0-9_]+")
+_DIMENSIONS = re.compile(r"\bdimension_[A-Z][a-zA-Z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +48,21 @@ class Outcome:
         )
 
 
-def migrated(text: str, file: str, names: LateNames) -> tuple[str, list[Outcome]]:
-    """A rule file for late points, and what became of each rule that asks for our series. Raises ConfigErrors for what is no rule file."""
+def migrated(
+    text: str, file: str, names: LateNames, write: RemoteWrite | None = None
+) -> tuple[str, list[Outcome]]:
+    """A rule file for late points, and what became of each rule that asks for our series. Raises ConfigErrors for what is no rule file.
+
+    With `write` labels are looked at, too: those that our series will not have are noted.
+    """
     outcomes: list[Outcome] = []
     changes: list[tuple[Rule, str, Sequence[Edit]]] = []
     for rule in rules_of(text, file):
         done = _one(rule, text, file, names)
         if isinstance(done, Rewritten):
             changes.append((rule, done.text, done.edits))
-            outcomes.append(_outcome(file, rule, "migrated", _how(rule, done), done.text, done.notes))
+            notes = (*done.notes, *_missing_labels(rule, done, write))
+            outcomes.append(_outcome(file, rule, "migrated", _how(rule, done), done.text, notes))
         elif done is not None:
             outcomes.append(done)
     return with_changes(text, changes), outcomes
@@ -92,6 +102,24 @@ def _outcome(
 ) -> Outcome:
     name = f"{rule.kind} {rule.name}"
     return Outcome(file, rule.line, rule.group, name, verdict, what, rule.expr, after, notes)
+
+
+def _missing_labels(rule: Rule, done: Rewritten, write: RemoteWrite | None) -> Iterator[str]:
+    """Labels that a rule asks for, or its texts name, and that our series are not sent with."""
+    if write is None:
+        return
+    exported = {
+        tag_label(key, write.snake_case)
+        for service in done.services
+        if service in write.services
+        for key in write.services[service].exported_tags
+    }
+    text = " ".join((rule.expr, *rule.said))
+    # A join with aws_..._info has all tags.
+    if "_info" not in rule.expr and (missing := sorted(set(_TAGS.findall(text)) - exported)):
+        yield f"{', '.join(missing)}: not among exported_tags of {', '.join(done.services)} (remote_write.services)"
+    if write.snake_case and (plain := sorted(set(_DIMENSIONS.findall(text)))):
+        yield f"{', '.join(plain)}: labels are in snake case (remote_write.snake_case)"
 
 
 def _how(rule: Rule, done: Rewritten) -> str:
@@ -173,7 +201,8 @@ def run_import(args: argparse.Namespace) -> int:
             str(args.config), 0, "remote_write.names", f"is {config.remote_write.names}: there are no series of YACE's names", "names: yace"
         )])  # fmt: skip
     text = _read(args.file)
-    after, outcomes = migrated(text, str(args.file), late_names(config))
+    write = config.remote_write if config else None
+    after, outcomes = migrated(text, str(args.file), late_names(config), write)
     told = sys.stderr if args.out is None else sys.stdout
     if args.format == "json":
         print(json.dumps([asdict(one) for one in outcomes], indent=2), file=told)
