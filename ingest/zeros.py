@@ -57,9 +57,12 @@ _Key = tuple[Target, str]
 def wait_s(profile: ServiceProfile, config: Config) -> int:
     """How much longer than settling a service's points have to wait, where each is sent once and in order: until zeros are known.
 
-    The look that says what is missing of a window is the first after it settled; its last points may be a poll interval younger than its first.
+    The look that says what is missing of a window is that of the first tick after it settled; its first points are a poll interval older than its end.
     """
-    return profile.poll_interval_s + LOOK_S if _patterns(config, profile.service) else 0
+    if not _patterns(config, profile.service):
+        return 0
+    poll_s = profile.poll_interval_s
+    return -(-profile.settling_s // poll_s) * poll_s - profile.settling_s + poll_s + LOOK_S
 
 
 def _patterns(config: Config, service: str) -> tuple[str, ...]:

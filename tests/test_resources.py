@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ingest.archive import cache_key
 from ingest.errors import Rejected, Transient
 from ingest.model import LookStatus, Target
 from ingest.resources import (
@@ -105,11 +106,28 @@ async def test_resources_are_listed_once_in_a_discovery_interval_whoever_looks()
         assert asked(s) == 1
         s.clock.advance(EC2.discovery_interval_s + 1)
         await s.look(second)
-        assert (await listed(s, lambda r: r.listed_at_s > before.listed_at_s)).resources == before.resources
-        await s.look(first)
-        await asyncio.sleep(0.05)
-        # The first does not know what the second has done; its own list was due as well.
-        assert asked(s) in (2, 3)
+
+        async def is_asked() -> bool:
+            return asked(s) == 2
+
+        await eventually(is_asked, timeout_s=10)
+        assert (await listed(s)).resources == before.resources
+
+
+async def test_a_list_that_did_not_change_is_put_again_after_half_a_day() -> None:
+    async with scene((EC2,)) as s:
+        source = shard(s)
+        await s.look(source)
+        before, puts = await listed(s), 0
+        for _ in range(14):
+            s.clock.advance(EC2.discovery_interval_s + 1)
+            await s.look(source)
+            await asyncio.gather(*source._discovery.resources._tasks.values())
+            found = await listed(s)
+            puts += found.listed_at_s != before.listed_at_s
+            before = found
+        assert asked(s) == 15
+        assert puts == 1
 
 
 async def test_a_look_whose_selection_asks_for_tags_lists_all_resources_once_for_both() -> None:
@@ -382,3 +400,7 @@ async def test_targets_that_are_wanted_no_more_are_forgotten() -> None:
     await r.book.refresh([], NOW_S)
     assert r.name() == ""
     assert not r.book.known(TARGET, "ec2")
+
+
+def test_a_list_has_a_name_that_the_archive_takes() -> None:
+    assert cache_key(NAME) == f"cache/v1/resources/cloudwatch/{ACCOUNTS[0]}/{REGION}/ec2"

@@ -23,7 +23,7 @@ from ingest.model import (
     TaskItem,
     series_ids,
 )
-from ingest.zeros import AWAITED_S, Zeros, wait_s
+from ingest.zeros import AWAITED_S, LOOK_S, Zeros, wait_s
 from shard_config.model import Config
 
 ACCOUNT, REGION = "111122223333", "eu-west-1"
@@ -227,7 +227,9 @@ def test_series_beyond_the_cap_get_none_and_their_points_harm_nobody(monkeypatch
 def test_points_wait_longer_only_where_a_service_has_zeros() -> None:
     known = config()
     [profile] = known.services
-    assert wait_s(profile, known) > GRID_S
+    assert wait_s(profile, known) == GRID_S + LOOK_S
+    uneven = profile.model_copy(update={"settling_s": GRID_S + 1})
+    assert wait_s(uneven, known) == GRID_S - 1 + GRID_S + LOOK_S
     assert wait_s(profile, known.model_copy(update={"remote_write": None})) == 0
 
 

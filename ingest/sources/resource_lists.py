@@ -3,6 +3,7 @@
 Guarantees:
 
 * a service's resources are listed once in its discovery interval, whichever shard has the target, and one listing of them is under way;
+* a list is put again only where it changed, or after `SHARED_S`: of a thousand targets' lists, hourly, the puts would cost more than all else;
 * no look waits for a list or fails by it, and where a look lists all resources for its own sake, that is the list;
 * a list that cannot be made leaves the shared one as it is. Where there is none, and the role may not list, that is shared: so that
   nobody waits for it, and a remote writer can say whose permission is missing;
@@ -14,8 +15,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
+import orjson
 import structlog
 
 from ingest.clock import Clock
@@ -41,6 +44,7 @@ WAITING_MAX = 1_024
 """Lists under way or waiting; the next look asks again for what is beyond."""
 LISTS_MAX = 16_384
 """Targets × services whose last list is remembered; of one that is forgotten the cache knows."""
+SHARED_S = 12 * 3_600.0
 WAIT_S, WAIT_S_MAX = 60.0, 3_600.0
 """After a failure, and twice as long each time."""
 REMEDY = "grant tag:GetResources to the role, or set remote_write.resources to false"
@@ -71,16 +75,15 @@ class _List:
             return None
         return found if found.types == self.resources.types else None
 
-    async def share(self, listed_at_s: int, tagged: Sequence[Tagged] = (), denied: str = "") -> None:
+    async def share(self, listed: ResourceList) -> None:
         """Put it in place of what is shared. Raises Transient or Rejected."""
-        listed = ResourceList(listed_at_s, self.resources.types, tuple(tagged), denied)
         await self.cache.cache(cache_name(*self.key), await asyncio.to_thread(encode, listed, *self.key))
         log.info(
             "resources_listed",
             target=str(self.target),
             service=self.service,
-            resources=len(tagged),
-            denied=bool(denied),
+            resources=len(listed.resources),
+            denied=bool(listed.denied),
         )
 
 
@@ -94,6 +97,8 @@ class ResourceLists:
         """Whether a remote writer reads them."""
         self._next: dict[Key, tuple[float, float]] = {}
         """When a list is due again, monotonic, and the seconds that were waited after its last failure."""
+        self._put: dict[Key, tuple[float, bytes]] = {}
+        """When a list was put, monotonic, and a hash of what it said."""
         self._tasks: dict[Key, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
 
@@ -120,7 +125,7 @@ class ResourceLists:
         wanted = self._wanted(target, profile)
         if wanted is not None and wanted.key not in self._tasks:
             self._later(wanted.key, wanted.interval_s)
-            self._spawn(wanted, wanted.share(int(self._clock.now_s()), tagged))
+            self._spawn(wanted, self._share(wanted, tagged))
 
     async def close(self) -> None:
         tasks = list(self._tasks.values())
@@ -173,13 +178,35 @@ class ResourceLists:
             self._later(wanted.key, wanted.interval_s)
             shared = shared or await wanted.shared()
             if shared is None or shared.denied:
-                await wanted.share(int(self._clock.now_s()), denied=str(denied))
+                await self._share(wanted, denied=str(denied))
             return
         self._later(wanted.key, wanted.interval_s)
-        await wanted.share(int(self._clock.now_s()), tagged)
+        await self._share(wanted, tagged)
+
+    async def _share(self, wanted: _List, tagged: Sequence[Tagged] = (), denied: str = "") -> None:
+        now_s = self._clock.monotonic_s()
+        listed = ResourceList(int(self._clock.now_s()), wanted.resources.types, tuple(tagged), denied)
+        said = await asyncio.to_thread(_said, listed)
+        put_s, before = self._put.get(wanted.key, (0.0, b""))
+        if said == before and now_s < put_s + SHARED_S:
+            return
+        await wanted.share(listed)
+        self._put.pop(wanted.key, None)
+        self._put[wanted.key] = now_s, said
+        while len(self._put) > LISTS_MAX:
+            del self._put[next(iter(self._put))]
 
     def _later(self, key: Key, after_s: float, wait_s: float = 0.0) -> None:
         self._next.pop(key, None)
         self._next[key] = self._clock.monotonic_s() + after_s, wait_s
         while len(self._next) > LISTS_MAX:
             del self._next[next(iter(self._next))]
+
+
+def _said(listed: ResourceList) -> bytes:
+    """A hash of all but the time."""
+    content = orjson.dumps(
+        (listed.types, sorted(listed.resources, key=lambda one: one[0]), bool(listed.denied)),
+        option=orjson.OPT_SORT_KEYS,
+    )
+    return blake2b(content, digest_size=16).digest()
