@@ -34,7 +34,7 @@ from tests.helm_chart import (
     values_of,
 )
 from workers import exporter, reading
-from workers.names import landing_group
+from workers.names import landing_group, remote_write_group
 
 MADE = "run `make helm-docs`"
 CRDS = "PodMonitor,PrometheusRule,ScaledObject,TriggerAuthentication"
@@ -448,7 +448,7 @@ def test_a_remote_writer_has_its_pods_name_and_its_receivers_are_let_out_for_it_
 def test_lag_of_each_receiver_is_a_trigger_of_its_own(rendered: Render) -> None:
     triggers = rendered("prometheus")["ScaledObject/headgate-remote-writer"]["spec"]["triggers"]
     assert [t["metadata"]["consumerGroup"] for t in triggers] == [
-        f"headgate.remote-write.prometheus-{n}" for n in (1, 2, 3)
+        remote_write_group(Kafka(), f"prometheus-{n}") for n in (1, 2, 3)
     ]
     assert {t["metadata"]["topic"] for t in triggers} == {"headgate.raw"}
 
