@@ -309,7 +309,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--prometheus",
         type=_servers,
         metavar="auto|off|N",
-        help="Prometheus servers that take remote write, each its share of the accounts; auto: one, where `prometheus` is on the PATH. "
+        help="Prometheus servers that take remote write, each its share of the accounts; auto: one, where `prometheus` is on the PATH, or HEADGATE_PROMETHEUS names it. "
         "With a number and --once the exit code is also about what they hold",
     )
     parser.set_defaults(run=run)
