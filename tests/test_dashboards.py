@@ -12,15 +12,16 @@ import promql_parser
 import pytest
 
 from shard_config.known import shipped_services
+from shard_config.load import load
 from shard_config.recording import recordings_of
 from shard_config.series_names import metric_name
 from tests.prometheus_server import PrometheusServer, needs_prometheus
 from tests.worker_metrics import metrics_of_workers
-from workers import service_dashboards
 from workers.cli import main
 from workers.dashboards import files
 from workers.grafana import COLUMNS, Dashboard, Panel, Query, Row, Variable, made
-from workers.service_dashboards import GROUPS, Shown
+from workers.own_dashboards import OWN
+from workers.service_groups import GROUPS
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "helm/headgate/files/dashboards"
@@ -120,19 +121,50 @@ def test_every_metric_of_aws_is_one_that_a_shipped_profile_makes_and_every_recor
     assert {m for m in asked if m.startswith("account_region:")} - recorded == set()
 
 
-def test_every_shipped_service_is_on_a_dashboard() -> None:
-    assert {name for *_, services in GROUPS for name, *_ in services} == set(shipped_services())
+def test_every_shipped_service_is_on_a_dashboard_with_all_that_is_meant_to_be_seen_of_it() -> None:
+    rows = [row for group in GROUPS for row in group.services]
+    assert {row.service for row in rows} == set(shipped_services())
+    wanted = sum(1 + bool(one.worst) for row in rows for one in row.shown)
+    boards = [BOARDS[f"{group.name}.json"] for group in GROUPS]
+    assert sum(len(panels_of(board)) for board in boards) == wanted
+    lines = sum(len(one.stats) + bool(one.worst) for row in rows for one in row.shown)
+    assert sum(len(panel["targets"]) for board in boards for panel in panels_of(board)) == lines
 
 
-def test_a_panel_cannot_ask_for_what_is_not_collected() -> None:
-    ec2 = shipped_services()["ec2"]
-    for wrong in (
-        Shown("x", "CPUUtilisation", ("Average",)),
-        Shown("x", "CPUUtilization", ("p99",)),
-        Shown("x", "CPUUtilization", ("Average",), as_sum=True),
-    ):
-        with pytest.raises(KeyError):
-            service_dashboards._row(ec2, "EC2", (wrong,))
+CONFIGURED = """
+accounts: [{id: "100000000001", regions: [eu-west-1], services: [ec2, s3]}]
+services:
+  ec2:
+    settling_s: 1200
+    metrics: [{name: CPUUtilization, statistics: [Average]}, {name: NetworkIn, statistics: [Sum]}]
+remote_write: {snake_case: true, receivers: [{name: p1, url: "http://p1/api/v1/write"}], names: NAMES}
+"""
+
+
+def test_a_configurations_dashboards_have_what_it_collects_as_late_as_it_comes(tmp_path: Path) -> None:
+    path = tmp_path / "headgate.yaml"
+    path.write_text(CONFIGURED.replace("NAMES", "yace"))
+    assert main(["dashboards", "--config", str(path), "--out", str(tmp_path / "out")]) == 0
+    boards = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "out").iterdir()}
+    assert boards.keys() - {board.uid.removeprefix("headgate-") for board in OWN} == {"compute", "storage"}
+    shown = {panel["title"]: panel["targets"] for panel in panels_of(boards["compute"])}
+    assert shown.keys() == {"CPU", "Network in"}
+    assert [target["legendFormat"].split()[-1] for target in shown["CPU"]] == ["average"]
+    config = load(path, environ={})
+    recorded = {record.name for recording in recordings_of(config) for record in recording.records}
+    asked = {m for board in boards.values() for e in expressions_of(board) for m in metrics_of(e)}
+    assert {m for m in asked if m.startswith("account_region:")} <= recorded
+    assert shown["Network in"][0]["expr"].endswith("offset -26m) / 60")
+    storage = " ".join(expressions_of(boards["storage"]))
+    assert "dimension_bucket_name" in storage
+
+
+def test_names_that_are_not_yaces_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "headgate.yaml"
+    path.write_text(CONFIGURED.replace("NAMES", "headgate"))
+    assert main(["dashboards", "--config", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert "remote_write.names" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @every_board

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from prometheus_client import REGISTRY
 
 from ingest.clock import ManualClock
 from ingest.collect import Collector
 from ingest.errors import Transient
+from ingest.ledger import Ledger
 from ingest.membership import GroupLook
 from ingest.reassign import Planned
 from ingest.sources.cloudwatch import CloudWatchSource
-from shard_config.model import Config, Kafka
+from shard_config.model import Config, Kafka, Postgres
 from shard_config.units import UnitPlan
 from tests.cloudwatch_rig import ACCOUNTS, CLOCK, REGION, item_of, looked, rig, target_of
+from tests.conftest import eventually
 from tests.fake_log import FakeBroker, FakeSender
 from tests.fakes import FakeArchive
 from tests.test_collect import NOON_S, TOPICS, FakeSource, task_of
+from tests.test_coordinator import World
 from tests.test_ledger import Store, ledger_database, store
+from workers.coordinator import LAST_PLAN
+from workers.lifecycle import Lifecycle
 from workers.shards import Board, Publisher
 from workers.simulated.faults import Faults
 from workers.troubles import STRANGER_S, Troubles
@@ -101,6 +108,24 @@ def metric(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
+async def test_when_the_coordinator_planned_last_stands_still_while_kafka_is_away() -> None:
+    world, lifecycle = World(), Lifecycle()
+    LAST_PLAN.set(0)
+    world.broker.down = True
+    running = asyncio.create_task(world.coordinator.run(lifecycle))
+    await asyncio.sleep(0.05)
+    assert metric("headgate_coordinator_last_plan_timestamp_seconds") == 0
+    world.broker.down = False
+
+    async def planned() -> bool:
+        return metric("headgate_coordinator_last_plan_timestamp_seconds") == world.clock.now_s()
+
+    await eventually(planned)
+    lifecycle.stop.set()
+    async with asyncio.timeout(10):
+        await running
+
+
 def test_the_coordinator_says_which_live_shard_has_how_many_slots_and_how_many_nobody_has() -> None:
     units = UnitPlan(
         {"cloudwatch/a/r": 0, "cloudwatch/b/r": 3}, {"cloudwatch/a/r": 5.0, "cloudwatch/b/r": 7.0}
@@ -127,3 +152,17 @@ async def test_the_stores_size_shows_beside_what_it_may_grow_to(store: Store) ->
     assert metric("headgate_store_capacity_bytes", sink="postgres") == 10_000_000_000
     upkeep.configure(Config())
     assert REGISTRY.get_sample_value("headgate_store_capacity_bytes", {"sink": "postgres"}) is None
+
+
+async def test_when_the_ledger_was_read_last_is_in_prometheus_own_time_and_stands_still_while_it_is_away(
+    store: Store,
+) -> None:
+    shifted = Config.model_validate({"run": {"clock_offset_s": -86_400}})
+    clock = ManualClock(NOON_S)
+    await Upkeep(store.ledger, shifted, clock).observe()
+    assert metric("headgate_ledger_observed_timestamp_seconds") == NOON_S + 86_400
+    clock.advance(60)
+    away = Ledger(Postgres(dsn="postgresql://127.0.0.1:1/nothing"), "test", {})
+    with pytest.raises(Transient):
+        await Upkeep(away, shifted, clock).observe()
+    assert metric("headgate_ledger_observed_timestamp_seconds") == NOON_S + 86_400
