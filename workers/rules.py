@@ -200,7 +200,7 @@ def run_import(args: argparse.Namespace) -> int:
         raise ConfigErrors([ConfigError(
             str(args.config), 0, "remote_write.names", f"is {config.remote_write.names}: there are no series of YACE's names", "names: yace"
         )])  # fmt: skip
-    text = _read(args.file)
+    text = read_text(args.file)
     write = config.remote_write if config else None
     after, outcomes = migrated(text, str(args.file), late_names(config), write)
     told = sys.stderr if args.out is None else sys.stdout
@@ -212,7 +212,7 @@ def run_import(args: argparse.Namespace) -> int:
             f"{args.file}: {count['migrated']} rules migrated, {count['refused']} not. Rules that ask for other series stay as they are.",
             *outcomes, sep="\n", file=told,
         )  # fmt: skip
-    _write(args.out, after)
+    write_new(args.out, after)
     return 1 if any(one.verdict == "refused" for one in outcomes) else 0
 
 
@@ -222,7 +222,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file that somebody wrote for another program. Raises ConfigErrors."""
     try:
         with path.open("rb") as file:
             return file.read(SIZE_BYTES_MAX + 1).decode()
@@ -232,7 +233,8 @@ def _read(path: Path) -> str:
         raise ConfigErrors([ConfigError(str(path), 0, "", "not UTF-8 text")]) from error
 
 
-def _write(out: Path | None, text: str) -> None:
+def write_new(out: Path | None, text: str) -> None:
+    """To a file where nothing is yet, or to stdout. Raises HeadgateError."""
     if out is None:
         print(text, end="")
         return

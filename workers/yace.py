@@ -8,14 +8,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from ingest.errors import HeadgateError
-from shard_config.document import SIZE_BYTES_MAX, ConfigError, ConfigErrors
+from shard_config.document import ConfigError, ConfigErrors
 from shard_config.load import loads
 from shard_config.yace import read
 from shard_config.yace_jobs import Note
 from shard_config.yace_plan import Plan, plan_of, render
 from shard_config.yace_series import lines_of, write_of
-from workers.rules import register_import
+from workers.rules import read_text, register_import, write_new
 
 LINES_MAX = 8
 """Lines of the file that a note names."""
@@ -25,14 +24,7 @@ def translated(
     path: Path, account: str, write_url: str = "", *, snake_case: bool = False
 ) -> tuple[Plan, str]:
     """The plan and our file, with `remote_write` where there is a URL for it. Raises ConfigErrors for a file that YACE would not take, or that we cannot read."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(SIZE_BYTES_MAX + 1).decode()
-    except OSError as error:
-        raise ConfigErrors([ConfigError(str(path), 0, "", f"cannot be read: {error.strerror}")]) from error
-    except UnicodeDecodeError as error:
-        raise ConfigErrors([ConfigError(str(path), 0, "", "not UTF-8 text")]) from error
-    reading = read(text, str(path), account)
+    reading = read(read_text(path), str(path), account)
     plan = plan_of(reading)
     if write_url:
         write = write_of(reading, plan)
@@ -118,16 +110,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigErrors([ConfigError("--labels-snake-case", 0, "", what)])
     plan, written = translated(args.file, args.account, args.remote_write, snake_case=args.labels_snake_case)
     print("\n".join(report(plan)), file=sys.stderr)
+    write_new(args.out, written)
     if args.out is None:
-        print(written, end="")
         return 0
-    try:
-        with args.out.open("x") as file:
-            file.write(written)
-    except OSError as error:
-        raise HeadgateError(
-            str(args.out), f"cannot be written: {error.strerror}", "choose another --out"
-        ) from error
     print(
         f"{args.out} is written. Next: headgate check {args.out}; what it costs a month: headgate quote --config {args.out}; whether it is "
         f"allowed: headgate preflight --config {args.out} --limit-accounts 5",
