@@ -14,6 +14,7 @@ What a restart must know travels as a note beside the committed offset (`Note`).
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,8 +48,8 @@ from shard_config.model import Limits
 
 _log = structlog.get_logger()
 
-WRITE_SAMPLES_MAX: Final = 50_000
-"""Of one write: a second's work or so, so that a process that has to stop, does."""
+WRITE_SAMPLES_MAX: Final = 20_000
+"""Of one write: some tenths of a second of work, in which the group's heartbeats wait."""
 IN_ORDER_S: Final = 3600
 """Prometheus takes nothing older than an hour before its newest, whatever its window (half of the two hours of a block)."""
 PLACES_MAX: Final = 4_096
@@ -195,12 +196,13 @@ class Forwarder:
 
     # --- in -----------------------------------------------------------------------------------------------------
 
-    def take(self, records: Sequence[Record]) -> None:
+    async def take(self, records: Sequence[Record]) -> None:
         """Records, in order within each partition. Nothing is sent: that is what `send` does.
 
         Raises Transient where series cannot be named yet: then take the same again, what was taken is passed over.
         """
         for record in records:
+            await asyncio.sleep(0)  # a record met for the first time takes 20 ms, and heartbeats wait meanwhile
             progress = self._progress.get(record.position.partition)
             if progress is None or record.position.offset < progress.next:
                 continue

@@ -171,7 +171,7 @@ class World:
         """Read what there is, at most so many records, and send what is due."""
         some = self.log[self.read : self.read + records_max]
         self.read += len(some)
-        self.forwarder.take(some)
+        await self.forwarder.take(some)
         if self.read == len(self.log):
             self.forwarder.caught_up([0])
         while await self.forwarder.send():
@@ -319,7 +319,7 @@ async def test_past_its_bytes_it_is_full_and_what_has_settled_makes_room() -> No
     world.start(bytes_max=2**20)
     for minute in range(-60, 10):
         world.write((1, minute, float(minute)))
-    world.forwarder.take(world.log)
+    await world.forwarder.take(world.log)
     assert world.forwarder.full
     world.read = len(world.log)
     await world.go_on()

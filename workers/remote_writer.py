@@ -153,7 +153,7 @@ class Courier:
         self.forwarder.close()
 
     async def _take(self, records: Sequence[Record]) -> Mapping[int, Committable]:
-        self.forwarder.take(records)
+        await self.forwarder.take(records)
         if not records:
             self.forwarder.caught_up(self._reader.consumer.caught_up())
         for batch in self.beside.zeros():

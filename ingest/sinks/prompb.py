@@ -28,7 +28,7 @@ LABEL_NAME_BYTES_MAX = 1_024
 LABEL_VALUE_BYTES_MAX = 16 * 1024
 KEPT_NAMES_MAX = 4_096
 """Sets of label names that were looked at and are not looked at again."""
-KEPT_SERIES_MAX = 65_536
+KEPT_SERIES_MAX = 262_144
 """Series whose encoded labels are kept; together with their labels 1 to 2 kB each."""
 
 TIMESTAMP_MS_MIN: Final = 1 << 35
