@@ -654,6 +654,8 @@ async def test_nothing_is_wider_than_the_screen_and_text_can_be_read(
         await browser.open(here.url, width=width, dark=dark)
         await browser.until(SHOWN)
         assert await browser.run("document.documentElement.scrollWidth") <= width
+        overflowing = "[...document.querySelectorAll('.tile, .tile .value')].filter(e => e.scrollWidth > e.clientWidth).length"
+        assert await browser.run(overflowing) == 0
         ink, paper = await browser.run("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")  # fmt: skip
         bright = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
         assert (bright[0] > bright[1]) == dark
