@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -108,6 +109,17 @@ class State:
         row = self.db.execute(query, values).fetchone()
         return None if row is None else row[0]
 
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All of it or nothing; and one write to the disk."""
+        self.db.execute("BEGIN")
+        try:
+            yield
+        except BaseException:
+            self.db.execute("ROLLBACK")
+            raise
+        self.db.execute("COMMIT")
+
     # --- what is remembered of the comparison itself --------------------------------------------------------------
 
     def get(self, name: str) -> Any:
@@ -136,8 +148,7 @@ class State:
         before_s = self.one("SELECT max(at_s) FROM scrapes WHERE url = ? AND problem = ''", url)
         room = PENDING_MAX - (self.one("SELECT count(*) FROM pending") or 0)
         count = 0
-        self.db.execute("BEGIN")
-        try:
+        with self.transaction():
             for chunk in _chunks(lines, LINES_A_STEP):
                 theirs: list[tuple[Any, ...]] = []
                 values: list[tuple[Any, ...]] = []
@@ -177,10 +188,6 @@ class State:
             self.db.execute(
                 "INSERT INTO scrapes (url, at_s, lines, problem) VALUES (?, ?, ?, '')", (url, at_s, count)
             )
-            self.db.execute("COMMIT")
-        except BaseException:
-            self.db.execute("ROLLBACK")
-            raise
         return count
 
     def _count(self, url: int, line: Line) -> None:
@@ -194,12 +201,18 @@ class State:
     # --- our series -----------------------------------------------------------------------------------------------
 
     def put_ours(self, rows: Sequence[tuple[Any, ...]]) -> None:
-        """(key, id, name, account, region, service, said, period_s, rank, read_s), `said` being `compare_store.said_of`; of two with one key that of the greater rank stays."""
-        self.db.executemany(
-            "INSERT INTO ours VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL) ON CONFLICT (key) DO UPDATE SET id = excluded.id, service = excluded.service,"
-            " said = excluded.said, period_s = excluded.period_s, rank = excluded.rank, read_s = excluded.read_s WHERE excluded.rank >= rank",
-            rows,
-        )
+        """(key, id, name, account, region, service, said, period_s, rank, read_s); of two with one key that of the greater rank stays."""
+        with self.transaction():
+            self.db.executemany(
+                "INSERT INTO ours VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL) ON CONFLICT (key) DO UPDATE SET id = excluded.id, service = excluded.service,"
+                " said = excluded.said, period_s = excluded.period_s, rank = excluded.rank, read_s = excluded.read_s WHERE excluded.rank >= rank",
+                rows,
+            )
+
+    def set_living(self, rows: Sequence[tuple[int, int]]) -> None:
+        """(1 or 0, key) of series of ours."""
+        with self.transaction():
+            self.db.executemany("UPDATE ours SET live = ? WHERE key = ?", rows)
 
     # --- values ---------------------------------------------------------------------------------------------------
 
@@ -228,26 +241,27 @@ class State:
 
     def judged(self, found: Iterable[tuple[Ripe, Judged]]) -> None:
         """Count verdicts, keep examples of those that are not good, and forget the values."""
-        self.db.execute("BEGIN")
-        for ripe, one in found:
-            shown, ours = one.shown, one.ours
-            lag_s = shown.at_s - ours.timestamp_s if ours is not None and one.verdict is Verdict.EQUAL else 0
-            self.db.execute(
-                "INSERT INTO verdicts VALUES (?, ?, ?, ?, 1, ?) ON CONFLICT DO UPDATE SET n = n + 1, lag_s = lag_s + excluded.lag_s",
-                (ripe.account, ripe.region, ripe.service, one.verdict, lag_s),
-            )
-            if lag_s and shown.timestamp_s is None:
-                self.db.execute(
-                    "INSERT INTO spans VALUES (?, ?) ON CONFLICT DO UPDATE SET lag_s = max(lag_s, excluded.lag_s)",
-                    (ripe.name, lag_s),
+        with self.transaction():
+            for ripe, one in found:
+                shown, ours = one.shown, one.ours
+                lag_s = (
+                    shown.at_s - ours.timestamp_s if ours is not None and one.verdict is Verdict.EQUAL else 0
                 )
-            if one.verdict not in (Verdict.EQUAL, Verdict.NEITHER):
-                self._example(one)
-            self.db.execute(
-                "DELETE FROM pending WHERE at_s = ? AND name = ? AND key = ? AND ts = ?",
-                (shown.at_s, ripe.name, shown.key, shown.timestamp_s or 0),
-            )
-        self.db.execute("COMMIT")
+                self.db.execute(
+                    "INSERT INTO verdicts VALUES (?, ?, ?, ?, 1, ?) ON CONFLICT DO UPDATE SET n = n + 1, lag_s = lag_s + excluded.lag_s",
+                    (ripe.account, ripe.region, ripe.service, one.verdict, lag_s),
+                )
+                if lag_s and shown.timestamp_s is None:
+                    self.db.execute(
+                        "INSERT INTO spans VALUES (?, ?) ON CONFLICT DO UPDATE SET lag_s = max(lag_s, excluded.lag_s)",
+                        (ripe.name, lag_s),
+                    )
+                if one.verdict not in (Verdict.EQUAL, Verdict.NEITHER):
+                    self._example(one)
+                self.db.execute(
+                    "DELETE FROM pending WHERE at_s = ? AND name = ? AND key = ? AND ts = ?",
+                    (shown.at_s, ripe.name, shown.key, shown.timestamp_s or 0),
+                )
 
     def _example(self, one: Judged) -> None:
         if self.one("SELECT count(*) FROM examples WHERE verdict = ?", one.verdict) >= EXAMPLES_MAX:
@@ -267,21 +281,20 @@ class State:
         self, example: tuple[str, int, int, int], of: tuple[str, str, str], verdict: Verdict, note: str
     ) -> None:
         """Give an example (verdict, key, at_s, ts) of an account, region and service another verdict, or the same, and say why."""
-        self.db.execute("BEGIN")
-        self.db.execute(
-            "UPDATE OR REPLACE examples SET verdict = ?, note = ? WHERE verdict = ? AND key = ? AND at_s = ? AND ts = ?",
-            (verdict, note, *example),
-        )
-        if verdict != example[0]:
+        with self.transaction():
             self.db.execute(
-                "UPDATE verdicts SET n = n - 1 WHERE account = ? AND region = ? AND service = ? AND verdict = ?",
-                (*of, example[0]),
+                "UPDATE OR REPLACE examples SET verdict = ?, note = ? WHERE verdict = ? AND key = ? AND at_s = ? AND ts = ?",
+                (verdict, note, *example),
             )
-            self.db.execute(
-                "INSERT INTO verdicts VALUES (?, ?, ?, ?, 1, 0) ON CONFLICT DO UPDATE SET n = n + 1",
-                (*of, verdict),
-            )
-        self.db.execute("COMMIT")
+            if verdict != example[0]:
+                self.db.execute(
+                    "UPDATE verdicts SET n = n - 1 WHERE account = ? AND region = ? AND service = ? AND verdict = ?",
+                    (*of, example[0]),
+                )
+                self.db.execute(
+                    "INSERT INTO verdicts VALUES (?, ?, ?, ?, 1, 0) ON CONFLICT DO UPDATE SET n = n + 1",
+                    (*of, verdict),
+                )
 
 
 def _chunks(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:

@@ -23,8 +23,8 @@ from ingest.model import SourceName
 from shard_config.model import Config, ServiceProfile
 from shard_config.price import Prices, statistics_share
 
-RIPE_A_STEP: Final = 10_000
-STEPS_MAX: Final = 50
+RIPE_A_STEP: Final = 4_000
+STEPS_MAX: Final = 100
 """Of one round: what is left waits for the next."""
 HORIZON_S: Final = 3600
 """So far back a value without a timestamp is looked for; three periods where that is longer."""
@@ -102,9 +102,7 @@ async def find_living(
             times = range(newest_s, min(from_s, newest_s) - PROBES * period_s, -period_s)
             asked += [(id_, t) for t in list(times)[:PROBES]]
         found = await points(connection, asked)
-        state.db.executemany(
-            "UPDATE ours SET live = ? WHERE key = ?", [(int(id_ in found), key) for key, id_, _, _ in some]
-        )
+        state.set_living([(int(id_ in found), key) for key, id_, _, _ in some])
 
 
 # --- values ---------------------------------------------------------------------------------------------------
