@@ -36,14 +36,17 @@ class Delay:
     latest_s: int
     """As of so long ago everything is there: the offset of a query that wants whole data."""
     batched: bool
-    """Points come several at once, a poll's worth: the newest alone would pass over the others."""
+    """Points come as a poll brings them, several at once as a rule: the newest alone would pass over the others, or be held for too long."""
     refused: str = ""
     """Why receivers will not take its points, and what to set; empty: they do."""
 
     @property
     def newest_s(self) -> int:
-        """The newest point of a series that reports each period is never older than this."""
-        return self.latest_s + self.period_s
+        """The newest point of a series that reports each period is not older than this, in settled mode.
+
+        No more than that: a point that comes once must not be seen for longer than Prometheus looks back on fresh ones.
+        """
+        return max(self.latest_s, self.earliest_s + self.period_s + PIPELINE_S)
 
 
 def delay_of(profile: ServiceProfile, receivers: Sequence[Receiver] = ()) -> Delay:
@@ -67,7 +70,7 @@ def delay_of(profile: ServiceProfile, receivers: Sequence[Receiver] = ()) -> Del
         profile.period_s,
         profile.period_s if arrived else settled_s,
         latest_s,
-        arrived and profile.period_s < profile.poll_interval_s,
+        arrived,
         refused,
     )
 

@@ -78,14 +78,13 @@ def rewrite(text: str, names: LateNames) -> Rewritten:
     _refuse(moving)
     metrics = [m for one in moving for m in one.metrics]
     latest_s = max(m.delay.latest_s for m in metrics)
-    period_s = max(m.delay.period_s for m in metrics)
     # The newest point is enough where a rule asks for nothing but instants, and sees each point in turn.
     shifted = (
         _has_subquery(tree)
         or any(m.delay.batched for m in metrics)
         or any(one.selector.offset is not None or one.selector.range is not None for one in moving)
     )
-    by_s = latest_s if shifted else _minutes(latest_s + period_s)
+    by_s = latest_s if shifted else _minutes(max(m.delay.newest_s for m in metrics))
     change = _shift if shifted else _newest
     edits = {i: change(one, by_s) for i, one in enumerate(late) if one.moves}
     all_edits = sorted(itertools.chain.from_iterable(edits.values()), key=lambda edit: edit[:2])

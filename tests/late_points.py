@@ -16,6 +16,7 @@ from shard_config.remote_write import Receiver
 from tests.prometheus_server import PrometheusServer
 
 MINUTE_S = 60
+TOOK_S = 5
 Points = Mapping[int, float]
 """Second → value."""
 
@@ -25,13 +26,13 @@ def labels(metric: str, /, **others: str) -> LabelSet:
 
 
 def seen_s(ts_s: int, settling_s: int = 0) -> int:
-    """When a point of a minute has come in arrived mode: CloudWatch has it a minute after its end, the next poll brings it, which takes 25 s."""
-    return math.ceil((ts_s + 2 * MINUTE_S) / 300) * 300 + 25
+    """When a point of a minute has come in arrived mode: CloudWatch has it a minute after its end, the next poll brings it, which takes 5 s."""
+    return math.ceil((ts_s + 2 * MINUTE_S) / 300) * 300 + TOOK_S
 
 
 def sent_s(ts_s: int, settling_s: int) -> int:
     """The same in settled mode."""
-    return max(seen_s(ts_s), ts_s + MINUTE_S + settling_s + 25)
+    return max(seen_s(ts_s), ts_s + MINUTE_S + settling_s + TOOK_S)
 
 
 class Feed:

@@ -54,7 +54,7 @@ def config_of(services: str = "ec2", own: str = "", window_s: int = 0, names: st
 def test_a_point_has_come_by_the_look_that_seals_its_window_and_a_minute_for_the_way() -> None:
     ec2 = delay_of(shipped_services()["ec2"])
 
-    assert (ec2.earliest_s, ec2.latest_s, ec2.newest_s) == (60 + 600, 300 + 600 + 60, 300 + 600 + 60 + 60)
+    assert (ec2.earliest_s, ec2.latest_s, ec2.newest_s) == (60 + 600, 300 + 600 + 60, 300 + 600 + 60)
 
 
 @pytest.mark.parametrize("service", sorted(shipped_services()))
@@ -90,24 +90,24 @@ def test_a_duration_is_spoken_as_promql_writes_it(seconds: int, text: str) -> No
 
 WRITTEN = [
     # the original, with settled points, with points that come a poll at once
-    (f"{CPU} > 90", f"last_over_time({CPU}[17m]) > 90", f"{CPU} offset 16m > 90"),
-    (f'{CPU}{{a="b"}}>90', f'last_over_time({CPU}{{a="b"}}[17m])>90', f'{CPU}{{a="b"}} offset 16m>90'),
-    (f'{CPU}{{a="}} {DB_CPU}"}}', f'last_over_time({CPU}{{a="}} {DB_CPU}"}}[17m])', f'{CPU}{{a="}} {DB_CPU}"}} offset 16m'),
-    (f"sum by (x) ({CPU})", f"sum by (x) (last_over_time({CPU}[17m]))", f"sum by (x) ({CPU} offset 16m)"),
-    (f"sum({CPU}) by (x)", f"sum(last_over_time({CPU}[17m])) by (x)", f"sum({CPU} offset 16m) by (x)"),
-    (f"-{CPU}", f"-last_over_time({CPU}[17m])", f"-{CPU} offset 16m"),
-    (f"topk(3, {CPU})", f"topk(3, last_over_time({CPU}[17m]))", f"topk(3, {CPU} offset 16m)"),
-    (f"absent({CPU})", f"absent_over_time({CPU}[17m])", f"absent({CPU} offset 16m)"),
-    (f"absent({CPU} > 5)", f"absent(last_over_time({CPU}[17m]) > 5)", f"absent({CPU} offset 16m > 5)"),
-    (f"{CPU} and on (name) aws_ec2_info", f"last_over_time({CPU}[17m]) and on (name) aws_ec2_info", f"{CPU} offset 16m and on (name) aws_ec2_info"),
-    (f"{CPU} * on (name) group_left ({CPU}) up", f"last_over_time({CPU}[17m]) * on (name) group_left ({CPU}) up", f"{CPU} offset 16m * on (name) group_left ({CPU}) up"),
-    (f'{CPU}{{a="b"}}and up', f'last_over_time({CPU}{{a="b"}}[17m])and up', f'{CPU}{{a="b"}} offset 16m and up'),
-    (f"sum({ERRORS}) or vector(0)", f"sum(last_over_time({ERRORS}[17m])) or vector(0)", f"sum({ERRORS} offset 16m) or vector(0)"),
-    (f"{CPU} @ end()", f"last_over_time({CPU}[17m] @ end())", f"{CPU} offset 16m @ end()"),
-    (f'{{__name__="{CPU}"}}', f'last_over_time({{__name__="{CPU}"}}[17m])', f'{{__name__="{CPU}"}} offset 16m'),
-    ('{__name__=~"aws_ec2_.*"}', 'last_over_time({__name__=~"aws_ec2_.*"}[17m])', '{__name__=~"aws_ec2_.*"} offset 16m'),
+    (f"{CPU} > 90", f"last_over_time({CPU}[16m]) > 90", f"{CPU} offset 16m > 90"),
+    (f'{CPU}{{a="b"}}>90', f'last_over_time({CPU}{{a="b"}}[16m])>90', f'{CPU}{{a="b"}} offset 16m>90'),
+    (f'{CPU}{{a="}} {DB_CPU}"}}', f'last_over_time({CPU}{{a="}} {DB_CPU}"}}[16m])', f'{CPU}{{a="}} {DB_CPU}"}} offset 16m'),
+    (f"sum by (x) ({CPU})", f"sum by (x) (last_over_time({CPU}[16m]))", f"sum by (x) ({CPU} offset 16m)"),
+    (f"sum({CPU}) by (x)", f"sum(last_over_time({CPU}[16m])) by (x)", f"sum({CPU} offset 16m) by (x)"),
+    (f"-{CPU}", f"-last_over_time({CPU}[16m])", f"-{CPU} offset 16m"),
+    (f"topk(3, {CPU})", f"topk(3, last_over_time({CPU}[16m]))", f"topk(3, {CPU} offset 16m)"),
+    (f"absent({CPU})", f"absent_over_time({CPU}[16m])", f"absent({CPU} offset 16m)"),
+    (f"absent({CPU} > 5)", f"absent(last_over_time({CPU}[16m]) > 5)", f"absent({CPU} offset 16m > 5)"),
+    (f"{CPU} and on (name) aws_ec2_info", f"last_over_time({CPU}[16m]) and on (name) aws_ec2_info", f"{CPU} offset 16m and on (name) aws_ec2_info"),
+    (f"{CPU} * on (name) group_left ({CPU}) up", f"last_over_time({CPU}[16m]) * on (name) group_left ({CPU}) up", f"{CPU} offset 16m * on (name) group_left ({CPU}) up"),
+    (f'{CPU}{{a="b"}}and up', f'last_over_time({CPU}{{a="b"}}[16m])and up', f'{CPU}{{a="b"}} offset 16m and up'),
+    (f"sum({ERRORS}) or vector(0)", f"sum(last_over_time({ERRORS}[16m])) or vector(0)", f"sum({ERRORS} offset 16m) or vector(0)"),
+    (f"{CPU} @ end()", f"last_over_time({CPU}[16m] @ end())", f"{CPU} offset 16m @ end()"),
+    (f'{{__name__="{CPU}"}}', f'last_over_time({{__name__="{CPU}"}}[16m])', f'{{__name__="{CPU}"}} offset 16m'),
+    ('{__name__=~"aws_ec2_.*"}', 'last_over_time({__name__=~"aws_ec2_.*"}[16m])', '{__name__=~"aws_ec2_.*"} offset 16m'),
     # services that are not equally late: the later one decides for both
-    (f"{CPU} / aws_kinesis_incoming_records_sum", f"last_over_time({CPU}[22m]) / last_over_time(aws_kinesis_incoming_records_sum[22m])", f"{CPU} offset 21m / aws_kinesis_incoming_records_sum offset 21m"),
+    (f"{CPU} / aws_kinesis_incoming_records_sum", f"last_over_time({CPU}[21m]) / last_over_time(aws_kinesis_incoming_records_sum[21m])", f"{CPU} offset 21m / aws_kinesis_incoming_records_sum offset 21m"),
     # what asks for more than instants is asked as of one time
     *((before, after, after) for before, after in (
         (f"avg_over_time({CPU}[5m])", f"avg_over_time({CPU}[5m] offset 16m)"),
@@ -169,8 +169,8 @@ def test_what_cannot_be_changed_with_certainty_is_refused_with_the_reason(expr: 
         rewrite(expr, SETTLED)
 
 
-def test_points_of_five_minutes_that_are_polled_each_five_minutes_come_one_by_one() -> None:
-    names = config_of("ec2", "ec2: {period_s: 300}", window_s=7200)
+def test_the_newest_point_is_in_reach_until_the_next_has_come() -> None:
+    names = config_of("ec2", "ec2: {period_s: 300}")
 
     assert rewrite(f"{CPU} > 90", names).text == f"last_over_time({CPU}[21m]) > 90"
 
@@ -187,7 +187,7 @@ def test_points_that_are_further_apart_than_prometheus_looks_back_are_asked_for_
 def test_a_shorter_settling_time_makes_rules_quicker() -> None:
     names = config_of("ec2", "ec2: {settling_s: 300}")
 
-    assert rewrite(f"{CPU} > 90", names).text == f"last_over_time({CPU}[12m]) > 90"
+    assert rewrite(f"{CPU} > 90", names).text == f"last_over_time({CPU}[11m]) > 90"
 
 
 def test_only_what_the_configuration_collects_is_known() -> None:
@@ -197,7 +197,7 @@ def test_only_what_the_configuration_collects_is_known() -> None:
 def test_a_service_of_which_all_is_collected_is_known_by_its_namespace() -> None:
     names = config_of("ec2, own", "own: {namespace: AWS/ES, metrics: all}")
 
-    assert rewrite("aws_es_nodes_average", names).text == "last_over_time(aws_es_nodes_average[17m])"
+    assert rewrite("aws_es_nodes_average", names).text == "last_over_time(aws_es_nodes_average[16m])"
 
 
 def test_a_rate_of_sums_is_pointed_out() -> None:
@@ -288,13 +288,13 @@ def test_a_file_keeps_comments_quotes_and_layout_byte_for_byte() -> None:
 
     changed = [(a, b) for a, b in zip(FILE.splitlines(), after.splitlines(), strict=True) if a != b]
     assert [b for _, b in changed] == [
-        f'        expr: last_over_time({CPU}{{dimension_InstanceId!=""}}[17m]) > 90   # percent',
-        f"        expr: 'sum by (account_id)(last_over_time({ERRORS}{{x=''y''}}[17m])) > 0'",
-        f'        expr: "absent_over_time({CPU}{{x=\\"y\\"}}[17m])and up"',
-        f"            last_over_time({CPU}[17m])   # it",
-        f"            count(last_over_time({CPU}[17m]))",
+        f'        expr: last_over_time({CPU}{{dimension_InstanceId!=""}}[16m]) > 90   # percent',
+        f"        expr: 'sum by (account_id)(last_over_time({ERRORS}{{x=''y''}}[16m])) > 0'",
+        f'        expr: "absent_over_time({CPU}{{x=\\"y\\"}}[16m])and up"',
+        f"            last_over_time({CPU}[16m])   # it",
+        f"            count(last_over_time({CPU}[16m]))",
         f"          avg_over_time({DB_CPU}[5m] offset 16m)",
-        f"        expr: last_over_time({CPU}[17m])",
+        f"        expr: last_over_time({CPU}[16m])",
     ]
     assert [one.verdict for one in outcomes] == ["migrated"] * 6
     assert [one.line for one in outcomes] == [7, 11, 13, 15, 22, 29]
@@ -315,8 +315,8 @@ def test_each_change_says_why_and_by_how_much_later_an_alert_fires() -> None:
     _, outcomes = migrated(FILE, "rules.yml", SETTLED)
 
     assert str(outcomes[0]) == (
-        "rules.yml:7: alert Busy: asks for the newest point of the last 17m, because points of ec2 come 11m to 16m after the time that they carry; "
-        "it fires 11m to 17m after what it fires for, and a series that ends is seen for 17m, not 5m"
+        "rules.yml:7: alert Busy: asks for the newest point of the last 16m, because points of ec2 come 11m to 16m after the time that they carry; "
+        "it fires 11m to 16m after what it fires for, and a series that ends is seen until 16m after its last point"
     )
     assert "asks as of 16m ago" in str(outcomes[4])
     assert "is that the period that the threshold was made for?" in str(outcomes[1])
@@ -355,7 +355,7 @@ def test_what_cannot_be_migrated_is_left_and_listed_with_line_and_reason() -> No
     after, outcomes = migrated(REFUSED, "rules.yml", SETTLED)
 
     assert after == REFUSED.replace(
-        f"    expr: {CPU} > 1\n- name: b", f"    expr: last_over_time({CPU}[17m]) > 1\n- name: b"
+        f"    expr: {CPU} > 1\n- name: b", f"    expr: last_over_time({CPU}[16m]) > 1\n- name: b"
     )
     refused = {one.rule: (one.line, one.what) for one in outcomes if one.verdict == "refused"}
     assert list(refused) == ["alert Flow", "alert Age", "alert Template", "alert Offset"]
@@ -363,7 +363,7 @@ def test_what_cannot_be_migrated_is_left_and_listed_with_line_and_reason() -> No
         4,
         "not migrated: a range in it would be no YAML where it stands; write it in quotes",
     )
-    assert "17m:1m" in refused["alert Age"][1]
+    assert "16m:1m" in refused["alert Age"][1]
     assert "change that query by hand" in refused["alert Template"][1]
     assert "query_offset 20m" in refused["alert Offset"][1]
 

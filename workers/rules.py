@@ -128,7 +128,7 @@ def _how(rule: Rule, done: Rewritten) -> str:
     alert = rule.kind == "alert"
     if done.how == "newest":
         means = (
-            f"it fires {spoken(done.earliest_s)} to {spoken(done.by_s)} after what it fires for, and a series that ends is seen for {spoken(done.by_s)}, not 5m"
+            f"it fires {spoken(done.earliest_s)} to {spoken(done.by_s)} after what it fires for, and a series that ends is seen until {spoken(done.by_s)} after its last point"
             if alert
             else f"its values are those of {spoken(done.earliest_s)} to {spoken(done.by_s)} before"
         )
