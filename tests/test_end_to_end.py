@@ -91,6 +91,7 @@ def test_a_folder_of_traces_lands_as_its_files_say(tmp_path: Path) -> None:
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert landed_in(out / "samples.csv") == points_of(folder)
+    assert "live page: http://127.0.0.1:" in done.stdout
     summary = json.loads((out / "summary.json").read_text())
     assert summary["ok"]
     assert summary["metrics_billed"]["ledger"] == summary["metrics_billed"]["simulator"]
