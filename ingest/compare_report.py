@@ -7,7 +7,7 @@ ledger calls a gap, makes a comparison fail (`Report.ok`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Final
@@ -296,8 +296,10 @@ def values_of(state: State) -> list[Values]:
     )
 
 
-def examples_of(state: State, at_most: int) -> list[Example]:
-    """Values that are not equal, the gravest first."""
+def examples_of(
+    state: State, at_most: int, open_: Mapping[tuple[str, str], Sequence[OpenStretch]]
+) -> list[Example]:
+    """Values that are not equal, the gravest first; of what is missing here with the ledger's word on its window."""
     order = (
         Verdict.WRONG,
         Verdict.GAP_HERE,
@@ -309,15 +311,38 @@ def examples_of(state: State, at_most: int) -> list[Example]:
     found: list[Example] = []
     for verdict in order:
         rows = state.rows(
-            """SELECT o.account, o.region, o.said, o.period_s, e.at_s, e.ts, e.theirs, e.ours, e.ours_ts, e.observed_s, e.note FROM examples AS e JOIN ours AS o USING (key)
+            """SELECT o.account, o.region, o.service, o.said, o.period_s, e.at_s, e.ts, e.theirs, e.ours, e.ours_ts, e.observed_s, e.note FROM examples AS e JOIN ours AS o USING (key)
             WHERE verdict = ? ORDER BY e.at_s, e.key LIMIT ?""",
             verdict,
             at_most,
         )
-        for account, region, text, period_s, at_s, ts, theirs, ours, ours_ts, observed_s, note in rows:
+        for (
+            account,
+            region,
+            service,
+            text,
+            period_s,
+            at_s,
+            ts,
+            theirs,
+            ours,
+            ours_ts,
+            observed_s,
+            note,
+        ) in rows:
             series = describe(key_said(account, region, text, period_s))
+            if verdict is Verdict.GAP_HERE:
+                stretches = open_.get((str(Target(SourceName.CLOUDWATCH, account, region)), service), ())
+                note = _window(stretches, ts or at_s)
             found.append(Example(verdict, series, at_s, ts or None, theirs, ours, ours_ts, observed_s, note))
     return found[:at_most]
+
+
+def _window(stretches: Iterable[OpenStretch], at_s: int) -> str:
+    reasons = sorted({s.reason for s in stretches if s.start_s <= at_s < s.end_s})
+    if reasons:
+        return f"its window is open: {', '.join(r.replace('_', ' ') for r in reasons)}"
+    return "its window is sealed, declared or was never planned: headgate why"
 
 
 # --- money ----------------------------------------------------------------------------------------------------

@@ -458,10 +458,16 @@ async def test_a_value_that_is_wrong_and_a_point_that_is_missing_fail_the_compar
     assert report.verdict(Verdict.WRONG) == len(wrong) == 2  # both scrapes showed it
 
     await landed.execute("DELETE FROM samples WHERE ts = $1", at)
+    window = "INSERT INTO windows (target, service, window_start, window_end, settles_at, planned_at) VALUES ($1, 'ec2', $2, $3, $3, $2)"
+    target, start = f"cloudwatch/{ACCOUNTS[0]}/{REGION}", 1_795_524_000
+    await landed.execute(window, target, utc(start), utc(start + 300))
     async with yace(clock := ManualClock(FIRST_S)) as url:
         report = await compared(config, clock, url)
     assert report.verdict(Verdict.GAP_HERE) > 3
     assert not report.ok
+    notes = {(e.series[:12], e.note) for e in report.examples if e.verdict == "gap_here"}
+    assert (ACCOUNTS[0], "its window is open: no receipt") in notes
+    assert (ACCOUNTS[1], "its window is sealed, declared or was never planned: headgate why") in notes
 
 
 async def test_extra_series_are_told_apart_by_what_yace_asks_for(

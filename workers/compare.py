@@ -219,7 +219,7 @@ class Comparison:
             extra=tuple(extra_groups(state, reasons)),
             labels=tuple(labels),
             values=tuple(values_of(state)),
-            examples=tuple(examples_of(state, EXAMPLES_LISTED)),
+            examples=tuple(examples_of(state, EXAMPLES_LISTED, open_)),
             unsettled=state.one("SELECT count(*) FROM pending JOIN ours USING (key)"),
             bills=bills,
         )
