@@ -72,6 +72,10 @@ volumeMounts:
     mountPath: /etc/headgate-secrets
     readOnly: true
   {{- end }}
+  {{- if eq (.part | default "") "exporter" }}
+  - name: spool
+    mountPath: /tmp
+  {{- end }}
 {{- end -}}
 
 {{/* Of every container's env. Takes (root, suffix). */}}
@@ -131,6 +135,11 @@ volumes:
   - name: secrets
     secret:
       secretName: {{ . }}
+  {{- end }}
+  {{- if eq .part "exporter" }}
+  # Payloads of heavy tasks until they are published, half a gigabyte a task at most: on the node's disk, not in memory.
+  - name: spool
+    emptyDir: {sizeLimit: 4Gi}
   {{- end }}
 {{- end -}}
 
