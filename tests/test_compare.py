@@ -51,7 +51,7 @@ from ingest.sinks.migrate import migrate
 from ingest.sinks.partitions import create_partitions
 from shard_config.document import ConfigErrors
 from shard_config.load import shipped_services
-from shard_config.model import Account, Config, Postgres
+from shard_config.model import S3, Account, Config, Postgres
 from shard_config.remote_write import CustomTags, Receiver, RemoteWrite, ServiceSeries
 from tests.conftest import eventually
 from workers.cli import main
@@ -67,6 +67,7 @@ FIRST_S, SECOND_S = 1_795_524_391, 1_795_524_453
 PROFILES = [shipped_services()[name] for name in ("ec2", "sqs")]
 ACCOUNTS = account_ids(2)
 REGION = "eu-west-1"
+NO_ARCHIVE = S3(endpoint_url="http://127.0.0.1:1")
 WORLD = World(1, ACCOUNTS, (REGION,), 60, PROFILES)
 
 
@@ -312,7 +313,7 @@ def test_a_counter_that_starts_anew_is_counted_on() -> None:
 
 def config_of(dsn: str) -> Config:
     accounts = tuple(Account(id=a, regions=(REGION,), services=("ec2", "sqs")) for a in ACCOUNTS)
-    return Config(accounts=accounts, services=tuple(PROFILES), postgres=Postgres(dsn=dsn))
+    return Config(accounts=accounts, services=tuple(PROFILES), postgres=Postgres(dsn=dsn), s3=NO_ARCHIVE)
 
 
 def our_points(observed_s: int) -> Iterator[tuple[SeriesKey, list[tuple[int, float, int]]]]:
@@ -661,7 +662,9 @@ def test_the_command_looks_once_and_its_exit_code_says_whether_something_is_miss
     try:
         path = tmp_path / "headgate.yaml"
         accounts = [{"id": a, "regions": [REGION], "services": ["ec2", "sqs"]} for a in ACCOUNTS]
-        path.write_text(json.dumps({"accounts": accounts, "postgres": {"dsn": database}}))
+        path.write_text(
+            json.dumps({"accounts": accounts, "postgres": {"dsn": database}, "s3": NO_ARCHIVE.model_dump()})
+        )
         url = f"http://127.0.0.1:{server.server_port}/metrics"
         options = ["--once", "--config", str(path), "--csv-dir", str(tmp_path / "lists"), "--format", "json"]
         assert main(["compare", "yace", "--url", url, *options]) == 1
