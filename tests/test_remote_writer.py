@@ -12,14 +12,19 @@ import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from aiokafka import TopicPartition
+from aiokafka.admin import RecordsToDelete
 from prometheus_client import REGISTRY
+from rich.console import Console
 
 from ingest import wire
+from ingest.clock import SystemClock
 from ingest.log import Outgoing, Producer
 from ingest.model import Batch, Series, SeriesKey, Target, series_ids
 from ingest.ports import Record
@@ -31,8 +36,10 @@ from tests.conftest import eventually
 from tests.prometheus_server import PrometheusServer, needs_prometheus
 from workers import reload, remote_writer
 from workers.lifecycle import Lifecycle
+from workers.positions import receivers_places
 from workers.servers import free_ports, get_local
-from workers.setup import commit_starts, create_topics
+from workers.setup import commit_starts, create_topics, kafka_admin
+from workers.status import render, status
 
 pytestmark = needs_prometheus
 
@@ -314,6 +321,60 @@ async def test_a_bad_sample_is_a_dead_letter_and_the_others_of_its_batch_are_on_
             assert json.loads(letter.payload) == {"points": [[early_s, "2.0"]]}
             assert "shard-0 says out_of_order" in letter.detail
             assert metric("headgate_remote_write_refused_total", "shard-0", reason="out_of_order") == 1
+            await _is_shown(stage)
+
+
+async def _is_shown(stage: Stage) -> None:
+    """`headgate status` and `headgate positions` say how the receiver stands, the first one though PostgreSQL does not answer."""
+
+    async def committed() -> bool:
+        group = (await status(stage.config, SystemClock())).receivers["shard-0"]
+        return group.lag_total == 0 and sum(note.refused for note in group.notes) == 1
+
+    await eventually(committed)
+    seen = await status(stage.config, SystemClock())
+    text = "\n".join(str(line) for line in seen.errors)
+    assert "postgres" in text
+    assert "kafka" not in text
+    [(name, group)] = seen.receivers.items()
+    assert (name, list(group.members)) == ("shard-0", ["remote-write-1"])
+    [note] = group.notes
+    assert (note.by, note.samples) == ("remote-write-1", 1 + 2 * 39 - 1)
+    console = Console(width=120, file=StringIO(), record=True)
+    console.print(render(seen))
+    [line] = [line for line in console.export_text().splitlines() if "shard-0" in line]
+    assert "78" in line.split()
+    places = await receivers_places(stage.config)
+    assert {(place.reader, place.wrong) for place in places} == {("remote-write shard-0", "")}
+
+
+async def test_where_kafka_dropped_what_was_next_it_goes_on_and_counts_what_was_lost(
+    tmp_path: Path, kafka_bootstrap: str, topic_prefix: str
+) -> None:
+    async with staged(tmp_path, kafka_bootstrap, topic_prefix, 1) as stage:
+        looks = [batch_of(ACCOUNTS[0], {"i-1": {t: 1.0}}) for t in minutes_ago(20, 19, 18, 17)]
+        await stage.publish(looks)
+        topic = stage.config.kafka.topic("raw")
+        async with kafka_admin(stage.config.kafka) as admin:
+            partitions = range(stage.config.kafka.raw_partitions)
+            await admin.delete_records(
+                {TopicPartition(topic, p): RecordsToDelete(3) for p in await _filled(stage, partitions)}
+            )
+        async with stage.running():
+            await stage.holds(stage.oracle(looks[3:]))
+            assert metric("headgate_remote_write_skipped_records_total", "shard-0") == 3
+
+
+async def _filled(stage: Stage, partitions: Iterable[int]) -> list[int]:
+    """Of these, those that hold records."""
+    found = set()
+
+    def take(record: Record) -> bool:
+        found.add(record.position.partition)
+        return False
+
+    await scan(stage.config.kafka, stage.config.kafka.topic("raw"), take)
+    return [p for p in partitions if p in found]
 
 
 async def test_receivers_come_and_go_and_change_under_way(

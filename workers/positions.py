@@ -28,6 +28,8 @@ from ingest.positions import value_id
 from ingest.sinks.connection import open_connection, translated
 from shard_config.model import Config, Kafka
 from workers import local
+from workers.names import remote_write_group
+from workers.setup import kafka_admin
 
 KAFKA_TIMEOUT_S = 10.0
 
@@ -82,6 +84,23 @@ async def places(config: Config) -> list[Place]:
             stored = StoredPosition(row["next"], row["last_value_id"])
             before = await log.value_id(tp, stored.next - 1, bounds) if bounds else None
             found.append(Place(row["sink"], tp.topic, tp.partition, stored, bounds, before))
+    return found
+
+
+async def receivers_places(config: Config) -> list[Place]:
+    """Where the groups of remote write's receivers stand: Kafka itself remembers that. None of them stops for a position. Raises Transient."""
+    write, topic = config.remote_write, config.kafka.topic("raw")
+    found = []
+    async with kafka_admin(config.kafka) as admin, _Log(config.kafka) as log:
+        for receiver in write.receivers if write else ():
+            committed = await admin.list_consumer_group_offsets(
+                remote_write_group(config.kafka, receiver.name)
+            )
+            for tp, at in sorted(committed.items()):
+                if tp.topic == topic:
+                    stored = StoredPosition(at.offset, b"")
+                    name = f"remote-write {receiver.name}"
+                    found.append(Place(name, topic, tp.partition, stored, await log.bounds(tp), None))
     return found
 
 
@@ -186,7 +205,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="where each reader stands in Kafka, and move it where it stopped",
         description="Shows where each reader stands in Kafka's log. One that stopped because retention passed its position, or because the "
         "topic was created again, is marked (exit code 1): fill what is missing from the archive (headgate backfill), then --move its "
-        "position, and start it again. Landing the same records twice changes nothing, so --to start is always safe.",
+        "position, and start it again. Landing the same records twice changes nothing, so --to start is always safe. Receivers of remote_write are shown "
+        "too: they go on at the log's start by themselves.",
     )
     parser.add_argument("--config", type=Path, help="headgate.yaml; default: the running local stack's")
     parser.add_argument(
@@ -205,7 +225,8 @@ async def _run(config: Config, moved: str | None, to: str, reader: str | None) -
     found = await places(config)
     if moved is None:
         # A pipe has no width: what is wrong must not be cut off there.
-        Console(width=None if sys.stdout.isatty() else 200).print(_table(found))
+        table = _table([*found, *await receivers_places(config)])
+        Console(width=None if sys.stdout.isatty() else 200).print(table)
         return 1 if any(place.wrong for place in found) else 0
     named = _named(found, moved, reader)
     if len({place.reader for place in named}) != 1:

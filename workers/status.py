@@ -10,7 +10,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ingest.brokers import client_options
 from ingest.budget import Decision
 from ingest.clock import Clock, SystemClock
 from ingest.errors import HeadgateError, Transient
+from ingest.forwarded import Note
 from ingest.gaps import Filter, not_polled
 from ingest.membership import look_at_group
 from ingest.overview import Overview, overview
@@ -36,7 +37,7 @@ from shard_config.model import Config, Kafka
 from shard_config.price import Prices
 from workers import local
 from workers.budgets import spoken, to_plain, today
-from workers.names import exporter_group, landing_group, ledger_group
+from workers.names import exporter_group, landing_group, ledger_group, remote_write_group
 
 SINCE_S = 24 * 3600
 KAFKA_TIMEOUT_S = 10.0
@@ -50,6 +51,8 @@ class GroupStatus:
     topic: str
     members: dict[str, list[int]]
     lag: dict[int, int]
+    notes: tuple[Note, ...] = ()
+    """Of a receiver's group: what its processes last said beside their offsets."""
 
     @property
     def lag_total(self) -> int:
@@ -74,6 +77,8 @@ class Status:
     unpolled_windows: int | None
     """That nobody was asked for, for want of money: no gaps."""
     errors: tuple[str, ...]
+    receivers: dict[str, GroupStatus] = field(default_factory=dict)
+    """Of remote write, by name."""
 
     @property
     def healthy(self) -> bool:
@@ -90,6 +95,8 @@ async def status(config: Config, clock: Clock, since_s: int = SINCE_S) -> Status
     decision: Decision | None = None
     unpolled: int | None = None
     groups: dict[str, GroupStatus] = {}
+    write = config.remote_write
+    receivers = {r.name: remote_write_group(config.kafka, r.name) for r in write.receivers} if write else {}
     dead: int | None = None
     try:
         ledger, decision, unpolled = await _ledger(config, now, now - timedelta(seconds=since_s))
@@ -97,7 +104,7 @@ async def status(config: Config, clock: Clock, since_s: int = SINCE_S) -> Status
         errors.append(str(error))
     try:
         async with asyncio.timeout(KAFKA_TIMEOUT_S):
-            groups, dead = await _kafka(config.kafka)
+            groups, dead = await _kafka(config.kafka, receivers)
     except (KafkaError, OSError, TimeoutError) as error:
         errors.append(f"kafka {config.kafka.bootstrap}: {type(error).__name__} {error}".rstrip())
     return Status(
@@ -114,6 +121,7 @@ async def status(config: Config, clock: Clock, since_s: int = SINCE_S) -> Status
         if ledger
         else None,
         errors=tuple(errors),
+        receivers={name: groups[group] for name, group in receivers.items() if group in groups},
     )
 
 
@@ -136,11 +144,12 @@ async def _ledger(config: Config, now: datetime, since: datetime) -> tuple[Overv
         connection.terminate()
 
 
-async def _kafka(kafka: Kafka) -> tuple[dict[str, GroupStatus], int]:
+async def _kafka(kafka: Kafka, receivers: Mapping[str, str]) -> tuple[dict[str, GroupStatus], int]:
     topics = {
         exporter_group(kafka): kafka.topic("collect"),
         landing_group(kafka): kafka.topic("raw"),
         ledger_group(kafka): kafka.topic("ledger"),
+        **dict.fromkeys(receivers.values(), kafka.topic("raw")),
     }
     admin = AIOKafkaAdminClient(**client_options(kafka))
     reader = AIOKafkaConsumer(**client_options(kafka), enable_auto_commit=False)
@@ -165,11 +174,18 @@ async def look_at_groups(
         if topic not in ends:
             ends[topic] = await ends_of(reader, topic)
         committed = await admin.list_consumer_group_offsets(group)
-        done = {tp.partition: at.offset for tp, at in committed.items() if tp.topic == topic}
+        notes = {tp.partition: Note.read(at.metadata) for tp, at in committed.items() if tp.topic == topic}
+        # What waits at a remote writer until it settles is read, and not committed: its note says so.
+        done = {
+            tp.partition: max(at.offset, note.next if (note := notes[tp.partition]) else 0)
+            for tp, at in committed.items()
+            if tp.topic == topic
+        }
         lag = {partition: max(0, end - done.get(partition, 0)) for partition, end in ends[topic].items()}
         found = await look_at_group(admin, group)
         members = {name: list(partitions) for name, partitions in found.members.items()}
-        groups[group] = GroupStatus(group, topic, members, lag)
+        newest = {note.by: note for note in notes.values() if note is not None}
+        groups[group] = GroupStatus(group, topic, members, lag, tuple(newest.values()))
     return groups, ends
 
 
@@ -194,7 +210,28 @@ def render(
     if status.ledger is not None:
         parts += [_summary(status, status.ledger), shards() if shards else _shards(status, status.ledger)]
         parts.append(_targets(status.ledger, targets_max))
+    if status.receivers:
+        parts.append(_receivers(status))
     return Group(*parts)
+
+
+def _receivers(status: Status) -> Table:
+    """By receiver: who sends, what was not read yet, how old the newest sample is, and what was refused since its processes began."""
+    table = Table(title="receivers", title_justify="left", expand=False)
+    for name in ("receiver", "writers", "lag", "newest sample", "sent", "refused"):
+        table.add_column(name, justify="left" if name == "receiver" else "right")
+    for name, group in sorted(status.receivers.items()):
+        newest_s = max((note.newest_s for note in group.notes), default=0)
+        refused = sum(note.refused for note in group.notes)
+        table.add_row(
+            name,
+            str(len(group.members)) if group.members else Text("none", style="bold red"),
+            f"{group.lag_total:,}",
+            age(status.now, datetime.fromtimestamp(newest_s, UTC) if newest_s else None),
+            f"{sum(note.samples for note in group.notes):,}",
+            Text(f"{refused:,}", style="yellow" if refused else ""),
+        )
+    return table
 
 
 def _summary(status: Status, ledger: Overview) -> Table:
