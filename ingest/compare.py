@@ -277,3 +277,8 @@ def _folds(value: float, stat: str, values: Sequence[float]) -> bool:
         case "Average":
             return math.isclose(value, math.fsum(values) / len(values), rel_tol=1e-12)
     return False
+
+
+def may_be_chance(value: float, stat: str) -> bool:
+    """Whether one value that adds up proves little: a maximum is some point's anyway, and small whole numbers often add up."""
+    return stat in ("Maximum", "Minimum") or (value.is_integer() and abs(value) < 1e6)

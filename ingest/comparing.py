@@ -15,7 +15,17 @@ import asyncpg
 import orjson
 
 from ingest import charges
-from ingest.compare import DIMENSION, Judged, Point, Verdict, adds_up, judge, key_of_series, longer_periods
+from ingest.compare import (
+    DIMENSION,
+    Judged,
+    Point,
+    Verdict,
+    adds_up,
+    judge,
+    key_of_series,
+    longer_periods,
+    may_be_chance,
+)
 from ingest.compare_report import Bill
 from ingest.compare_state import Ripe, State
 from ingest.compare_store import OurSeries, key_said, points, series_of
@@ -154,17 +164,18 @@ async def _at_other_periods(
     }
     found = await points(connection, list({pair for pairs in asked.values() for pair in pairs}))
     hits: Counter[tuple[str, int]] = Counter()
+    weights: Counter[tuple[str, int]] = Counter()
     for r, _ in tried:
         stat = key_said(r.account, r.region, r.said, r.period_s).stat
         for period_s, start_s in _buckets(r):
             inside = [p for p in found.get(r.id, ()) if start_s <= p.timestamp_s < start_s + period_s]
             if adds_up(r.shown.value, stat, inside):
+                weights[r.name, period_s] += 1 if may_be_chance(r.shown.value, stat) else OTHER_PERIOD_HITS
                 hits[r.name, period_s] += 1
                 break
     of_name = Counter(r.name for r, _ in tried)
     for (name, period_s), n in hits.items():
-        # One that fits may be chance: small whole numbers often do.
-        if n >= OTHER_PERIOD_HITS and 2 * n >= of_name[name]:
+        if weights[name, period_s] >= OTHER_PERIOD_HITS and 2 * n >= of_name[name]:
             state.set_period(name, period_s)
     return [
         (r, Judged(j.shown, Verdict.OTHER_PERIOD, j.ours))

@@ -15,6 +15,7 @@ import shutil
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -38,6 +39,7 @@ from ingest.compare import (
     judge,
     key_of_line,
     key_of_series,
+    may_be_chance,
     read_line,
 )
 from ingest.compare_labels import differences, label_groups
@@ -211,6 +213,15 @@ def test_points_add_up_to_a_longer_period_or_some_of_them_do() -> None:
     assert adds_up(5.0, "Sum", points)  # the second was late
     assert not adds_up(2.0, "Sum", points)  # one alone is no longer period
     assert not adds_up(0.0, "Sum", [])
+
+
+def test_a_sum_of_large_or_broken_numbers_is_no_chance() -> None:
+    assert [may_be_chance(v, s) for v, s in ((3.0, "Sum"), (3.5, "Sum"), (4e9, "Sum"), (4e9, "Maximum"))] == [
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_a_look_of_ours_that_saw_the_same_proves_that_it_was_not_finished() -> None:
@@ -567,6 +578,9 @@ def test_who_is_cheaper_is_said_by_both_readings() -> None:
     assert "each statistic counted, Headgate is cheaper by $30.0000 a month (50%)" in said
     assert "statistics counted once, YACE is cheaper by $15.0000 a month (50%)" in said
     assert "less than six hours" in verdict_on_bills(yaces, ours, 600)
+    assert "a series costs less" not in said
+    assert "a series costs less with Headgate" in verdict_on_bills(replace(yaces, series=4), ours, 600)
+    assert "a series costs less with YACE" in verdict_on_bills(replace(yaces, series=30), ours, 600)
 
 
 NAME = "aws_ec2_cpuutilization_average"

@@ -182,6 +182,9 @@ def verdict_on_bills(yace: Bill, ours: Bill, elapsed_s: float) -> str:
             if by
             else f"{reading}, both cost the same"
         )
+    if yace.series and ours.series and yace.series != ours.series:
+        cheaper = "Headgate" if ours.each_usd * yace.series <= yace.each_usd * ours.series else "YACE"
+        said.append(f"a series costs less with {cheaper}")
     rough = "" if elapsed_s >= 6 * 3600 else "; from less than six hours, so roughly"
     return f"{'; '.join(said)}{rough}. Kafka, PostgreSQL and S3 are not in it: headgate quote has them"
 
