@@ -24,26 +24,17 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from ingest import letters, wire
+from ingest import wire
 from ingest.batch import without_series
 from ingest.clock import Clock
+from ingest.delivery import DUPLICATE, Delivery, Write
 from ingest.errors import Rejected, Transient
 from ingest.forwarded import Note, Progress, Tally
-from ingest.holding import Due, Holding, Lane, Member
-from ingest.log import Outgoing, Sender
-from ingest.model import (
-    Batch,
-    BatchId,
-    DeadLetter,
-    RecordPosition,
-    Series,
-    SeriesIds,
-    Target,
-    series_ids,
-    split_version,
-)
-from ingest.ports import LabelSet, Receiving, Record, RefusedSamples, SeriesSamples
-from ingest.validate import Reason, validate
+from ingest.holding import Due, Holding, Lane
+from ingest.log import Sender
+from ingest.model import Batch, RecordPosition, Series, SeriesIds, Target
+from ingest.ports import LabelSet, Receiving, Record, SeriesSamples
+from ingest.validate import validate
 from shard_config.model import Limits
 
 _log = structlog.get_logger()
@@ -56,16 +47,7 @@ PLACES_MAX: Final = 4_096
 """Batches whose series' rows are remembered, 8 kB each."""
 LABELS_MAX: Final = 500_000
 """Series whose labels are kept, about 1 kB each; those of more are made anew for each write."""
-LETTERS_MAX: Final = 100
-"""Of one write; what more the receiver refused is only counted."""
-UNRESOLVED_ROUNDS_MAX: Final = 16
-UNRESOLVED: Final = "unresolved"
-DUPLICATE: Final = "duplicate"
-"""Reasons of `ingest.sinks.remote_answers.Refusal`, which forwarding treats apart."""
 FORGET_INTERVAL_S: Final = 60
-
-_NO_BATCH = BatchId(bytes(16))
-"""Points that were held are of several batches."""
 
 
 class Naming(Protocol):
@@ -97,17 +79,6 @@ class _Place:
     rows: NDArray[np.int64]
     own: NDArray[np.int64]
     whole: bool
-
-
-@dataclass(slots=True, eq=False)
-class _Write:
-    """What is under way. After a failure the same goes out again, so that the receiver's client knows it."""
-
-    due_s: int
-    dues: Sequence[Due]
-    samples: list[SeriesSamples]
-    of: list[tuple[Lane, int, int]]
-    """By index in `samples`: lane, row, version of the first."""
 
 
 class Forwarder:
@@ -142,16 +113,15 @@ class Forwarder:
         self._oldest_s = max(window_s, IN_ORDER_S)
         self._settling_s = settling_s
         self._naming = naming
-        self._receiving = receiving
-        self._sender = sender
-        self._topic, self._dead_topic = topics
+        self._delivery = Delivery(receiver, receiving, sender, topics)
         self._limits = limits
         self._clock = clock
         self._tally = tally
         self._bytes_max = bytes_max
+        self._said: set[tuple[str, str]] = set()
+        """Services, and reasons why series of theirs have no name, that the log knows."""
         self._log_ahead_s = log_ahead_s
         self._heard = heard
-        self._cluster = ""
         self.close()
 
     # --- partitions ---------------------------------------------------------------------------------------------
@@ -159,7 +129,7 @@ class Forwarder:
     def open(self, starts: Mapping[int, tuple[int, str]], *, cluster: str = "") -> None:
         """Take partitions over, in place of those before: partition → (offset to read from, the note that was committed with it)."""
         self.close()
-        self._cluster = cluster
+        self._delivery.cluster = cluster
         self._progress.update({p: Progress(offset) for p, (offset, _) in starts.items()})
         self._committed.update({p: offset for p, (offset, _) in starts.items()})
         self._read_s.update(dict.fromkeys(starts, 0))
@@ -181,7 +151,7 @@ class Forwarder:
         self._news = False
         """Something was sent that no mark speaks of yet."""
         self._marks: dict[int, tuple[int, str]] = {}
-        self._under_way: _Write | None = None
+        self._under_way: Write | None = None
         self._forgot_s = self._clock.now_s()
 
     @property
@@ -202,7 +172,9 @@ class Forwarder:
         Raises Transient where series cannot be named yet: then take the same again, what was taken is passed over.
         """
         for record in records:
-            await asyncio.sleep(0)  # a record met for the first time takes 20 ms, and heartbeats wait meanwhile
+            await asyncio.sleep(
+                0
+            )  # a record met for the first time takes 20 ms, and heartbeats wait meanwhile
             progress = self._progress.get(record.position.partition)
             if progress is None or record.position.offset < progress.next:
                 continue
@@ -337,6 +309,7 @@ class Forwarder:
         self._forgot_s = now_s
         if self._holding.forget(now_s):
             self._places.clear()  # their rows may be others' soon
+        self._labelled = sum(member.labels is not None for member in self._holding.members())
 
     def _done(self, until_s: int) -> None:
         """Everything that was due up to then was sent."""
@@ -372,8 +345,8 @@ class Forwarder:
         self._holding.sent(due.only(old))
         return due.only(~old)
 
-    def _write_of(self, due_s: int, dues: Sequence[Due]) -> _Write:
-        write = _Write(due_s, dues, [], [])
+    def _write_of(self, due_s: int, dues: Sequence[Due]) -> Write:
+        write = Write(due_s, dues, [], [])
         for due in dues:
             starts = np.flatnonzero(np.diff(due.rows, prepend=-1))
             ends = [*starts[1:].tolist(), len(due.rows)]
@@ -388,10 +361,9 @@ class Forwarder:
                 write.of.append((due.lane, row, version))
         return write
 
-    async def _finish(self, write: _Write) -> None:
+    async def _finish(self, write: Write) -> None:
         samples = write.samples
-        refused = await self._deliver(samples) if samples else []
-        await self._bury(refused, write)
+        refused = await self._delivery.deliver(write)
         now_s = self._clock.now_ms() / 1000
         for due in write.dues:
             self._holding.sent(due)
@@ -403,25 +375,6 @@ class Forwarder:
                 one.timestamps_ms
             )
 
-    async def _deliver(self, samples: Sequence[SeriesSamples]) -> list[RefusedSamples]:
-        """What the receiver refused in the end. What it did not say of every sample is asked again, by itself."""
-        written = await self._receiving.write(samples)
-        refused = [r for r in written.refused if r.reason != UNRESOLVED]
-        unresolved = [r for r in written.refused if r.reason == UNRESOLVED]
-        for _ in range(UNRESOLVED_ROUNDS_MAX):
-            if not unresolved:
-                break
-            indices = [r.series for r in unresolved]
-            written = await self._receiving.write(
-                [_only(samples[r.series], r.timestamps_ms) for r in unresolved]
-            )
-            again = [
-                RefusedSamples(indices[r.series], r.reason, r.said, r.timestamps_ms) for r in written.refused
-            ]
-            refused += [r for r in again if r.reason != UNRESOLVED]
-            unresolved = [r for r in again if r.reason == UNRESOLVED]
-        return refused + unresolved
-
     def _labels(self, lane: Lane, row: int) -> LabelSet | str:
         """The labels of a series, or the reason why it has none."""
         member = lane.members[row]
@@ -431,8 +384,10 @@ class Forwarder:
         try:
             labels = self._naming.labels_of(member.series, lane.service, member.target)
         except Rejected as error:
-            _log.warning("series_not_nameable", receiver=self._receiver, error=str(error))
             labels = str(error.reason)
+            if (said := (lane.service, labels)) not in self._said:  # there may be thousands of one kind
+                self._said.add(said)
+                _log.warning("series_not_nameable", receiver=self._receiver, error=str(error))
         if self._labelled < LABELS_MAX:
             member.labels = labels
             self._labelled += 1
@@ -444,66 +399,3 @@ class Forwarder:
             if member.target == target and member.labels is not None:
                 member.labels = None
                 self._labelled -= 1
-
-    # --- what was refused ---------------------------------------------------------------------------------------
-
-    async def _bury(
-        self,
-        refused: Sequence[RefusedSamples],
-        write: _Write,
-    ) -> None:
-        """Letters for what the receiver refused; of a point that it has with another value there is none, for that is no surprise."""
-        surprising = [one for one in refused if one.reason != DUPLICATE]
-        dead = [
-            self._letter(one, _only(write.samples[one.series], one.timestamps_ms), *write.of[one.series])
-            for one in surprising[:LETTERS_MAX]
-        ]
-        if not dead:
-            return
-        sent = [Outgoing(letter.identity.encode(), wire.encode_dead_letter(letter)) for letter in dead]
-        await self._sender.send(self._dead_topic, sent)
-        _log.warning(
-            "receiver_refused_samples",
-            receiver=self._receiver,
-            series=len(surprising),
-            letters=len(dead),
-            first_reason=surprising[0].reason,
-            said=surprising[0].said,
-        )
-
-    def _letter(
-        self, one: RefusedSamples, samples: SeriesSamples, lane: Lane, row: int, version: int
-    ) -> DeadLetter:
-        member = lane.members[row]
-        partition, offset = lane.origins[row].tolist()
-        batch = _batch_of(member, lane, samples, version)
-        key = f"{member.target}/0".encode()
-        record = Record(RecordPosition(self._topic, partition, offset), key, b"", 0)
-        bad = {0: Reason.REFUSED_BY_RECEIVER}
-        what = f"{self._receiver} says {one.reason}: {one.said}"
-        [letter] = letters.of_series(bad, what, batch, _NO_BATCH, record, self._cluster)
-        return letter
-
-
-def _only(samples: SeriesSamples, timestamps_ms: NDArray[np.int64]) -> SeriesSamples:
-    some = np.isin(samples.timestamps_ms, timestamps_ms)
-    return SeriesSamples(samples.labels, samples.timestamps_ms[some], samples.values[some])
-
-
-def _batch_of(member: Member, lane: Lane, samples: SeriesSamples, version: int) -> Batch:
-    """Refused samples as a letter can hold them."""
-    revision, observed_at_ms = split_version(version)
-    series = (member.series,)
-    return Batch(
-        task_id="0" * 32,
-        target=member.target,
-        service=lane.service,
-        observed_at_ms=observed_at_ms,
-        revision=revision,
-        grid_s=max(1, lane.period_s),
-        series=series,
-        counts=np.array([len(samples.values)], np.int32),
-        timestamps_s=samples.timestamps_ms // 1000,
-        values=samples.values,
-        ids=series_ids(series),
-    )
