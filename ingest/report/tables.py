@@ -1,0 +1,126 @@
+"""The report for machines: one document, as JSON, and the same as CSV.
+
+Guarantees:
+
+* *One flattening*: `document` makes the report plain; JSON, CSV and the page are all made of what it gives, so a figure has one value and one
+  name everywhere, its path (`idle.total.value`, `resources[3].metrics[0].p95.value`).
+* What is not known is null in JSON and empty in CSV, with its reason beside it; never 0. Neither NaN nor Infinity is written.
+* CSV holds no formulas: text that a spreadsheet would run begins with an apostrophe there.
+
+CSV is in long form, a row a figure (`COLUMNS`), so that it can be filtered and pivoted. A list of numbers is one cell, as JSON.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from typing import Any, Final, TextIO
+
+import orjson
+
+from ingest.report.model import Figure, Filling, QuotaUse, Report, ResourceKey
+
+Plain = Any
+"""Mappings, lists, text, numbers, booleans, None: as JSON has them."""
+
+_DERIVED: Final[Mapping[type, tuple[str, ...]]] = {
+    Figure: ("change", "relative_change"),
+    Filling: ("share",),
+    QuotaUse: ("share",),
+    Report: ("days",),
+}
+"""Properties that are figures too."""
+_FIGURE: Final = (*(f.name for f in fields(Figure)), *_DERIVED[Figure])
+_KEY: Final = tuple(f.name for f in fields(ResourceKey))
+_LABELS: Final = ("role", "title", "what", "name")
+"""What tells the items of a list apart, besides the resource."""
+
+COLUMNS: Final = ("name", "index", *_KEY, "of", *_FIGURE)
+"""name: the path without indexes; index: those, by dots; account, region, service, id: whose it is; of: which one of several, as a metric's role;
+then the figure."""
+
+
+def document(report: Report) -> dict[str, Plain]:
+    """The report as plain data: each dataclass a mapping by its fields' names and the figures derived from them."""
+    found: dict[str, Plain] = _plain(report)
+    return found
+
+
+def _plain(value: Any) -> Plain:
+    if is_dataclass(value) and not isinstance(value, type):
+        names = (*(f.name for f in fields(value)), *_DERIVED.get(type(value), ()))
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+def to_json(of: Mapping[str, Plain]) -> bytes:
+    """A document as JSON, indented."""
+    return orjson.dumps(of, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
+
+
+def write_csv(of: Mapping[str, Plain], out: TextIO) -> None:
+    """A document as CSV, COLUMNS first; row by row, so that it takes no memory besides."""
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows(of):
+        writer.writerow([_cell(row.get(column)) for column in COLUMNS])
+
+
+def rows(of: Mapping[str, Plain]) -> Iterator[dict[str, Plain]]:
+    """Each figure and each word of a document, with COLUMNS as keys (those that it has)."""
+    yield from _rows(of, _Place("", "", {}))
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    name: str
+    index: str
+    whose: Mapping[str, Plain]
+    """Of _KEY and "of"."""
+
+    def into(self, name: str) -> _Place:
+        return _Place(f"{self.name}.{name}" if self.name else name, self.index, self.whose)
+
+    def item(self, index: int, value: Plain) -> _Place:
+        whose = dict(self.whose)
+        if isinstance(value, Mapping):
+            at = value.get("key") or value
+            whose |= {name: at[name] for name in _KEY if isinstance(at.get(name), str)}
+            of = next((value[label] for label in _LABELS if isinstance(value.get(label), str)), None)
+            whose |= {"of": of} if of else {}
+        return _Place(self.name, f"{self.index}.{index}" if self.index else str(index), whose)
+
+    def row(self, **figure: Plain) -> dict[str, Plain]:
+        return {"name": self.name, "index": self.index, **self.whose, **figure}
+
+
+def _rows(value: Plain, at: _Place) -> Iterator[dict[str, Plain]]:
+    if isinstance(value, Mapping):
+        if value.keys() >= {"value", "unit"} and set(value) <= {*_FIGURE, "name", "limit"}:
+            yield at.row(**{name: value[name] for name in _FIGURE if name in value})
+            if value.get("limit") is not None:
+                yield at.into("limit").row(value=value["limit"], unit=value["unit"])
+            return
+        for name, inner in value.items():
+            yield from _rows(inner, at.into(name))
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for index, item in enumerate(value):
+            yield from _rows(item, at.item(index, item))
+    elif isinstance(value, list):
+        yield at.row(value=orjson.dumps(value).decode())
+    else:
+        yield at.row(value=value)
+
+
+def _cell(value: Plain) -> Plain:
+    """Text from elsewhere is not a spreadsheet's formula (OWASP: CSV injection)."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
