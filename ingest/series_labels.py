@@ -75,11 +75,13 @@ class Labels:
         return self._checked(pairs, resource.arn)
 
     def receiver_of(self, series: Series, service: str) -> str:
-        """The name of the receiver that a series goes to."""
+        """The name of the receiver that a series goes to; empty where to none."""
         return self.receiver_for(series.key.account, series.key.region, service)
 
     def receiver_for(self, account: str, region: str, service: str) -> str:
-        """The name of the receiver that series of an account, region and service go to."""
+        """The name of the receiver that series of an account, region and service go to; empty where to none."""
+        if not self._write.services.get(service, _PLAIN).sent:
+            return ""
         values = {"account": account, "region": region, "service": service}
         return self._receiver(tuple(values[by] for by in self._write.shard_by))
 

@@ -54,8 +54,10 @@ class CustomTags(Strict):
 
 
 class ServiceSeries(Strict):
-    """What is particular to one service's series."""
+    """What is particular to one service's series, or to those of a job of `exposition`."""
 
+    sent: bool = True
+    """false: they go to no receiver; as where Prometheus scrapes the job's endpoints itself."""
     unnamed: str = Field("global", min_length=1, max_length=256)
     """The label `name` of series that belong to no tagged resource. YACE says global, and in a custom namespace the job's name."""
     exported_tags: tuple[str, ...] = ()

@@ -287,6 +287,11 @@ def test_the_order_of_receivers_in_the_file_changes_nothing() -> None:
         assert backwards.receiver_of(one, "ec2") == forwards.receiver_of(one, "ec2")
 
 
+def test_a_service_that_is_not_sent_has_no_receiver_and_others_have() -> None:
+    labels = Labels(config(services={"sqs": {"sent": False}}))
+    assert (labels.receiver_of(series(), "sqs"), labels.receiver_of(series(), "ec2") != "") == ("", True)
+
+
 def test_receivers_go_by_what_shard_by_names() -> None:
     labels = Labels(config(receivers=receivers(4), shard_by=["account", "service"]))
     chosen = {labels.receiver_for(ACCOUNT, region, "ec2") for region in ("eu-west-1", "us-east-1", "x")}

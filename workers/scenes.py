@@ -19,6 +19,7 @@ from workers.world import Truth, World, account_ids
 REGIONS = ("eu-west-1", "us-east-1")
 SERVICES = ("ec2", "rds", "lambda", "sqs", "alb")
 SETTLING_S = 600
+WORKERS_JOB = "headgate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ def made_up_scene(accounts: int, metrics: int, seed: int, once: bool) -> Scene:
                 "accounts": [{"id": i, "regions": list(REGIONS), "services": list(SERVICES)} for i in ids],
                 "exposition": [
                     {
-                        "name": "headgate",
+                        "name": WORKERS_JOB,
                         "account": "local",
                         "region": "local",
                         "interval_s": 15,
@@ -114,7 +115,9 @@ def _yaml(endpoints: Endpoints, what: dict[str, Any]) -> str:
                     "out_of_order_window_s": OUT_OF_ORDER_WINDOW_S,
                 }
                 for number, url in enumerate(endpoints.prometheus_urls, 1)
-            ]
+            ],
+            # The first of them scrapes the workers itself: twice there, sums over them would be double.
+            "services": {WORKERS_JOB: {"sent": False}},
         }
     return "# Written by `headgate run` for this run.\n" + yaml.safe_dump(
         what | connections, sort_keys=False, width=110
