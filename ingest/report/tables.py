@@ -64,7 +64,9 @@ def _plain(value: Any) -> Plain:
 
 def to_json(of: Mapping[str, Plain]) -> bytes:
     """A document as JSON, indented."""
-    return orjson.dumps(of, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
+    return orjson.dumps(
+        of, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
+    )
 
 
 def write_csv(of: Mapping[str, Plain], out: TextIO) -> None:
