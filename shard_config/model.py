@@ -322,6 +322,17 @@ class Limits(Strict):
     """A consumer stops where more than this of the last 200 records of configured targets would be dead letters; 1: never."""
 
 
+class Rollups(Strict):
+    """Hours and days of samples, rolled up in the store: see docs/decisions/0027-rollups.md."""
+
+    enabled: bool = True
+    """Off: what lands is marked all the same, and is rolled up when it is on again, if its samples are still there."""
+    hourly_retention_days: int = Field(400, ge=7)
+    """Hours older than this are dropped, a month at a time: 13 months."""
+    daily_retention_days: int | None = Field(None, ge=7)
+    """The same of days; None: kept for ever."""
+
+
 class Heal(Strict):
     """How windows that are past their deadline are healed: see `ingest.heal`."""
 
@@ -406,6 +417,7 @@ class Config(Strict):
     """Tasks, looks and landed batches older than this go; windows stay, folded into days."""
     samples_retention_days: int | None = Field(None, ge=7)
     """Days of `samples` older than this are dropped, and what is older is dead on arrival; None: kept for ever."""
+    rollups: Rollups = Rollups()
     aws: Aws = Aws()
     kafka: Kafka = Kafka()
     postgres: Postgres = Postgres()

@@ -35,6 +35,7 @@ from workers.members import Members
 from workers.names import landing_group, ledger_group
 from workers.reading import Reader, cut_short
 from workers.reload import Settings
+from workers.rolling import Rolling
 from workers.upkeep import Upkeep
 
 _log = structlog.get_logger()
@@ -154,6 +155,7 @@ async def serve(config: Config, name: str, lifecycle: Lifecycle, path: Path | No
     sink = await _connect(config, clock, lifecycle)
     projected = Ledger(config.postgres, f"headgate {name} ledger", settling_s)
     kept = Ledger(config.postgres, f"headgate {name} upkeep", settling_s)
+    rolled = Ledger(config.postgres, f"headgate {name} rollups", settling_s)
     try:
         landing = Landing(
             config.kafka.topic("raw"),
@@ -165,12 +167,14 @@ async def serve(config: Config, name: str, lifecycle: Lifecycle, path: Path | No
             targets={str(target) for target in grids_of(config)},
         )
         upkeep = Upkeep(kept, config, clock)
+        rolling = Rolling(rolled, config, clock)
 
         async def apply(changed: Config) -> None:
             landing.configure(changed.landing_limits, {str(target) for target in grids_of(changed)})
             # Receipts of what was removed may still come.
             projected.settling_s = kept.settling_s = {**kept.settling_s, **settling_of(changed)}
             upkeep.configure(changed, whole=settings.whole)
+            rolling.configure(changed)
 
         await apply(config)
         async with asyncio.TaskGroup() as group:
@@ -178,6 +182,7 @@ async def serve(config: Config, name: str, lifecycle: Lifecycle, path: Path | No
                 group.create_task(landing_reader(config, name, landing, sink, clock).run(lifecycle)),
                 group.create_task(ledger_reader(config, name, projected, clock).run(lifecycle)),
                 group.create_task(upkeep.run(lifecycle)),
+                group.create_task(rolling.run(lifecycle)),
             ]
             group.create_task(settings.run(lifecycle, apply))
             group.create_task(cut_short(works, lifecycle))
@@ -186,6 +191,7 @@ async def serve(config: Config, name: str, lifecycle: Lifecycle, path: Path | No
         await sink.close()
         await projected.close()
         await kept.close()
+        await rolled.close()
 
 
 async def _connect(config: Config, clock: Clock, lifecycle: Lifecycle) -> PostgresSink:

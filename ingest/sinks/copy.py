@@ -97,7 +97,7 @@ def rows_of(batches: Sequence[Batch]) -> Rows:
         raise ValueError("a value is NaN")
     if len(values) and not TIMESTAMP_MIN_S <= timestamps_s.min() <= timestamps_s.max() <= TIMESTAMP_MAX_S:
         raise ValueError("a timestamp is outside PostgreSQL's range")
-    ids, of_series = _unique_ids(np.concatenate([b.ids for b in batches]))
+    ids, of_series = unique_ids(np.concatenate([b.ids for b in batches]))
     series = np.repeat(of_series, np.concatenate([b.counts for b in batches]))
     order = _by_time_then_series(timestamps_s, series)
     rows = Rows(ids, series, timestamps_s, values, versions).select(order)
@@ -120,7 +120,7 @@ def copy_stream(rows: Rows) -> memoryview:
     return stream.data
 
 
-def _unique_ids(ids: SeriesIds) -> tuple[SeriesIds, NDArray[np.int64]]:
+def unique_ids(ids: SeriesIds) -> tuple[SeriesIds, NDArray[np.int64]]:
     """The ids, sorted and each once, and for each id given its index among those."""
     # One half of a hash decides nearly always, and sorting by one takes a third of the time.
     order = np.argsort(ids[:, 0])

@@ -1,4 +1,4 @@
-"""The PostgreSQL sink: samples, series, landed batches and positions, in one transaction a landing.
+"""The PostgreSQL sink: samples, series, landed batches, positions and marks for the rollups, in one transaction a landing.
 
 * *All or nothing.* A landing that fails, or whose process dies, leaves nothing behind; days' partitions excepted.
 * *Landing is a maximum* of (version, value) per (series, timestamp): any order, splitting and duplication of the same looks
@@ -32,7 +32,7 @@ from ingest.clock import Clock
 from ingest.errors import Fatal, HeadgateError
 from ingest.model import BatchId, point_hashes
 from ingest.ports import Advance, Landable, Landed, SeriesRejected, StoredPosition
-from ingest.sinks import series, statements
+from ingest.sinks import rollup_store, series, statements
 from ingest.sinks.connection import bounded, open_connection, server_of, translated
 from ingest.sinks.copy import COLUMNS, TIMESTAMP_MAX_S, TIMESTAMP_MIN_S, Rows, copy_stream, rows_of
 from ingest.sinks.partitions import create_partitions
@@ -233,6 +233,7 @@ class PostgresSink:
                     await self._advance(connection, advances)
                     await series.insert(connection, self._where, met, batches, self._now())
                     await _insert_rows(connection, rows, suspect)
+                    await rollup_store.mark(connection, rows, self._now())
                     await self._insert_landed(connection, batches, digests)
             except _RETRIED as error:
                 log.info("landing_retried", sink=self._sink, attempt=attempt, error=type(error).__name__)

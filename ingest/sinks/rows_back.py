@@ -43,13 +43,14 @@ _TRAILER = b"\xff\xff"
 
 
 class RowsBack:
-    """Takes a binary COPY stream of ROWs and hands them on in chunks of about ROWS_AT_ONCE, in bounded memory.
+    """Takes a binary COPY stream of rows and hands them on in chunks of about ROWS_AT_ONCE, in bounded memory.
 
-    `feed` is the `output` of asyncpg's copy_from_query; `finish` comes after it.
+    `row` lays out a row, with the number of its fields and the length before each. `feed` is the `output` of asyncpg's copy_from_query; `finish` comes after it.
     """
 
-    def __init__(self, take: Callable[[NDArray[Any]], None]) -> None:
+    def __init__(self, take: Callable[[NDArray[Any]], None], row: np.dtype[Any] = ROW) -> None:
         self._take = take
+        self._row = row
         self._waiting = bytearray()
         self._header_bytes = _HEADER_BYTES
 
@@ -58,7 +59,7 @@ class RowsBack:
         if self._header_bytes and len(self._waiting) >= self._header_bytes:
             del self._waiting[: self._header_bytes]
             self._header_bytes = 0
-        if not self._header_bytes and len(self._waiting) >= ROWS_AT_ONCE * ROW.itemsize:
+        if not self._header_bytes and len(self._waiting) >= ROWS_AT_ONCE * self._row.itemsize:
             self._drain()
 
     def finish(self) -> None:
@@ -69,6 +70,6 @@ class RowsBack:
 
     def _drain(self) -> None:
         """Take the whole rows off; what is left is half a row, or the two bytes behind the last one."""
-        if whole := len(self._waiting) // ROW.itemsize:
-            self._take(np.frombuffer(bytes(self._waiting[: whole * ROW.itemsize]), ROW))
-            del self._waiting[: whole * ROW.itemsize]
+        if whole := len(self._waiting) // self._row.itemsize:
+            self._take(np.frombuffer(bytes(self._waiting[: whole * self._row.itemsize]), self._row))
+            del self._waiting[: whole * self._row.itemsize]
