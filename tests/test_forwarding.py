@@ -35,7 +35,7 @@ class FakeReceiver:
     """`ingest.ports.Receiving`, as a Prometheus without a window: an older sample than the newest is refused, and so is another value."""
 
     stored: dict[LabelSet, dict[int, float]] = field(default_factory=dict)
-    failures: list[Exception] = field(default_factory=list)
+    failures: list[Exception | None] = field(default_factory=list)
     writes: list[int] = field(default_factory=list)
     window: bool = False
     refusals: int = 0
@@ -327,22 +327,52 @@ async def test_past_its_bytes_it_is_full_and_what_has_settled_makes_room() -> No
     assert len(world.receiver.points()) == 60 - 3 + 1
 
 
-async def test_a_restart_sends_nothing_twice_that_the_note_says_was_sent() -> None:
-    world = World()
-    for minute in range(10):
-        world.write((1, minute, float(minute)), (2, minute, float(minute)))
+async def looked(world: World, minutes: int) -> None:
+    """Live: a look each minute, which has the last five again."""
+    for minute in range(minutes):
+        world.write(*((n, minute - ago, float(minute - ago)) for n in (1, 2) for ago in range(5)))
         world.clock.advance(60)
         await world.go_on()
+
+
+async def test_a_restart_sends_nothing_twice_that_the_note_says_was_sent() -> None:
+    world = World()
+    await looked(world, 10)
     before = dict(world.receiver.points())
-    assert len(before) == 2 * (10 - 2)
+    assert len(before) == 2 * (4 + 10 - 2)
+    assert world.committed[0] < len(world.log)
     world.start()
     world.receiver.writes.clear()
     await world.go_on()
     assert (world.receiver.points(), world.receiver.writes) == (before, [])
     world.clock.advance(LAG_S)
     await world.go_on()
-    assert len(world.receiver.points()) == 20
-    assert +world.tally.refused == {}
+    assert len(world.receiver.points()) == 2 * (4 + 10)
+    assert (world.receiver.refusals, +world.tally.refused) == (0, {})
+
+
+async def test_what_comes_late_and_is_cut_short_does_not_weaken_the_note_of_before() -> None:
+    world = World()
+    await looked(world, 10)
+    world.write((3, -10, 1.0), (3, -9, 2.0))
+    world.receiver.failures = [None, Transient("receiver", "away")]
+    with pytest.raises(Transient):
+        await world.go_on()
+    assert (3, -10) in world.receiver.points()
+    world.start()
+    await world.go_on()
+    assert world.receiver.points()[3, -9] == 2.0
+    # Only the late point that it has goes to it again: what the committed note knows nothing of.
+    assert world.receiver.refusals == 0
+
+
+async def test_a_point_that_comes_after_a_restart_is_not_taken_for_one_that_was_sent_before() -> None:
+    world = World()
+    await looked(world, 10)
+    world.start()
+    world.write((3, 0, 7.0))
+    await world.go_on()
+    assert world.receiver.points()[3, 0] == 7.0
 
 
 def test_a_note_says_what_it_was_told_and_fits_beside_an_offset() -> None:
