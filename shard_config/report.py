@@ -73,7 +73,9 @@ class ServiceRoles:
     dimensions: tuple[str, ...]
     metrics: tuple[RoleMetric, ...]
     idle: Mapping[Activity, tuple[Role, ...]] = field(default_factory=dict)
-    """By activity, the roles whose sum says how busy; idle means all of them together. Empty: nothing is said, for idle costs nothing or metrics do not tell."""
+    """By activity, the roles whose sum says how busy: each has to be known. Idle means all activities together; none: nothing is said of idle ones."""
+    beside: tuple[Role, ...] = ()
+    """Roles that add to the disk's activity where they are known."""
     sparse: bool = False
     """Its metrics have datapoints only while there is something to count: that there are none says neither 0 nor gap."""
 
@@ -91,7 +93,6 @@ def _levels(unit: str, **roles: str) -> tuple[RoleMetric, ...]:
 
 _NETWORK: Final = (Role.NETWORK_IN, Role.NETWORK_OUT)
 _DISK: Final = (Role.DISK_READ_OPS, Role.DISK_WRITE_OPS)
-_LOCAL: Final = (Role.LOCAL_READ_OPS, Role.LOCAL_WRITE_OPS)
 
 ROLES: Final[Mapping[str, ServiceRoles]] = {
     "ec2": ServiceRoles(
@@ -104,7 +105,8 @@ ROLES: Final[Mapping[str, ServiceRoles]] = {
             *_rates("1/s", local_read_ops="DiskReadOps", local_write_ops="DiskWriteOps"),
             *_rates("bytes/s", disk_read_bytes="EBSReadBytes", disk_write_bytes="EBSWriteBytes"),
         ),
-        {Activity.CPU: (Role.CPU,), Activity.NETWORK: _NETWORK, Activity.DISK: _DISK + _LOCAL},
+        {Activity.CPU: (Role.CPU,), Activity.NETWORK: _NETWORK, Activity.DISK: _DISK},
+        beside=(Role.LOCAL_READ_OPS, Role.LOCAL_WRITE_OPS),
     ),
     "ebs": ServiceRoles(
         "AWS/EBS",
@@ -286,6 +288,10 @@ class Price(Strict):
     region: str = ""
     """Empty: in every region that has no price of its own."""
     usd_per_hour: float | None = Field(None, ge=0)
+    engine: str = ""
+    """Of databases, as postgres; empty: any that has no price of its own."""
+    multi_az: bool = False
+    """The price of two availability zones."""
     usd_per_gib_month: float | None = Field(None, ge=0)
     """Of allocated storage; a GiB is 2**30 bytes."""
     vcpu: float | None = Field(None, gt=0)

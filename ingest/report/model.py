@@ -39,8 +39,9 @@ class ResourceKey:
 class Figure:
     """A number, or why there is none.
 
-    `before` is the same figure of the 7 days before (None: not known); `coverage` says how complete the data behind `value` is, 0..1
-    (None: it does not rest on samples, as a list of prices).
+    `week` is the same figure over the range's last 7 days, `before` over the 7 days before these (None: not known); where `week` is None, `value`
+    itself is the week's, or of its end. `coverage` says how complete the data behind `value` is, 0..1 (None: it does not rest on samples, as a
+    list of prices).
     """
 
     value: float | None
@@ -50,11 +51,13 @@ class Figure:
     coverage: float | None = None
     unknown: str = ""
     """Why `value` is None, and what would fill it; empty where it is known."""
+    week: float | None = None
 
     @property
     def change(self) -> float | None:
-        """`value` − `before`, in `unit`."""
-        return None if self.value is None or self.before is None else self.value - self.before
+        """Week on week, in `unit`: `week`, or else `value`, less `before`."""
+        now = self.value if self.week is None else self.week
+        return None if now is None or self.before is None else now - self.before
 
     @property
     def relative_change(self) -> float | None:
@@ -73,7 +76,7 @@ NOT_KNOWN: Final = Figure(None, unknown="there are no samples")
 class MetricUse:
     """One role (`shard_config.report.Role`) of a resource over the range.
 
-    `average` and `p95` are of the Average statistic (a Sum of a period for counts and bytes), `peak` of the Maximum statistic and of nothing else.
+    `average` and `p95` are of the Average statistic, or of a Sum, told a second; `peak` is of the Maximum statistic and of nothing else.
     """
 
     role: str
@@ -204,8 +207,8 @@ class Level(StrEnum):
 class GroupUse:
     """An account, a region of it, a service in it (across its regions), or everything.
 
-    CPU is weighted by vCPU where each resource's size is known (`weighted_by` "vcpu"), else each resource counts the same ("resource"): the
-    page has to say so.
+    CPU is weighted by vCPU (`weighted_by` "vcpu"); where no size at all is known, each resource counts the same ("resource"): the page has to
+    say so.
     """
 
     level: Level
@@ -224,6 +227,8 @@ class GroupUse:
     oversized: int
     waste: Money | None
     coverage: float | None
+    unsized: int = 0
+    """Resources with CPU that are not in the weighted figures, for their size is not known."""
 
 
 @dataclass(frozen=True, slots=True)
