@@ -140,7 +140,7 @@ def change(at: At) -> Markup:
         if points
         else words(abs(by.raw), unit)
     )
-    share = "" if relative.raw is None or points else f" ({relative.raw:+.0%})".replace("-", "−")
+    share = "" if relative.raw is None or points else f" ({100 * relative.raw:+.0f} %)".replace("-", "−")
     return Markup('<span class="change">{} <data value="{}" data-f="{}">{}</data>{}</span>').format(
         "▲" if by.raw > 0 else "▼", by.raw, by.path, text, share
     )
