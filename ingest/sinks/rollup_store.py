@@ -112,7 +112,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11{value})
 ON CONFLICT (bucket, start) DO UPDATE SET (computed_at, series, count, sum, min, max, p50, p95, p99{more}) =
     (excluded.computed_at, excluded.series, excluded.count, excluded.sum, excluded.min, excluded.max,
      excluded.p50, excluded.p95, excluded.p99{excluded})"""
-_UPSERTS = {
+UPSERTS = {
     HOUR_S: _UPSERT.format(table="rollup_hours", more="", value="", excluded=""),
     DAY_S: _UPSERT.format(
         table="rollup_days", more=", sketches", value=", $12", excluded=", excluded.sketches"
@@ -245,7 +245,7 @@ class Roller:
             done, found, changed = dirty, empty(bins=False), dirty
         else:
             done, found = await self._read(connection, span_s, start_s, dirty)
-            changed = await _write(connection, span_s, start_s, done, found, now)
+            changed = await write(connection, span_s, start_s, done, found, now)
         await connection.execute(
             "DELETE FROM rollup_marks WHERE span_s = $1 AND start = $2 AND id = ANY($3)",
             span_s, start, taken["ids"],
@@ -314,7 +314,7 @@ async def _samples(
     return ids, np.concatenate([c["value"] for c in chunks]).astype(np.float64)
 
 
-async def _write(
+async def write(
     connection: asyncpg.Connection,
     span_s: int,
     start_s: int,
@@ -337,12 +337,12 @@ async def _write(
         if not len(rows) or (before is not None and rows.same_as(before)):
             continue
         changed[bucket] = True
-        updates.append((bucket, utc(start_s), now, *_values(rows)))
-    await connection.executemany(_UPSERTS[span_s], updates)
+        updates.append((bucket, utc(start_s), now, *values_of_row(rows)))
+    await connection.executemany(UPSERTS[span_s], updates)
     return changed
 
 
-def _values(rows: Rollups) -> list[Any]:
+def values_of_row(rows: Rollups) -> list[Any]:
     raw = rows.ids.astype(">u8").tobytes()
     ids = [raw[i : i + 16] for i in range(0, len(raw), 16)]
     columns = [getattr(rows, name).tolist() for name in COLUMNS[1:]]
