@@ -336,7 +336,7 @@ class Realisations:
 class Days:
     """Days from the range's end until a level is reached, with the interval of the trend's.
 
-    None in `days`: not within reach, see `more_than`. A level that is reached has 0. `latest` None: the interval's low end never reaches it.
+    None in `days`: not within reach, see `more_than`. A level that is reached has 0. `latest` None: further than the fit may be drawn out.
     """
 
     days: float | None
