@@ -19,7 +19,7 @@ from ingest.sinks.migrate import migrate
 from shard_config.model import Postgres
 from tests.scale_scene import play, quantile
 from workers.cli import main
-from workers.scale import Page, owners_in, settled, waiting_for, windows_lost
+from workers.scale import Page, gaps_on, newly_open, owners_in, settled, waiting_for, windows_lost
 
 
 async def test_1_4_2_16_3_exporters_lose_no_window_and_pay_for_none_twice(
@@ -173,6 +173,24 @@ def test_more_shards_than_slots_are_refused_before_helm_is_called(
 
 _WINDOW = """INSERT INTO windows (target, service, window_start, window_end, settles_at, planned_at, sealed_at, declared, declared_at)
     VALUES ($1, 'ec2', $2::timestamptz, $2::timestamptz + interval '300 s', $3, $2, $4, $5, $6)"""
+
+
+async def test_of_a_release_the_windows_lost_are_those_that_the_page_shows_late_and_did_not_before() -> None:
+    def page(as_of_ms: int | None, **gaps: int) -> Page:
+        parts = [{"name": "Kafka", "as_of_ms": 1}, {"name": "PostgreSQL", "as_of_ms": as_of_ms}]
+        return {
+            "parts": parts,
+            "cells": [{"unit": "quiet"}, *({"unit": u, "gaps": n} for u, n in gaps.items())],
+        }
+
+    pages = iter([page(None), page(40, a=9), page(50, a=3, b=1)])
+    before = {"quiet": 0, "a": 2, "b": 1, "healed": 5}
+    after = await gaps_on(lambda name: next(pages) if name == "page.json" else {}, 50)
+    assert after == {"quiet": 0, "a": 3, "b": 1}
+    assert newly_open(before, after) == 1
+    # A coordinator of before the page, and one that is away: not known, which is not none.
+    assert await gaps_on(lambda _: {"slots": 24}, 0) is None
+    assert newly_open(None, after) is newly_open(before, None) is None
 
 
 async def test_windows_lost_are_those_that_passed_their_deadline_or_expired_during_the_change(

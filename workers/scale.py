@@ -3,6 +3,7 @@
 * Nobody is restarted who stays: the local stack gets or loses processes, a Helm release Deployments.
 * Who is removed drains first. Of the local stack it then leaves its group at once; in a cluster its slots move when its session has timed out.
 * The wait is bounded, and what it waits for is the coordinator's page /shards, nothing else.
+* *Windows lost* are those that passed their deadline meanwhile: of the local stack the ledger says so, of a release the coordinator's page.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import re
 import subprocess
 import time
+import urllib.error
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -37,6 +39,8 @@ from workers.stack import CHECKOUT, exporter_name
 SETTLE_TIMEOUT_S = 120.0
 """A drain (20 s), a session (15 s), a rebalance (30 s) and the coordinator's looks, and as much again."""
 LOOK_EVERY_S = 0.5
+PAGE_TIMEOUT_S = 60.0
+"""The coordinator reads the ledger for its page each few seconds, and less often where that is slow."""
 HELM_TIMEOUT_S = 600.0
 METRICS_PORT = 9100
 """The chart's, of every worker."""
@@ -45,6 +49,8 @@ Page = dict[str, Any]
 """/shards, as `workers.shards.Publisher.page` makes it."""
 Look = Callable[[], Page]
 """Raises OSError where the coordinator does not answer."""
+Fetch = Callable[[str], Page]
+"""One of the coordinator's pages by its name; raises as a look does."""
 Say = Callable[[str], None]
 
 _LOST = f"""SELECT count(*) FROM windows WHERE ({OPEN_SQL} AND {late_sql("$2", "$3")} AND NOT {late_sql("$1", "$3")})
@@ -174,8 +180,12 @@ def _names(shards: int) -> list[str]:
 
 async def scale_release(release: str, namespace: str, chart: str, shards: int, say: Say) -> Scaled:
     """`helm upgrade` with another number of shards, everything else as it is. Raises Fatal, Transient."""
-    async with forwarded(release, namespace) as look:
-        page = await asyncio.to_thread(look)
+    async with forwarded(release, namespace) as fetch:
+
+        def look() -> Page:
+            return fetch("shards")
+
+        page, gaps = await asyncio.to_thread(look), await gaps_on(fetch, 0)
         if shards > page["slots"]:
             raise Fatal(
                 "scale", f"{shards} shards would share {page['slots']} slots", "raise config.slots first"
@@ -187,16 +197,43 @@ async def scale_release(release: str, namespace: str, chart: str, shards: int, s
         await asyncio.to_thread(_run, command, HELM_TIMEOUT_S)
         # Pods may wait for a node; the cluster's own patience is the measure then.
         after = await settled(look, _names(shards), say, HELM_TIMEOUT_S)
-        now = set(_names(shards))
+        seconds, now = time.monotonic() - began_s, set(_names(shards))
+        lost = newly_open(gaps, await gaps_on(fetch, int(time.time() * 1000)))
         return Scaled(
-            sorted(now - there), sorted(there - now), moves(before, owners_in(after)), after["slots"],
-            time.monotonic() - began_s, None,
+            sorted(now - there), sorted(there - now), moves(before, owners_in(after)), after["slots"], seconds, lost
         )  # fmt: skip
 
 
+async def gaps_on(fetch: Fetch, not_before_ms: int) -> dict[str, int] | None:
+    """By target, or service of a split one, its windows past their deadline: what the coordinator read of the ledger at that time or later.
+
+    None where it does not say so within PAGE_TIMEOUT_S. A coordinator of an older version has no such page.
+    """
+    deadline_s = time.monotonic() + PAGE_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        try:
+            page = await asyncio.to_thread(fetch, "page.json")
+            parts = {part["name"]: part for part in page["parts"]}
+            if (parts["PostgreSQL"]["as_of_ms"] or -1) >= not_before_ms:
+                return {cell["unit"]: cell.get("gaps", 0) for cell in page["cells"]}
+        except (urllib.error.HTTPError, KeyError, ValueError):
+            return None
+        except (OSError, http.client.HTTPException):
+            pass
+        await asyncio.sleep(1.0)
+    return None
+
+
+def newly_open(before: Mapping[str, int] | None, after: Mapping[str, int] | None) -> int | None:
+    """Windows that are past their deadline after, and were not before; None where either is not known."""
+    if before is None or after is None:
+        return None
+    return sum(max(0, gaps - before.get(unit, 0)) for unit, gaps in after.items())
+
+
 @contextlib.asynccontextmanager
-async def forwarded(release: str, namespace: str) -> AsyncIterator[Look]:
-    """The coordinator's page by `kubectl port-forward`, which NetworkPolicies let through. Raises Fatal."""
+async def forwarded(release: str, namespace: str) -> AsyncIterator[Fetch]:
+    """The coordinator's pages by `kubectl port-forward`, which NetworkPolicies let through. Raises Fatal."""
     selector = f"app.kubernetes.io/instance={release},app.kubernetes.io/component=coordinator"
     found = await asyncio.to_thread(
         _run, ["kubectl", "-n", namespace, "get", "deployment", "-l", selector, "-o", "name"], 30
@@ -220,13 +257,12 @@ async def forwarded(release: str, namespace: str) -> AsyncIterator[Look]:
         match = re.search(r"127\.0\.0\.1:(\d+) ->", line)
         if match is None:
             raise Transient(f"port-forward to {names[0]}", f"it said {line!r}")
-        url = f"http://127.0.0.1:{match[1]}/shards"
 
-        def look() -> Page:
-            page: Page = json.loads(get_local(url, timeout_s=5))
+        def fetch(name: str) -> Page:
+            page: Page = json.loads(get_local(f"http://127.0.0.1:{match[1]}/{name}", timeout_s=5))
             return page
 
-        yield look
+        yield fetch
     finally:
         with contextlib.suppress(ProcessLookupError):
             forward.terminate()
@@ -298,6 +334,10 @@ def _tell(scaled: Scaled, shards: int, release: bool) -> None:
         print(f"  {before} → {after}: {', '.join(map(str, slots))}")
     print(f"{len(scaled.moves)} of {scaled.slots} slots moved, {scaled.seconds:.1f} s")
     if scaled.windows_lost is None:
-        print("windows lost: `headgate gaps` says" if release else "windows lost: unknown")
+        print(
+            "windows lost: the coordinator's page does not say; `headgate gaps` does"
+            if release
+            else "windows lost: unknown"
+        )
     else:
         print(f"windows lost: {scaled.windows_lost}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,7 +50,12 @@ def page_of(scene: Scene) -> dict[str, object]:
 def coordinator(scene: Scene) -> Iterator[None]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = json.dumps(page_of(scene)).encode()
+            now_ms = int(time.time() * 1000)
+            ledger = {
+                "parts": [{"name": "PostgreSQL", "as_of_ms": now_ms}],
+                "cells": [{"unit": "t", "gaps": 2}],
+            }
+            body = json.dumps(ledger if self.path == "/page.json" else page_of(scene)).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -85,6 +91,7 @@ def test_installed_by_the_readmes_command_and_scaled_by_make_only_shards_come_an
     with coordinator(scene):
         scaled = json.loads(make_scale(scene, 5))
         assert (scaled["added"], scaled["removed"]) == (["exporter-4", "exporter-5"], [])
+        assert scaled["windows_lost"] == 0
         five = scene.shards()
         assert set(five) - set(three) == {"exporter-4", "exporter-5"}
         assert {shard: five[shard] for shard in three} == three

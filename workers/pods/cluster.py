@@ -231,7 +231,7 @@ def _shards(namespace: str, pods: Sequence[Object], unseen: _Unseen) -> Mapping[
 
     async def page() -> Mapping[str, Any]:
         async with forwarded(label(coordinator, "app.kubernetes.io/instance"), namespace) as ask:
-            return await asyncio.to_thread(ask)
+            return await asyncio.to_thread(ask, "shards")
 
     try:
         return asyncio.run(page())
