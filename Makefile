@@ -32,7 +32,7 @@ down: ## Stop what runs here, whatever state it is in
 	@if [ -e .venv/.complete ]; then $(BIN)/python -m workers.cli down; else echo "nothing runs here"; fi
 
 test: setup .headgate/versitygw.complete .headgate/helm.complete ## Run the tests, two files at a time; ARGS goes to pytest
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-docker: setup ## Build the image and run it, where a Docker engine answers: HEADGATE_TEST_BASE=image
 	@$(BIN)/python -c 'import docker; docker.from_env(timeout=5).ping()' 2>/dev/null || \

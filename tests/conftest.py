@@ -62,6 +62,28 @@ def pytest_configure() -> None:
     os.environ.update(ours)
 
 
+LONGEST_FIRST = (
+    "test_faults.py",
+    "test_backfill_end_to_end.py",
+    "test_end_to_end.py",
+    "test_healing_end_to_end.py",
+    "test_page.py",
+    "test_scale.py",
+    "test_shards.py",
+    "test_remote_writer.py",
+    "test_log.py",
+    "test_compare.py",
+    "test_budget_day.py",
+    "test_late_rules.py",
+)
+"""Files of which one that came last would keep everybody waiting, where several run at a time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 def pytest_report_header() -> str:
     return "servers: " + ("containers (Docker answers)" if DOCKER else "processes (no Docker engine answers)")
 
