@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from itertools import count
 
@@ -11,8 +11,10 @@ import asyncpg
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from prometheus_client import REGISTRY
 
 from ingest.clock import ManualClock, utc
+from ingest.ledger import Ledger
 from ingest.model import Batch, BatchId, Series, SeriesKey, Target, series_ids
 from ingest.ports import Landable
 from ingest.rollups import percentiles_of
@@ -23,7 +25,8 @@ from ingest.sinks.partitions import create_partitions, drop_partitions, name_of
 from ingest.sinks.postgres import PostgresSink
 from ingest.sinks.rollup_read import DAY_S, HOUR_S
 from ingest.sinks.rollup_store import Kept, Rolled, Roller
-from shard_config.model import Postgres
+from shard_config.model import Config, Postgres, Rollups
+from workers.rolling import IDLE_S, Rolling
 
 MIDNIGHT_S = 1_795_478_400  # 2026-11-24
 DAY = MIDNIGHT_S // DAY_S
@@ -426,3 +429,77 @@ async def test_percentiles_over_days_are_merged_from_sketches(store: Store) -> N
     assert (ids == series_ids(SERIES[7:8])).all()
     expected = np.quantile(values, [0.5, 0.95, 0.99], method="lower")
     assert found[0] == pytest.approx(expected, rel=0.0101)
+
+
+def _config(dsn: str, **rollups: object) -> Config:
+    return Config(postgres=Postgres(dsn=dsn), rollups=Rollups.model_validate(rollups))
+
+
+def _gauge(name: str) -> float:
+    value = REGISTRY.get_sample_value(name)
+    assert value is not None
+    return value
+
+
+@pytest.fixture
+async def loop_of(store: Store) -> AsyncIterator[Callable[..., Rolling]]:
+    """Makes the loop of a consumer, of the store's clock."""
+    ledgers: list[Ledger] = []
+
+    def make(**rollups: object) -> Rolling:
+        ledgers.append(Ledger(Postgres(dsn=store.dsn), "test rolling", {}))
+        return Rolling(ledgers[-1], _config(store.dsn, **rollups), store.clock)
+
+    yield make
+    for ledger in ledgers:
+        await ledger.close()
+
+
+async def test_a_consumers_loop_rolls_up_what_is_due_and_says_how_far_behind_it_is(
+    store: Store, loop_of: Callable[..., Rolling]
+) -> None:
+    await _hours(store, many=2)
+    store.clock.advance(900)
+    rolling = loop_of()
+    await rolling.turn()
+    assert _gauge("headgate_rollup_dirty") == 2
+    assert _gauge("headgate_rollup_behind_seconds") == 900 - 600
+    while await rolling.turn() != IDLE_S:
+        pass
+    assert_same(await store.rows(HOUR_S), await store.recomputed(HOUR_S))
+    assert await store.rows(DAY_S) == {}
+    store.clock.advance(6 * HOUR_S)
+    while await rolling.turn() != IDLE_S:
+        pass
+    assert_same(await store.rows(DAY_S), await store.recomputed(DAY_S))
+    store.clock.advance(60)
+    await rolling.turn()
+    assert (_gauge("headgate_rollup_dirty"), _gauge("headgate_rollup_behind_seconds")) == (0, 0)
+
+
+async def test_a_loop_that_is_off_remembers_what_changed_and_catches_up_when_it_is_on(
+    store: Store, loop_of: Callable[..., Rolling]
+) -> None:
+    await store.land([0], [MIDNIGHT_S], [1.0])
+    await store.land([1], [MIDNIGHT_S], [1.0])
+    store.clock.advance(HOUR_S)
+    rolling = loop_of(enabled=False)
+    assert await rolling.turn() == IDLE_S
+    assert await store.rows(HOUR_S) == {}
+    assert await store.marks() == 1
+    rolling.configure(_config(store.dsn))
+    await rolling.turn()
+    assert_same(await store.rows(HOUR_S), await store.recomputed(HOUR_S))
+
+
+async def test_the_loop_drops_months_past_their_retention(
+    store: Store, loop_of: Callable[..., Rolling]
+) -> None:
+    await _hours(store, many=2)
+    await store.roll()
+    store.clock.advance(36 * DAY_S)
+    await loop_of(hourly_retention_days=30).turn()
+    assert await store.rows(HOUR_S) == {}
+    assert_same(await store.rows(DAY_S), await store.recomputed(DAY_S))
+    await loop_of(daily_retention_days=30).turn()
+    assert await store.rows(DAY_S) == {}
