@@ -20,6 +20,7 @@ import asyncpg
 import botocore.session
 import pytest
 import structlog
+from hypothesis import settings
 
 from ingest.errors import Fatal
 from workers.servers import (
@@ -61,6 +62,10 @@ def pytest_configure() -> None:
         del os.environ[name]
     os.environ.update(ours)
 
+
+# How long a test takes says more about who else is at work on the machine.
+settings.register_profile("headgate", deadline=None)
+settings.load_profile("headgate")
 
 LONGEST_FIRST = (
     "test_faults.py",

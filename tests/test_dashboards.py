@@ -221,7 +221,7 @@ def test_late_points_are_asked_for_as_far_back_as_they_may_be() -> None:
         'sum by ($by) (account_region:aws_ec2_network_in_sum:sum{account_id=~"$account_id",region=~"$region"} offset -16m) / 60'
     )
     assert "last_over_time(" in by_title["CPU: highest"]
-    assert by_title["CPU: highest"].endswith("[17m])))")
+    assert by_title["CPU: highest"].endswith("[16m])))")
     for board in BOARDS.values():
         for panel in panels_of(board):
             for target in panel["targets"]:
