@@ -25,6 +25,7 @@ from shard_config.fields import (
     repeated,
     wrong,
 )
+from shard_config.inventory import Inventory
 from shard_config.price_list import PriceList
 from shard_config.remote_write import RemoteWrite
 
@@ -426,6 +427,7 @@ class Config(Strict):
     heal: Heal = Heal()
     budget: Budget = Budget()
     prices: PriceList = PriceList()
+    inventory: Inventory = Inventory()
     remote_write: RemoteWrite | None = None
     run: Run = Run()
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "status": "status",
     "gaps": "gaps",
     "cost": "cost",
+    "inventory": "inventory",
     "audit": "audit",
     "why": "why",
     "settle": "settle",

@@ -10,12 +10,30 @@ from functools import lru_cache
 from itertools import chain, repeat
 from struct import Struct
 from typing import Any, Final
+from typing import Protocol as Protocol_
 from uuid import uuid4
 from xml.sax.saxutils import escape
 
 import orjson
 
 from workers.simulated.requests import AwsError
+
+
+class Wire(Protocol_):
+    """How requests become structures, and answers bytes."""
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+    def loads(self, raw: bytes) -> dict[str, Any]:
+        """A request's structure. Raises AwsError where the body is none."""
+        ...
+
+    def dumps(self, answer: dict[str, Any], /) -> bytes: ...
+
+    def error(self, e: AwsError) -> tuple[bytes, dict[str, str]]:
+        """Body and headers of an error answer."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

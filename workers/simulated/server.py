@@ -18,12 +18,12 @@ import structlog
 from aiohttp import web
 
 from ingest.clock import Clock
-from workers.simulated import organizations, sts, tagging
+from workers.simulated import inventory, organizations, sts, tagging
 from workers.simulated.cloudwatch import Page, get_metric_data, list_metrics
 from workers.simulated.faults import SPARED, Asked, Fate, Faults, Flood, fate_of, spoil_results
 from workers.simulated.metering import Bill, Quotas
 from workers.simulated.organizations import Organization
-from workers.simulated.protocols import CBOR, JSON, JSON_1_1, Protocol, answer_headers, xml
+from workers.simulated.protocols import CBOR, JSON, JSON_1_1, Wire, answer_headers, xml
 from workers.simulated.requests import AwsError, parse_data_request
 from workers.simulated.resources import resources_of
 from workers.simulated.sts import Caller
@@ -40,6 +40,7 @@ _BODY_BYTES_MAX: Final = 4 << 20
 _CLOUDWATCH: Final = "GraniteServiceVersion20100801"
 _SERVICES: Final = {_CLOUDWATCH: "cloudwatch", organizations.TARGET: "organizations", tagging.TARGET: "tag"}
 """How policies call what the targets call otherwise."""
+_ASKED: Final = {*_SERVICES.values(), *inventory.SERVICES}
 _UNAVAILABLE: Final = "<html><body><h1>503 Service Unavailable</h1></body></html>"
 _ENDLESS: Final = "endless-"
 """NextTokens that AWS would never give: `Faults.token_endless_share`."""
@@ -65,6 +66,8 @@ class Simulator:
         self.truth = truth
         self.organization = Organization(truth.seed, truth.accounts)
         self.faults = faults
+        self.inventory = inventory.Answers(truth)
+        """What Describe calls and AWS Config say; `owned.edit` changes it."""
         self.url = ""
         self.received: Counter[tuple[str, str]] = Counter()
         """By account and API: requests that came in, refused and failed ones too (STS's: those that were answered)."""
@@ -119,6 +122,8 @@ class Simulator:
         app.router.add_post("/faults", self._serve_faults)
         app.router.add_post("/accounts", self._serve_accounts)
         app.router.add_post("/", self._serve_root)
+        for path in inventory.PATHS:
+            app.router.add_get(path, self._serve_path)
         app.router.add_post(f"/service/{_CLOUDWATCH}/operation/{{operation}}", self._serve_cbor)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0)
         await self._runner.setup()
@@ -166,7 +171,15 @@ class Simulator:
     async def _serve_root(self, request: web.Request) -> web.StreamResponse:
         service, _, operation = request.headers.get("X-Amz-Target", "").partition(".")
         if not service:
+            signed = inventory.signed_for(request.headers.get("Authorization", ""))
+            if form := inventory.QUERY.get(signed):
+                action = form.loads(await request.read()).get("Action", "")
+                return await self._serve_call(request, signed, action, form)
             return await self._serve_sts(request)
+        if service in inventory.TARGETS:
+            return await self._serve_call(
+                request, inventory.TARGETS[service][0], operation, inventory.TARGETS[service][1]
+            )
         return await self._serve_call(
             request, service, operation, JSON if service == _CLOUDWATCH else JSON_1_1
         )
@@ -174,10 +187,13 @@ class Simulator:
     async def _serve_cbor(self, request: web.Request) -> web.StreamResponse:
         return await self._serve_call(request, _CLOUDWATCH, request.match_info["operation"], CBOR)
 
+    async def _serve_path(self, request: web.Request) -> web.StreamResponse:
+        return await self._serve_call(request, *inventory.PATHS[request.path])
+
     async def _serve_call(
-        self, request: web.Request, service: str, operation: str, protocol: Protocol
+        self, request: web.Request, service: str, operation: str, protocol: Wire
     ) -> web.StreamResponse:
-        raw = await request.read()
+        raw = await request.read() or request.query_string.encode()
         now_s, fate, faults = self._clock.now_s(), SPARED, self.faults
         try:
             caller = self._caller(request)
@@ -187,13 +203,13 @@ class Simulator:
             if faults.of_calls:
                 what = blake2b(f"{caller.account} {caller.region} {operation} ".encode() + raw).digest()
                 fate = fate_of(faults, what, self._asked.count(what))
-            self._refuse(caller, faults, _SERVICES.get(service, ""), operation, fate)
+            self._refuse(caller, faults, _SERVICES.get(service, service), operation, fate)
             if fate.unavailable:
                 return web.Response(status=503, text=_UNAVAILABLE, content_type="text/html")
             if service == _CLOUDWATCH:
                 answer = self._metrics(caller, faults, operation, protocol.loads(raw), now_s, fate)
             else:
-                answer = self._free(caller, service, operation, protocol.loads(raw))
+                answer = self._free(caller, service, operation, protocol.loads(raw), fate)
         except AwsError as e:
             error, error_headers = protocol.error(e)
             return web.Response(status=e.status, body=error, headers=answer_headers(now_s) | error_headers)
@@ -222,7 +238,9 @@ class Simulator:
 
     def _refuse(self, caller: Caller, faults: Faults, service: str, operation: str, fate: Fate) -> None:
         """Raise AwsError for what is refused before the request is looked at."""
-        if not service or (service == "cloudwatch" and operation not in ("GetMetricData", "ListMetrics")):
+        if service not in _ASKED or (
+            service == "cloudwatch" and operation not in ("GetMetricData", "ListMetrics")
+        ):
             raise AwsError("UnknownOperationException", f"{operation} is not simulated")
         self.received[caller.account, operation] += 1
         if caller.region in faults.disabled_regions:
@@ -302,10 +320,18 @@ class Simulator:
             page = replace(page, items=spoil_results(faults, self._asked, scope, page.items, questions))
         return replace(page, messages=messages) if messages else page
 
-    def _free(self, caller: Caller, service: str, operation: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Organizations and tagging: counted, and billed with nothing."""
+    def _free(
+        self, caller: Caller, service: str, operation: str, body: dict[str, Any], fate: Fate
+    ) -> dict[str, Any]:
+        """Organizations, tagging and the inventory: counted, and billed with nothing."""
         if service == organizations.TARGET:
             answer = self.organization.answer(caller.account, operation, body)
+        elif service in inventory.SERVICES:
+            answer = self.inventory.answer(
+                caller.account, caller.region, operation, body, fate, next(self._numbers)
+            )
+            if service in inventory.NAMED:
+                answer = {operation: answer}  # the layout is the operation's
         elif operation == "GetResources":
             answer = tagging.get_resources(resources_of(self.truth, caller.account, caller.region), body)
         else:

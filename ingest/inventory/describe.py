@@ -1,0 +1,178 @@
+"""The inventory by read-only calls in every account and region: Describe and List, nothing else.
+
+Guarantees:
+
+* a look is the whole list of its scope; where one page of it fails, all of it has;
+* a call that is denied says which permission is missing. Of the list itself: its look has failed. Of what stands beside it (sizes of types, auto-scaling
+  groups, writers, tags): the look is whole and says what it lacks;
+* scopes do not wait for each other's failures; time, requests in flight and pages are bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from ingest.clock import Clock
+from ingest.errors import HeadgateError
+from ingest.inventory.asking import Asker, Listing, Sizes
+from ingest.inventory.model import Look, Scope
+from ingest.inventory.parse import CONVERT, Beside, Raw, instance_types, members, standing
+from ingest.model import SourceName, Target
+from ingest.sources.aws import Aws
+from ingest.sources.aws_errors import Denied
+from ingest.sources.tags import tagged_resources
+from shard_config.model import Config, Resources
+
+SOURCE: Final = "describe"
+AT_ONCE: Final = 4
+"""Targets."""
+TARGET_S: Final = 600.0
+"""For all services of an account and region: 100,000 volumes take 100 s at two pages a second."""
+
+Take = Callable[[Look], Awaitable[None]]
+
+# Pages of 200: botocore's XML parser takes 1 ms an instance, and nothing else of the process moves meanwhile.
+_LISTINGS: Final = {
+    "ec2": Listing("ec2", "describe_instances", "ec2:DescribeInstances", "Reservations", asked={"MaxResults": 200}),
+    "ebs": Listing("ec2", "describe_volumes", "ec2:DescribeVolumes", "Volumes", asked={"MaxResults": 500}),
+    "rds": Listing("rds", "describe_db_instances", "rds:DescribeDBInstances", "DBInstances", "Marker", asked={"MaxRecords": 100}),
+    "elasticache": Listing(
+        "elasticache", "describe_cache_clusters", "elasticache:DescribeCacheClusters", "CacheClusters", "Marker", asked={"MaxRecords": 100}
+    ),
+    "lambda": Listing("lambda", "list_functions", "lambda:ListFunctions", "Functions", "Marker", "NextMarker", {"MaxItems": 50}),
+    "dynamodb": Listing(
+        "dynamodb", "list_tables", "dynamodb:ListTables", "TableNames", "ExclusiveStartTableName", "LastEvaluatedTableName", {"Limit": 100}
+    ),
+    "msk": Listing("kafka", "list_clusters_v2", "kafka:ListClustersV2", "ClusterInfoList", asked={"MaxResults": 100}),
+}  # fmt: skip
+_TABLE: Final = Listing("dynamodb", "describe_table", "dynamodb:DescribeTable", "Table")
+_GROUPS: Final = Listing(
+    "autoscaling", "describe_auto_scaling_instances", "autoscaling:DescribeAutoScalingInstances",
+    "AutoScalingInstances", asked={"MaxRecords": 50},
+)  # fmt: skip
+_CLUSTERS: Final = Listing("rds", "describe_db_clusters", "rds:DescribeDBClusters", "DBClusters", "Marker", asked={"MaxRecords": 100})  # fmt: skip
+_TAGGED: Final = {
+    "elasticache": "elasticache:cluster",
+    "lambda": "lambda:function",
+    "dynamodb": "dynamodb:table",
+}
+"""Services whose lists have no tags, and what tag:GetResources calls their resources."""
+
+ACTIONS: Final = tuple(
+    sorted(
+        {listing.action for listing in (*_LISTINGS.values(), _TABLE, _GROUPS, _CLUSTERS)}
+        | {"ec2:DescribeInstanceTypes"}
+    )
+)
+"""What the role needs for all of it, beside tag:GetResources."""
+
+
+async def describe(config: Config, clock: Clock, take: Take) -> None:
+    """Look at every scope of the configuration of which there can be an inventory, and give each look to `take`, one at a time.
+
+    What fails is a failed look; only what `take` raises is raised.
+    """
+    aws = Aws(config, clock)
+    sizes, taking = Sizes(), asyncio.Lock()
+    targets = iter([(account, region) for account in config.accounts for region in account.regions])
+
+    async def work() -> None:
+        for account, region in targets:
+            services = [p.service for p in config.services_in(account, region) if p.service in CONVERT]
+            asker = Asker(aws, clock, account, region, clock.monotonic_s() + TARGET_S)
+            for service in services:
+                look = await look_at(asker, service, sizes)
+                async with taking:
+                    await take(look)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(AT_ONCE):
+                group.create_task(work())
+    except* HeadgateError as errors:
+        raise errors.exceptions[0] from None
+    finally:
+        await aws.close()
+
+
+async def look_at(asker: Asker, service: str, sizes: Sizes) -> Look:
+    """One look. Never raises for what AWS did."""
+    scope, at_s = Scope(asker.account.id, asker.region, service), asker.clock.now_s()
+    try:
+        async with asyncio.timeout(max(0.0, asker.deadline_s - asker.clock.monotonic_s())):
+            raws = await _listed(asker, service)
+            around = _Around(asker, sizes)
+            beside = await around.of(service, raws)
+            convert = CONVERT[service]
+            return Look.whole(
+                scope, SOURCE, at_s, (convert(scope, raw, beside) for raw in raws), around.lacks
+            )
+    except TimeoutError:
+        return Look.failed(scope, SOURCE, at_s, f"not done within {TARGET_S:.0f} s")
+    except HeadgateError as error:
+        return Look.failed(scope, SOURCE, at_s, str(error))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        return Look.failed(
+            scope, SOURCE, at_s, f"an answer was not understood: {type(error).__name__}: {error}"
+        )
+
+
+async def _listed(asker: Asker, service: str) -> list[Raw]:
+    listed = await asker.all(_LISTINGS[service])
+    if service == "ec2":
+        return [raw for reservation in listed for raw in reservation["Instances"]]
+    if service == "dynamodb":
+        return [(await asker.call(_TABLE, {"TableName": name}))["Table"] for name in listed]
+    return listed
+
+
+@dataclass(slots=True)
+class _Around:
+    """What is known of a scope besides its list, and what is not, for a permission that is missing."""
+
+    asker: Asker
+    sizes: Sizes
+    lacks: list[str] = field(default_factory=list)
+
+    async def of(self, service: str, raws: Sequence[Raw]) -> Beside:
+        """Raises Transient and Rejected, for a list that is whole now and half the next time would be a change each time."""
+        types = instance_types(service, raws)
+        try:
+            await self.sizes.learn(self.asker, types)
+        except Denied as denied:
+            self._lack("sizes of types", denied)
+        groups = (
+            standing(await self._optional(_GROUPS, "auto-scaling groups' standby"))
+            if service == "ec2" and raws
+            else {}
+        )
+        clustered = service == "rds" and any(raw.get("DBClusterIdentifier") for raw in raws)
+        writers = members(await self._optional(_CLUSTERS, "writers and readers")) if clustered else {}
+        tags = await self._tags(service) if service in _TAGGED and raws else {}
+        return Beside(self.sizes.known, tags, groups, writers)
+
+    async def _optional(self, listing: Listing, what: str) -> list[Any]:
+        try:
+            return await self.asker.all(listing)
+        except Denied as denied:
+            self._lack(what, denied)
+            return []
+
+    async def _tags(self, service: str) -> dict[str, Any]:
+        asker, wanted = self.asker, Resources(types=(_TAGGED[service],), arns=(":",))
+        target = Target(SourceName.CLOUDWATCH, asker.account.id, asker.region)
+        try:
+            return dict(
+                await tagged_resources(
+                    asker.aws, asker.account, target, wanted, (), asker.deadline_s, asker.tally, "grant tag:GetResources to the role"
+                )
+            )  # fmt: skip
+        except Denied as denied:
+            self._lack("tags", denied)
+            return {}
+
+    def _lack(self, what: str, denied: Denied) -> None:
+        self.lacks.append(f"{what}: {denied.said}")
