@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from ingest.clock import SystemClock
+from ingest.inventory import config_aggregator, describe
 from ingest.preflight import ORGANIZATION_ACTIONS, TAG_ACTIONS, TARGET_ACTIONS
 from ingest.schedule import grids_of
 from ingest.sources.cloudwatch import CloudWatchSource
@@ -64,17 +65,20 @@ def test_no_policy_deletes_or_says_anything_wholesale(path: Path) -> None:
     assert all(s["Effect"] == "Allow" and set(s) <= {"Sid", "Effect", "Action", "Resource"} for s in found)
     for action in actions(found):
         service, _, verb = action.partition(":")
-        assert re.fullmatch(r"(Get|List|Put|Assume)[A-Za-z]+", verb), action
+        assert re.fullmatch(r"(Get|List|Describe|Select|Put|Assume)[A-Za-z0-9]+", verb), action
         assert not verb.startswith("Put") or service == "s3"
     assert all(s["Resource"] != "*" for s in found if any(a.startswith(("s3:", "sts:")) for a in s["Action"]))
 
 
 def test_the_template_grants_what_the_policy_says_to_one_principal_with_an_external_id() -> None:
     resources = template()["Resources"]
+    exporter = {"Ref": "ExporterRoleArn"}
     [trust] = resources["Role"]["Properties"]["AssumeRolePolicyDocument"]["Statement"]
     assert trust == {
         "Effect": "Allow",
-        "Principal": {"AWS": {"Ref": "ExporterRoleArn"}},
+        "Principal": {
+            "AWS": {"Fn::If": ["WithCoordinator", [exporter, {"Ref": "CoordinatorRoleArn"}], exporter]}
+        },
         "Action": "sts:AssumeRole",
         "Condition": {"StringEquals": {"sts:ExternalId": {"Ref": "ExternalId"}}},
     }
@@ -84,6 +88,8 @@ def test_the_template_grants_what_the_policy_says_to_one_principal_with_an_exter
     assert {r["Type"] for r in resources.values()} == {"AWS::IAM::Role", "AWS::IAM::RolePolicy"}
     assert template()["Parameters"]["ExternalId"]["MinLength"] >= 8
     assert resources["ReadsTags"]["Condition"] == "WithTags"
+    assert resources["ReadsInventory"]["Condition"] == "WithInventory"
+    assert template()["Parameters"]["ReadInventory"]["Default"] == "false"
 
 
 def test_cloudformation_takes_the_template() -> None:
@@ -118,7 +124,8 @@ def test_the_terraform_module_is_formatted() -> None:
 
 
 def test_what_preflight_tells_to_paste_is_what_is_shipped() -> None:
-    assert {*TARGET_ACTIONS, *TAG_ACTIONS} == actions(statements("target"))
+    assert {*TARGET_ACTIONS, *TAG_ACTIONS, *describe.ACTIONS} == actions(statements("target"))
+    assert set(config_aggregator.ACTIONS) == actions(statements("aggregator"))
     assert set(ORGANIZATION_ACTIONS) < actions(statements("coordinator"))
 
 
@@ -153,4 +160,6 @@ async def test_a_run_uses_exactly_what_the_policies_allow() -> None:
     seen = {api for of in calls for by_api in of["calls"].values() for api in by_api}
     allowed = actions(statements("target")) | actions(statements("coordinator")) | {"sts:AssumeRole"}
     # Nobody needs a permission to ask who he is.
-    assert {a.partition(":")[2] for a in allowed if not a.startswith("s3:")} == seen - {"GetCallerIdentity"}
+    # What the inventory asks beside is held to its policy in test_inventory_sources.
+    used = {a for a in allowed if not a.startswith("s3:")} - set(describe.ACTIONS)
+    assert {a.partition(":")[2] for a in used} == seen - {"GetCallerIdentity"}

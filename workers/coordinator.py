@@ -44,6 +44,7 @@ from shard_config.units import Places, UnitPlan, plan_units
 from workers import local
 from workers.budgets import Budgeter
 from workers.healing import Healer, keep_pauses, read_pauses
+from workers.inventory import Refresher
 from workers.lifecycle import Lifecycle, add_worker_arguments, run_worker
 from workers.members import Lister
 from workers.page import Page
@@ -341,6 +342,7 @@ async def serve(config: Config, lifecycle: Lifecycle, path: Path | None = None) 
                 # A horizon is looked at once, and nothing else is done.
                 group.create_task(healer.run(lifecycle))
                 group.create_task(budgeter.run(lifecycle))
+                group.create_task(Refresher(lambda: settings.config, clock).run(lifecycle))
             if memory is None:
                 await _recall(coordinator, ledger, lifecycle)
             while not lifecycle.stop.is_set():

@@ -1,5 +1,5 @@
-# The role that Headgate assumes in an account it reads: a module, applied once in each account. It may read metrics, and tags where
-# asked for; it can change and delete nothing. The policy is the file that the CloudFormation template and our tests hold to.
+# The role that Headgate assumes in an account it reads: a module, applied once in each account. It may read metrics, and tags and sizes
+# of resources where asked for; it can change and delete nothing. The policy is the file that the CloudFormation template and our tests hold to.
 
 terraform {
   required_version = ">= 1.3"
@@ -14,6 +14,12 @@ terraform {
 variable "exporter_role_arn" {
   type        = string
   description = "The role that Headgate's exporters run as; only it may assume this one."
+}
+
+variable "coordinator_role_arn" {
+  type        = string
+  default     = ""
+  description = "The role that Headgate's coordinator runs as, where it is another and inventory.source is describe. It may assume this one, too."
 }
 
 variable "external_id" {
@@ -39,9 +45,19 @@ variable "read_tags" {
   description = "Whether services are selected by resource tags (only, tags), or their series named after resources in Prometheus (remote_write)."
 }
 
+variable "read_inventory" {
+  type        = bool
+  default     = false
+  description = "Whether types, sizes and states of resources are read for the report (inventory.source is describe)."
+}
+
 locals {
-  policy     = jsondecode(file("${path.module}/../policies/target.json"))
-  statements = [for s in local.policy.Statement : s if var.read_tags || s.Sid != "HeadgateReadsTags"]
+  policy = jsondecode(file("${path.module}/../policies/target.json"))
+  wanted = {
+    HeadgateReadsTags      = var.read_tags
+    HeadgateReadsInventory = var.read_inventory
+  }
+  statements = [for s in local.policy.Statement : s if lookup(local.wanted, s.Sid, true)]
 }
 
 resource "aws_iam_role" "headgate" {
@@ -53,7 +69,7 @@ resource "aws_iam_role" "headgate" {
     Version = "2012-10-17"
     Statement = [{
       Effect    = "Allow"
-      Principal = { AWS = var.exporter_role_arn }
+      Principal = { AWS = compact([var.exporter_role_arn, var.coordinator_role_arn]) }
       Action    = "sts:AssumeRole"
       Condition = { StringEquals = { "sts:ExternalId" = var.external_id } }
     }]
