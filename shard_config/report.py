@@ -276,6 +276,10 @@ class Sizing(Strict):
     """On the smaller size, of the Maximum statistic: what was at 100 % may have wanted more."""
     memory_percent: float = Field(80, gt=0, le=100)
     """Of the smaller size's memory, where the memory in use is known."""
+    network_bytes_per_s: float = Field(10_000_000, gt=0)
+    """In the busiest hour, in and out together. No inventory knows a size's network; the smallest of current families have some 50 MB a second."""
+    disk_ops_per_s: float = Field(500, gt=0)
+    """In the busiest hour, read and written together. The smallest of current families have some thousands to EBS."""
     coverage_min: float = Field(0.8, gt=0, le=1)
 
 
