@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from prometheus_client import REGISTRY
 
 from ingest.clock import ManualClock, utc
+from ingest.errors import Fatal
 from ingest.ledger import Ledger
 from ingest.model import Batch, BatchId, Series, SeriesKey, Target, series_ids
 from ingest.ports import Landable
@@ -503,3 +504,12 @@ async def test_the_loop_drops_months_past_their_retention(
     assert_same(await store.rows(DAY_S), await store.recomputed(DAY_S))
     await loop_of(daily_retention_days=30).turn()
     assert await store.rows(DAY_S) == {}
+
+
+async def test_a_broken_sketch_is_named_with_its_row(store: Store) -> None:
+    await _hours(store, many=1)
+    await store.roll()
+    await store.connection.execute("UPDATE rollup_days SET sketches = '\\x00'")
+    bucket = await store.connection.fetchval("SELECT min(bucket) FROM rollup_days")
+    with pytest.raises(Fatal, match=f"bucket {bucket} of 2026-11-24T00:00:00Z: a sketch is cut short"):
+        await rollup_read.rows_of_buckets(store.connection, DAY_S, MIDNIGHT_S, [bucket])

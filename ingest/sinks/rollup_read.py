@@ -14,8 +14,8 @@ import asyncpg
 import numpy as np
 from numpy.typing import NDArray
 
-from ingest.clock import utc
-from ingest.errors import Transient
+from ingest.clock import rfc3339, utc
+from ingest.errors import Fatal, Transient
 from ingest.model import SeriesIds
 from ingest.rollups import COLUMNS, Bins, Rollups, of_hours
 from ingest.sinks.copy import POSTGRES_EPOCH_S, unique_ids
@@ -56,8 +56,15 @@ class Stored:
     sketches: bytes | None = None
 
     def rollups(self) -> Rollups:
-        """With all columns. Raises ValueError where its sketches are broken."""
-        bins = None if self.sketches is None else Bins.unpack(self.sketches)
+        """With all columns. Raises Fatal where its sketches are broken."""
+        try:
+            bins = None if self.sketches is None else Bins.unpack(self.sketches)
+        except ValueError as error:
+            raise Fatal(
+                f"rollup_days, bucket {self.bucket} of {rfc3339(self.start_s)}",
+                str(error),
+                "delete the row and mark its day in rollup_marks: it is computed again from what is there",
+            ) from error
         return Rollups(self.ids, **{COLUMN_OF[name]: self.columns[name] for name in ALL}, bins=bins)
 
 
