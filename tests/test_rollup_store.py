@@ -488,6 +488,7 @@ async def test_a_loop_that_is_off_remembers_what_changed_and_catches_up_when_it_
     assert await rolling.turn() == IDLE_S
     assert await store.rows(HOUR_S) == {}
     assert await store.marks() == 1
+    assert (_gauge("headgate_rollup_dirty"), _gauge("headgate_rollup_behind_seconds")) == (1, 0)
     rolling.configure(_config(store.dsn))
     await rolling.turn()
     assert_same(await store.rows(HOUR_S), await store.recomputed(HOUR_S))

@@ -40,7 +40,7 @@ for _level in ("hour", "day"):
     ROWS.labels(level=_level)
 BEHIND = Gauge(
     "headgate_rollup_behind_seconds",
-    "How long the oldest change has been due to be rolled up; rising: consumers cannot keep up, or rollups fail. 0: nothing is due.",
+    "How long the oldest change has been due to be rolled up; rising: consumers cannot keep up, or rollups fail. 0: nothing is due, or rollups are off.",
 )
 DIRTY = Gauge(
     "headgate_rollup_dirty",
@@ -109,7 +109,7 @@ class Rolling:
     async def _observe(self) -> float:
         async with self._store.connected() as connection:
             behind = await rollup_store.behind(connection, self._now())
-        BEHIND.set(behind.behind_s)
+        BEHIND.set(behind.behind_s if self._on else 0)
         DIRTY.set(behind.pieces)
         return OBSERVE_INTERVAL_S
 
