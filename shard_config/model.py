@@ -28,6 +28,7 @@ from shard_config.fields import (
 from shard_config.inventory import Inventory
 from shard_config.price_list import PriceList
 from shard_config.remote_write import RemoteWrite
+from shard_config.report import Report
 
 DATAPOINTS_PER_CALL_MAX: Final = 100_800
 """GetMetricData's limit; one series of one look has to fit."""
@@ -428,6 +429,7 @@ class Config(Strict):
     budget: Budget = Budget()
     prices: PriceList = PriceList()
     inventory: Inventory = Inventory()
+    report: Report = Report()
     remote_write: RemoteWrite | None = None
     run: Run = Run()
 
