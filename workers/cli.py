@@ -22,6 +22,7 @@ COMMANDS = {
     "gaps": "gaps",
     "cost": "cost",
     "inventory": "inventory",
+    "report": "report",
     "audit": "audit",
     "why": "why",
     "settle": "settle",

@@ -26,6 +26,7 @@ from ingest.clock import SystemClock
 from ingest.schedule import grids_of, horizon
 from ingest.sinks.connection import open_connection, translated
 from shard_config.model import Config
+from workers import run_report
 from workers.arguments import whole_number
 from workers.local import LocalStack, StackSpec, find_config
 from workers.prometheus import prometheus_program
@@ -122,6 +123,8 @@ async def run_once(
         rows = await export_csv(connection, out / "samples.csv", None, None)
         found = await status(config, clock, clock.now_s())
         bill = await asyncio.to_thread(_simulators_bill, stack.endpoints.aws_url)
+        console.print("writing the report …")
+        page = await run_report.once(config, from_s, to_s, clock.now_s(), out)
         summary = {
             "ok": done and verdict.good and not open_windows and held,
             "windows": {"planned": expected, "landed": expected - len(open_windows)},
@@ -143,6 +146,7 @@ async def run_once(
         }
         (out / "summary.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
         _print_summary(console, summary, verdict, open_windows, out, holding)
+        console.print(f"report: {page}", highlight=False, soft_wrap=True)
         return 0 if summary["ok"] else 1
     finally:
         connection.terminate()
@@ -258,10 +262,16 @@ def _print_summary(
 # --- to watch ---------------------------------------------------------------------------------------------------
 
 
-async def watch(stack: LocalStack, console: Console) -> None:
-    """Show the status until cancelled."""
+async def watch(stack: LocalStack, out: Path, console: Console) -> None:
+    """Show the status, and write the report now and then, until cancelled."""
     config = find_config(stack.config_path)
-    await watch_status(console, config, SystemClock(config.run.clock_offset_s), stack)
+    reporting = asyncio.create_task(run_report.now_and_then(config, out))
+    try:
+        with suppress(asyncio.CancelledError):
+            await watch_status(console, config, SystemClock(config.run.clock_offset_s), stack)
+    finally:
+        reporting.cancel()
+        await asyncio.gather(reporting, return_exceptions=True)
 
 
 # --- the command ------------------------------------------------------------------------------------------------
@@ -356,8 +366,8 @@ async def _run(
         )
         if once:
             return await run_once(stack, scene, out, console, with_prometheus=with_prometheus)
-        with suppress(asyncio.CancelledError):
-            await watch(stack, console)
+        console.print(f"report: {out / 'report.html'}, within a minute", soft_wrap=True, highlight=False)
+        await watch(stack, out, console)
         return 0
     finally:
         console.print("stopping …")

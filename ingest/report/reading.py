@@ -1,0 +1,271 @@
+"""Resources with their hours, read from rollups and the inventory for the report, a block of resources at a time. Reads only.
+
+Guarantees:
+
+* memory is bounded: of no more than `CELLS_MAX` hours of series at once, whatever the range and the number of series;
+* a series is read once for its hours and once for its percentiles; each bucket of rollups once for each block;
+* of two series that say the same of a resource (other periods of one metric) the finer one counts.
+
+A 95th percentile is merged from the days' sketches where the range is of whole UTC days; else who uses the hours takes the percentile of these.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import asyncpg
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from ingest.clock import utc
+from ingest.inventory import store as inventory_store
+from ingest.inventory.model import Lived
+from ingest.model import SeriesIds
+from ingest.report.model import ResourceKey
+from ingest.report.resources import Axis, Merged, Observed, Place, SeriesHours, place_of
+from ingest.report.utilization import WEEK_S, Ranges
+from ingest.rollups import percentiles_of
+from ingest.sinks import rollup_read
+from ingest.sinks.connection import translated
+from ingest.sinks.rollup_read import DAY_S, HOUR_S
+from shard_config.report import ROLES, Role
+
+CELLS_MAX: Final = 40_000_000
+"""Hours of series in memory: 6 to 14 bytes each."""
+_PREFETCH: Final = 5_000
+
+_SERIES = """SELECT id, account, region, namespace, metric, dimensions, stat, period_s FROM series
+WHERE namespace = ANY($1) AND metric = ANY($2) AND ($3::text[] IS NULL OR account = ANY($3))"""
+
+_UNROLLED = (
+    "SELECT count(DISTINCT start) FROM rollup_marks WHERE span_s = 3600 AND start >= $1 AND start < $2"
+)
+
+_EXTREMES: Final[Mapping[Role, tuple[str, ...]]] = {
+    Role.CONNECTIONS: ("max",), Role.STORAGE_SHARE: ("max",), Role.MEMORY_SHARE: ("max",),
+    Role.MEMORY_FREE: ("min",), Role.STORAGE_FREE: ("min",),
+}  # fmt: skip
+"""Of the samples of an Average, the one that is nearest to full, or busiest."""
+
+Tell = Callable[[str, int, int], None]
+"""What is being done, how far, of how much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One series of a resource."""
+
+    id: bytes
+    place: Place
+    period_s: int
+
+    @property
+    def maximum(self) -> bool:
+        return self.place.statistic == "Maximum"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What of its rollups is used. Where the Maximum statistic is not collected, the greatest sample is the next best to call an hour idle."""
+        if self.maximum:
+            return ("count", "max")
+        if self.place.metric.role is Role.CPU:
+            return ("count", "sum", "max", "p95")
+        return ("count", "sum", *_EXTREMES.get(self.place.metric.role, ()))
+
+
+async def series_of(
+    connection: asyncpg.Connection, accounts: Collection[str] | None
+) -> dict[ResourceKey, list[Found]]:
+    """The series that say something of a resource, by resource. Inside a transaction of the caller's. Raises Transient."""
+    namespaces = sorted({roles.namespace for roles in ROLES.values()})
+    metrics = sorted({metric.name for roles in ROLES.values() for metric in roles.metrics})
+    wanted = None if accounts is None else sorted(accounts)
+    best: dict[ResourceKey, dict[tuple[str, str], Found]] = defaultdict(dict)
+    with translated("series"):
+        async for row in connection.cursor(_SERIES, namespaces, metrics, wanted, prefetch=_PREFETCH):
+            dimensions = sorted(orjson.loads(row["dimensions"]).items())
+            place = place_of(row["namespace"], row["metric"], dimensions, row["stat"])
+            if place is None:
+                continue
+            key = ResourceKey(row["account"], row["region"], place.service, place.id)
+            found, says = (
+                Found(row["id"], place, row["period_s"]),
+                (place.metric.role, place.statistic),
+            )
+            before = best[key].get(says)
+            if before is None or (found.period_s, found.id) < (before.period_s, before.id):
+                best[key][says] = found
+    return {key: list(ones.values()) for key, ones in best.items()}
+
+
+async def lives_of(
+    connection: asyncpg.Connection, axis: Axis, accounts: Collection[str] | None
+) -> dict[ResourceKey, Lived]:
+    """What the inventory knows of the resources that lived within the axis, of services that have metrics here. Raises Transient."""
+    wanted = None if accounts is None else sorted(accounts)
+    found = {}
+    async for lived in inventory_store.resources(connection, axis.start_s, axis.end_s, wanted):
+        last = lived.last
+        if last.service in ROLES:
+            found[ResourceKey(last.account, last.region, last.service, last.id)] = lived
+    return found
+
+
+async def unrolled_hours(connection: asyncpg.Connection, axis: Axis) -> int:
+    """Hours of the axis with samples that rollups do not have yet. Raises Transient."""
+    with translated("rollups"):
+        found: int = await connection.fetchval(_UNROLLED, utc(axis.start_s), utc(axis.end_s))
+    return found
+
+
+async def observed(
+    connection: asyncpg.Connection,
+    ranges: Ranges,
+    series: Mapping[ResourceKey, Sequence[Found]],
+    lives: Mapping[ResourceKey, Lived],
+    looked: Mapping[tuple[str, str, str], NDArray[np.float32]],
+    tell: Tell,
+) -> AsyncIterator[Observed]:
+    """All resources by account, region, service and id, but volumes after all instances. Inside a transaction of the caller's. Raises Transient."""
+    keys = sorted(series.keys() | lives.keys(), key=lambda key: (key.service == "ebs", key))
+    blocks = list(_blocks(keys, series, ranges.axis.hours))
+    for number, block in enumerate(blocks):
+        ones = [found for key in block for found in series.get(key, ())]
+        table = _Table(ones, ranges.axis)
+        step = (number * rollup_read.BUCKETS, len(blocks) * rollup_read.BUCKETS)
+        await table.fill(
+            connection, lambda done, step=step: tell("reading hours", step[0] + done, step[1])  # type: ignore[misc]
+        )  # fmt: skip
+        percentiles = await _merged(connection, ranges, [f.id for f in ones if not f.maximum])
+        at = 0
+        for key in block:
+            count = len(series.get(key, ()))
+            hours = {
+                (ones[i].place.metric.role, ones[i].place.statistic): table.series(i, percentiles)
+                for i in range(at, at + count)
+            }
+            at += count
+            yield Observed(key, hours, lives.get(key), looked.get((key.account, key.region, key.service)))
+
+
+def _blocks(
+    keys: Sequence[ResourceKey], series: Mapping[ResourceKey, Sequence[Found]], hours: int
+) -> list[list[ResourceKey]]:
+    """Resources in their order, as many at once as memory allows; at least one."""
+    blocks: list[list[ResourceKey]] = []
+    room = 0
+    for key in keys:
+        cells = len(series.get(key, ())) * hours
+        if cells > room or not blocks:
+            blocks.append([])
+            room = CELLS_MAX
+        blocks[-1].append(key)
+        room -= cells
+    return blocks
+
+
+# --- hours ------------------------------------------------------------------------------------------------------------
+
+_TYPES: Final[Mapping[str, Any]] = {
+    "count": np.uint16,
+    "sum": np.float64,
+    "max": np.float32,
+    "p95": np.float32,
+    "min": np.float32,
+}
+
+
+class _Table:
+    """The hours of some series: by column an array of shape (series that use it, hours)."""
+
+    def __init__(self, series: Sequence[Found], axis: Axis) -> None:
+        self._axis = axis
+        self._ids = [one.id for one in series]
+        self._rows = {one.id: row for row, one in enumerate(series)}
+        self._slots: dict[str, NDArray[np.int64]] = {}
+        self._columns: dict[str, NDArray[Any]] = {}
+        for name, kind in _TYPES.items():
+            uses = np.array([name in one.columns for one in series], np.bool_)
+            self._slots[name] = np.where(uses, np.cumsum(uses) - 1, -1)
+            empty = 0 if name == "count" else np.nan
+            self._columns[name] = np.full((int(uses.sum()), axis.hours), empty, kind)
+        self._nothing = np.broadcast_to(np.float32(np.nan), axis.hours)
+
+    async def fill(self, connection: asyncpg.Connection, tell: Callable[[int], None]) -> None:
+        """Read it. `tell` is given the buckets that are done."""
+        if not self._ids:
+            return
+        wanted = sorted_ids(self._ids)
+        start_s, end_s = self._axis.start_s, self._axis.end_s
+        with translated("rollups"):
+            async for one in rollup_read.read(connection, HOUR_S, start_s, end_s, tuple(_TYPES), wanted):
+                rows = np.array([self._rows[id_] for id_ in as_bytes(one.ids)], np.int64)[one.index]
+                hours = (one.starts_s - start_s) // HOUR_S
+                for name, column in one.columns.items():
+                    slots = self._slots[name][rows]
+                    uses = slots >= 0
+                    # Past its range a count says only that there are many.
+                    values = np.minimum(column, 65_535) if name == "count" else column
+                    self._columns[name][slots[uses], hours[uses]] = values[uses]
+                tell(int(one.ids[0, 0] >> np.uint64(56)) + 1)
+
+    def series(self, row: int, percentiles: Mapping[bytes, Merged]) -> SeriesHours:
+        """The hours of the series that was given as number `row`."""
+
+        def column(name: str) -> NDArray[Any] | None:
+            slot = self._slots[name][row]
+            return None if slot < 0 else self._columns[name][slot]
+
+        sums = column("sum")
+        return SeriesHours(
+            self._columns["count"][self._slots["count"][row]],
+            self._nothing if sums is None else sums,
+            column("max"),
+            column("p95"),
+            column("min"),
+            percentiles.get(self._ids[row], Merged()),
+        )
+
+
+def sorted_ids(ids: Sequence[bytes]) -> SeriesIds:
+    """Ids as `rollup_read` takes them: halves, sorted, shape (n, 2)."""
+    return np.frombuffer(b"".join(sorted(ids)), ">u8").reshape(-1, 2).astype(np.uint64)
+
+
+def as_bytes(ids: SeriesIds) -> list[bytes]:
+    """The 16 bytes of each."""
+    raw = ids.astype(">u8").tobytes()
+    return [raw[at : at + 16] for at in range(0, len(raw), 16)]
+
+
+async def _merged(
+    connection: asyncpg.Connection, ranges: Ranges, ids: Sequence[bytes]
+) -> dict[bytes, Merged]:
+    """The 95th percentiles of series over the range, its last week, and the week before; none where these are not whole days."""
+    if not ids or ranges.from_s % DAY_S or ranges.to_s % DAY_S:
+        return {}
+    week_s, before_s = ranges.to_s - WEEK_S, ranges.to_s - 2 * WEEK_S
+    wanted = sorted_ids(ids)
+    week = await _percentiles(connection, week_s, ranges.to_s, wanted)
+    before = await _percentiles(connection, before_s, week_s, wanted)
+    whole = (
+        week if ranges.from_s == week_s
+        else await _percentiles(connection, ranges.from_s, ranges.to_s, wanted)
+    )  # fmt: skip
+    return {id_: Merged(whole.get(id_), week.get(id_), before.get(id_)) for id_ in whole.keys() | week.keys()}
+
+
+async def _percentiles(
+    connection: asyncpg.Connection, from_s: int, to_s: int, wanted: SeriesIds
+) -> dict[bytes, float]:
+    found: dict[bytes, float] = {}
+    with translated("rollups"):
+        async for days in rollup_read.read_days(connection, from_s, to_s, wanted):
+            ids, values = percentiles_of(days, (0.95,))
+            known = ~np.isnan(values[:, 0])
+            found |= zip(as_bytes(ids[known]), values[known, 0].tolist(), strict=True)
+    return found

@@ -1,0 +1,414 @@
+"""`headgate report` on a real PostgreSQL: the twelve real traces against numpy over their files, the ledger's side, the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import json
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ingest.clock import ManualClock, utc
+from ingest.errors import Fatal
+from ingest.model import Batch, BatchId, Series, SeriesKey, Target, series_ids
+from ingest.ports import Landable
+from ingest.report import tables
+from ingest.report.assemble import Wanted
+from ingest.report.model import Level, Report, ResourceKey, ResourceUse, VerdictKind
+from ingest.sinks.connection import open_connection
+from ingest.sinks.migrate import migrate
+from ingest.sinks.postgres import PostgresSink
+from ingest.sinks.rollup_store import Kept, Roller
+from shard_config.load import shipped_services
+from shard_config.model import Account, Budget, Config, Postgres
+from workers import cli
+from workers.report import last_week, make, range_of, text_of
+from workers.traces import ACCOUNT, REGION, series_of
+
+TRACES = Path(__file__).resolve().parents[2] / "shared" / "data" / "cloudwatch-traces"
+needs_traces = pytest.mark.skipif(not TRACES.is_dir(), reason="no ../shared/data/cloudwatch-traces")
+
+DAY_S = 86_400
+WEEK_S = 7 * DAY_S
+MONDAY_S = 1_795_392_000  # 2026-11-23, 00:00 UTC
+TARGET = Target("cloudwatch", "111122223333", "eu-west-1")
+_batches = count()
+
+
+@dataclass
+class Store:
+    """A store with the schema, and a configuration that knows it."""
+
+    config: Config
+    connection: asyncpg.Connection
+    sink: PostgresSink
+
+    async def land(
+        self, points: Mapping[Series, tuple[NDArray[np.int64], NDArray[np.float64]]], target: Target
+    ) -> None:
+        """Points of each series, a batch a series and 10,000 points; then everything is rolled up."""
+        for series, (times_s, values) in points.items():
+            for at in range(0, len(times_s), 10_000):
+                part = slice(at, at + 10_000)
+                batch = Batch(
+                    "task", target, "ec2", (int(times_s.max()) + 600) * 1000, 0, 300, (series,),
+                    np.array([len(times_s[part])], np.int32), times_s[part], values[part], series_ids((series,)),
+                )  # fmt: skip
+                await self.sink.land([], [Landable(BatchId(next(_batches).to_bytes(16)), batch, 0)])
+        roller = Roller(ManualClock(0))
+        end = utc(max(int(times_s.max()) for times_s, _ in points.values()) + 2 * DAY_S)
+        while await roller.roll(self.connection, end, Kept(), patient=False):
+            pass
+
+    async def windows(
+        self, from_s: int, number: int, *, target: Target = TARGET, service: str = "ec2", **more: Any
+    ) -> None:
+        """So many windows of five minutes; complete, where `more` says nothing else."""
+        given = {"landed_as_of": utc(from_s), "last_status": "complete", "declared": None} | more
+        await self.connection.executemany(
+            "INSERT INTO windows (target, service, window_start, window_end, settles_at, planned_at, landed_as_of, last_status, declared)"
+            " VALUES ($1, $2, $3, $4, $4, $3, $5, $6, $7)",
+            [
+                (str(target), service, utc(start_s), utc(start_s + 300), *given.values())
+                for start_s in range(from_s, from_s + 300 * number, 300)
+            ],
+        )
+
+    async def report(self, from_s: int, to_s: int, accounts: Sequence[str] | None = None) -> Report:
+        wanted = Wanted(from_s, to_s, None if accounts is None else tuple(accounts))
+        return await make(self.config, wanted, to_s + DAY_S, lambda what, done, of: None)
+
+
+@pytest.fixture
+async def store(database: str) -> AsyncIterator[Store]:
+    await migrate(database)
+    config = Config(
+        accounts=(
+            Account(id=ACCOUNT, regions=(REGION,), services=("ec2",)),
+            Account(id=TARGET.account, alias="shop", regions=(TARGET.region,), services=("ec2",), budget_usd_per_day=2),
+        ),
+        services=tuple(shipped_services().values()),
+        postgres=Postgres(dsn=database),
+        budget=Budget(usd_per_day=5),
+    )  # fmt: skip
+    sink = await PostgresSink.connect(config.postgres, clock=ManualClock(MONDAY_S))
+    connection = await open_connection(config.postgres, "test")
+    yield Store(config, connection, sink)
+    await connection.close()
+    await sink.close()
+
+
+def machine(name: str, metric: str = "CPUUtilization", stat: str = "Average") -> Series:
+    return Series(
+        SeriesKey(TARGET.account, TARGET.region, "AWS/EC2", metric, (("InstanceId", name),), stat, 60)
+    )
+
+
+# --- the twelve real traces ---------------------------------------------------------------------------------------
+
+
+def trace(name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """A trace's points, read by nothing of ours: the last of repeated timestamps counts, as it is the greatest of them that stays when they differ."""
+    found: dict[int, float] = {}
+    with (TRACES / f"{name}.csv").open() as file:
+        for row in csv.DictReader(file):
+            at = int(datetime.fromisoformat(row["timestamp"]).replace(tzinfo=UTC).timestamp())
+            found[at] = max(float(row["value"]), found.get(at, -np.inf))
+    times = np.array(sorted(found), np.int64)
+    return times, np.array([found[t] for t in times.tolist()])
+
+
+def cpu_of(use: ResourceUse) -> Any:
+    found = use.use("cpu")
+    assert found is not None
+    return found
+
+
+@needs_traces
+async def test_each_figure_of_the_twelve_traces_is_what_numpy_says_of_their_files(store: Store) -> None:
+    names = sorted(file.stem for file in TRACES.glob("*.csv"))
+    assert len(names) == 12
+    points: dict[Series, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
+    cpu: dict[ResourceKey, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
+    for name in names:
+        metric, stat = series_of(name)
+        key = SeriesKey(ACCOUNT, REGION, metric.namespace, metric.name, metric.dimensions, stat, 60)
+        points[Series(key)] = trace(name)
+        if metric.name == "CPUUtilization":
+            service = "rds" if metric.namespace == "AWS/RDS" else "ec2"
+            cpu[ResourceKey(ACCOUNT, REGION, service, metric.dimensions[0][1])] = trace(name)
+    await store.land(points, Target("cloudwatch", ACCOUNT, REGION))
+    from_s = min(int(t.min()) for t, _ in cpu.values()) // DAY_S * DAY_S
+    to_s = -(-max(int(t.max()) for t, _ in cpu.values()) // DAY_S) * DAY_S
+    report = await store.report(from_s, to_s)
+
+    assert {use.key for use in report.resources if use.use("cpu")} == set(cpu)
+    heat_sums, heat_counts = np.zeros((2, (to_s - from_s) // 3600))
+    for use in report.resources:
+        if use.key not in cpu:
+            continue
+        times, values = cpu[use.key]
+        found = cpu_of(use)
+        assert found.average.value == pytest.approx(values.mean(), rel=1e-6)
+        # Sketches are within 1 % of the value at the rank.
+        assert found.p95.value == pytest.approx(np.percentile(values, 95, method="lower"), rel=0.011)
+        assert found.peak.value is None
+        assert "Maximum" in found.peak.unknown
+        hours = np.unique(times // 3600)
+        assert found.hours == len(hours)
+        for day, value in enumerate(found.daily):
+            of_day = values[(times >= from_s + day * DAY_S) & (times < from_s + (day + 1) * DAY_S)]
+            assert value is None if not len(of_day) else value == pytest.approx(of_day.mean(), rel=1e-6)
+        assert len(found.daily) == report.days
+        for hour in hours.tolist():
+            at = hour - from_s // 3600
+            heat_sums[at] += np.percentile(values[times // 3600 == hour], 95)
+            heat_counts[at] += 1
+    # The heat map: the mean over machines of each hour's p95, by hour of the week.
+    whole = report.heat[0]
+    with np.errstate(invalid="ignore"):
+        by_hour = heat_sums / heat_counts
+    first = (datetime.fromtimestamp(from_s, UTC).weekday() * 24) % 168
+    for hour_of_week in range(168):
+        of = by_hour[(first + np.arange(len(by_hour))) % 168 == hour_of_week]
+        cell = whole.percent[hour_of_week // 24][hour_of_week % 24]
+        known = of[~np.isnan(of)]
+        assert cell is None if not len(known) else cell == pytest.approx(known.mean(), rel=1e-5)
+    [everything] = [g for g in report.groups if g.level is Level.ALL]
+    uses = [use for use in report.resources if use.key in cpu]
+    weights = [cpu_of(use).hours for use in uses]
+    expected = np.average([cpu_of(use).average.value for use in uses], weights=weights)
+    assert everything.cpu_average.value == pytest.approx(expected, rel=1e-6)
+    assert everything.weighted_by == "resource"
+    # Sizes are not known, so nothing is said that would need them.
+    assert (report.oversized.total.value, report.filling.fillings) == (None, ())
+    assert "inventory.source" in report.oversized.empty
+
+
+# --- the ledger's side --------------------------------------------------------------------------------------------
+
+
+async def test_coverage_counts_complete_windows_of_rows_and_of_folded_days_and_says_what_is_missing(
+    store: Store,
+) -> None:
+    from_s = MONDAY_S - WEEK_S
+    await store.windows(from_s + DAY_S, 100)
+    await store.windows(from_s + 2 * DAY_S, 20, landed_as_of=None, last_status="throttled", declared=None)
+    await store.windows(
+        from_s + 3 * DAY_S, 5, landed_as_of=None, last_status="forbidden", declared="forbidden"
+    )
+    await store.windows(MONDAY_S, 10)  # after the range
+    day = utc(from_s).date()
+    await store.connection.execute(
+        "INSERT INTO sealed_days (target, service, day, windows, declared_windows, points, digest, first_start, last_end, sealed_at, covered)"
+        " VALUES ($1, 'ec2', $2, 288, 36, 0, 0, $3, $4, $4, tstzmultirange(tstzrange($3, $4)))",
+        str(TARGET), day, utc(from_s), utc(from_s + DAY_S),
+    )  # fmt: skip
+    await store.connection.execute(
+        "INSERT INTO declared_days (target, service, day, reason, covered) VALUES ($1, 'ec2', $2, 'expired', tstzmultirange(tstzrange($3, $4)))",
+        str(TARGET), day, utc(from_s), utc(from_s + 36 * 300),
+    )  # fmt: skip
+    report = await store.report(from_s, MONDAY_S)
+    [account] = report.coverage
+    assert (account.account, account.alias) == (TARGET.account, "shop")
+    assert (account.windows, account.missing) == (413, 61)
+    assert account.coverage.value == pytest.approx(352 / 413)
+    assert account.reasons == (("expired", 36), ("throttled", 20), ("forbidden", 5))
+    assert account.newest_s == from_s + DAY_S + 100 * 300
+    assert account.age_s == MONDAY_S - account.newest_s
+    assert report.coverage_all.value == account.coverage.value
+    assert report.coverage_all.before is None
+
+
+async def test_spend_is_held_against_the_budget_and_the_week_before(store: Store) -> None:
+    await store.connection.executemany(
+        "INSERT INTO charges (day, target, service, reason, looks, metrics_billed, metrics_in_doubt, list_metrics, puts)"
+        " VALUES ($1, $2, $3, 'live', 1, $4, 0, 0, 0)",
+        [
+            (utc(MONDAY_S - n * DAY_S).date(), str(TARGET), service, metrics)
+            for service, this, last in (("ec2", 100_000, 200_000), ("rds", 50_000, 50_000))
+            for n, metrics in ((1, this), (7, this), (8, last), (14, last), (15, 10**9), (0, 10**9))
+        ],
+    )
+    report = await store.report(MONDAY_S - WEEK_S, MONDAY_S)
+    usd = [price / 100_000 * 1.0 for price in (300_000, 500_000)]
+    assert report.spend.usd.value == pytest.approx(usd[0])
+    assert report.spend.usd.before == pytest.approx(usd[1])
+    assert report.spend.budget_usd == 35
+    assert report.spend.daily_usd == pytest.approx([usd[0] / 2, 0, 0, 0, 0, 0, usd[0] / 2])
+    [account] = report.spend.accounts
+    assert (account.account, account.budget_usd) == (TARGET.account, 14)
+    assert [(m.service, m.figure.change) for m in report.movers] == [("ec2", pytest.approx(-2.0))]
+
+
+async def test_the_busiest_hour_is_held_against_the_quotas(store: Store) -> None:
+    await store.connection.executemany(
+        "INSERT INTO looks (task_id, service, finished_at, target, shard, started_at, window_start, window_end, status, detail, series, points,"
+        " metrics_billed, requests, archive_key, batch_ids, windows)"
+        " VALUES ($1, 'ec2', $2, $3, 'a', $2, $4, $2, 'complete', '', 1, 1, $5, $6, '', '{}', '[]')",
+        [
+            (f"t{n}", utc(at_s), str(TARGET), utc(at_s - 600), metrics, f'{{"GetMetricData": {calls}}}')
+            for n, (at_s, metrics, calls) in enumerate(
+                [
+                    (MONDAY_S - 7200, 18_000, 36),
+                    (MONDAY_S - 7000, 18_000, 36),
+                    (MONDAY_S - 3600, 18_000, 36),
+                    (MONDAY_S + 60, 10**6, 9000),
+                ]
+            )
+        ],
+    )
+    report = await store.report(MONDAY_S - WEEK_S, MONDAY_S)
+    found = {q.what: q for q in report.quotas}
+    # Two looks in one hour, of ten minutes at 60 s each.
+    assert found["GetMetricData calls"].asked_per_s.value == pytest.approx(72 / 3600)
+    assert found["datapoints"].asked_per_s.value == pytest.approx(36_000 * 10 / 3600)
+    assert found["datapoints"].share == pytest.approx(100 / 180_000)
+
+
+# --- resources ------------------------------------------------------------------------------------------------------
+
+
+def minutes(days: int, value: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """A point each five minutes of the days before MONDAY_S."""
+    times = np.arange(MONDAY_S - days * DAY_S, MONDAY_S, 300, np.int64)
+    return times, np.full(len(times), value)
+
+
+async def test_a_report_is_of_the_asked_accounts_and_says_what_rollups_lack(store: Store) -> None:
+    await store.land({machine("i-1"): minutes(2, 40.0)}, TARGET)
+    await store.windows(MONDAY_S - DAY_S, 10)
+    assert [u.key.id for u in (await store.report(MONDAY_S - WEEK_S, MONDAY_S)).resources] == ["i-1"]
+    other = await store.report(MONDAY_S - WEEK_S, MONDAY_S, ["999999999999"])
+    assert (other.resources, other.coverage, other.accounts) == ((), (), ("999999999999",))
+    await store.connection.execute(
+        "INSERT INTO rollup_marks (span_s, start, buckets, marked_at) VALUES (3600, $1, repeat('1', 256)::bit(256), $1)",
+        utc(MONDAY_S - 7200),
+    )
+    report = await store.report(MONDAY_S - WEEK_S, MONDAY_S)
+    assert report.assumptions[0].startswith("1 hours of the range are not rolled up")
+
+
+async def test_a_machine_that_is_quiet_is_idle_only_with_network_and_disk_known(store: Store) -> None:
+    quiet = {
+        machine("i-idle", "CPUUtilization"): minutes(16, 1.0),
+        machine("i-idle", "CPUUtilization", "Maximum"): minutes(16, 2.0),
+        **{
+            machine("i-idle", metric, "Sum"): minutes(16, 0.0)
+            for metric in ("NetworkIn", "NetworkOut", "EBSReadOps", "EBSWriteOps")
+        },
+        machine("i-cpu-only"): minutes(16, 1.0),
+        machine("i-new"): minutes(2, 1.0),
+    }
+    await store.land(quiet, TARGET)
+    report = await store.report(MONDAY_S - WEEK_S, MONDAY_S)
+    kinds = {use.key.id: use.verdict.kind for use in report.resources}
+    assert kinds["i-idle"] is VerdictKind.IDLE
+    assert kinds["i-cpu-only"] is VerdictKind.NOT_ENOUGH_DATA
+    assert kinds["i-new"] in (VerdictKind.NEW, VerdictKind.NOT_ENOUGH_DATA)
+    [finding] = report.idle.findings
+    assert (finding.key.id, finding.verdict.waste, report.idle.unpriced) == ("i-idle", None, 1)
+    assert report.idle.count.value == 1
+    [use] = [use for use in report.resources if use.key.id == "i-idle"]
+    assert (use.idle_hours, use.coverage) == (168, 1.0)
+    assert cpu_of(use).peak.value == 2.0
+
+
+async def test_nothing_is_written_by_a_report(store: Store) -> None:
+    await store.land({machine("i-1"): minutes(1, 40.0)}, TARGET)
+    before = await store.connection.fetchval(
+        "SELECT sum(n_tup_ins + n_tup_upd + n_tup_del) FROM pg_stat_user_tables"
+    )
+    await store.report(MONDAY_S - WEEK_S, MONDAY_S)
+    await store.connection.execute("SELECT pg_stat_clear_snapshot()")
+    after = await store.connection.fetchval(
+        "SELECT sum(n_tup_ins + n_tup_upd + n_tup_del) FROM pg_stat_user_tables"
+    )
+    assert after == before
+
+
+async def test_a_range_that_is_empty_or_cuts_hours_is_refused(store: Store) -> None:
+    for from_s, to_s in ((MONDAY_S, MONDAY_S), (MONDAY_S - 90, MONDAY_S)):
+        with pytest.raises(Fatal, match="range"):
+            await store.report(from_s, to_s)
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def test_the_default_is_the_last_complete_week_monday_to_monday() -> None:
+    for now_s in (MONDAY_S, MONDAY_S + 3 * DAY_S, MONDAY_S + WEEK_S - 1):
+        assert last_week(now_s) == (MONDAY_S - WEEK_S, MONDAY_S)
+    assert last_week(MONDAY_S - 1) == (MONDAY_S - 2 * WEEK_S, MONDAY_S - WEEK_S)
+    assert range_of(None, None, MONDAY_S + 5) == (MONDAY_S - WEEK_S, MONDAY_S)
+    assert range_of(MONDAY_S + 10, None, MONDAY_S + 7300) == (MONDAY_S, MONDAY_S + 7200)
+    assert range_of(None, MONDAY_S + 10, MONDAY_S + WEEK_S) == (MONDAY_S - WEEK_S, MONDAY_S)
+
+
+def configured(store: Store, folder: Path) -> Path:
+    file = folder / "headgate.yaml"
+    document = {
+        "accounts": [{"id": TARGET.account, "regions": [TARGET.region], "services": ["ec2"]}],
+        "postgres": {"dsn": store.config.postgres.dsn},
+    }
+    file.write_text(json.dumps(document))
+    return file
+
+
+async def headgate(*words: str | Path) -> int:
+    """`headgate …` in a thread: it has an event loop of its own."""
+    return await asyncio.to_thread(cli.main, [str(word) for word in words])
+
+
+async def test_the_command_writes_a_page_json_and_csv_with_the_same_figures(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await store.land({machine("i-1"): minutes(2, 40.0)}, TARGET)
+    config, page = configured(store, tmp_path), tmp_path / "week.html"
+    when = ("--from", "2026-11-16", "--to", "2026-11-23", "--config", config)
+    assert await headgate("report", *when, "--out", page) == 0
+    assert "i-1" in page.read_text()
+    assert "1 resources" in capsys.readouterr().err
+    assert await headgate("report", *when, "--format", "json") == 0
+    found = json.loads(capsys.readouterr().out)
+    [use] = found["resources"]
+    assert use["metrics"][0]["average"]["value"] == 40.0
+    assert await headgate("report", *when, "--format", "csv", "--out", "-") == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    [row] = [r for r in rows if r["name"] == "resources.metrics.average"]
+    assert (row["id"], row["of"], float(row["value"])) == ("i-1", "cpu", 40.0)
+    assert [name for name in await asyncio.to_thread(os.listdir, tmp_path) if "week" in name] == ["week.html"]
+
+
+async def test_the_command_says_what_is_wrong_and_what_to_do(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(store, tmp_path)
+    asked: list[tuple[tuple[str, ...], int, str]] = [
+        (("--from", "2026-11-16", "--to", "2026-11-16"), 2, "not an hour before"),
+        (("--from", "2126-11-16", "--to", "2126-11-17"), 2, "yet to come"),
+        (("--from", "2026-11-16", "--to", "2026-11-23", "--out", "nowhere/x.html"), 2, "there is no folder"),
+        (("--from", "2020-11-16", "--to", "2020-11-23", "--format", "json"), 1, "headgate gaps"),
+    ]
+    for words, code, said in asked:
+        assert await headgate("report", *words, "--config", config) == code
+        assert said in capsys.readouterr().err
+
+
+def test_text_of_a_report_is_one_document_in_three_forms() -> None:
+    from tests.report_example import example
+
+    assert json.loads(text_of(example(), "json")) == json.loads(tables.to_json(tables.document(example())))
+    assert text_of(example(), "csv").startswith(",".join(tables.COLUMNS))
+    assert text_of(example(), "html").startswith("<!doctype html>")
