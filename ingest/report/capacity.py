@@ -159,15 +159,15 @@ def _steps(at: NDArray[np.intp], used: Used) -> NDArray[np.intp]:
 
 def _fit(at: NDArray[np.intp], used: Used, method: str) -> Trend | None:
     # Half a second to import: only a report that fits pays for it.
-    from scipy.stats import norm, theilslopes
+    from scipy.special import ndtr
+    from scipy.stats import theilslopes
 
     x, y = at.astype(np.float64), used.days[at]
     slope = float(theilslopes(y, x).slope)
     y, lost = _levelled(at, y, slope, used.first_day_s)
-    slope = float(theilslopes(y, x).slope)
     residuals = y - slope * x
     residuals = residuals - np.median(residuals)
-    alpha = 2 * norm.sf(NORMAL_95 * _widening(residuals, lost))
+    alpha = 2 * float(ndtr(-NORMAL_95 * _widening(residuals, lost)))
     fit = theilslopes(y, x, alpha=alpha)
     if not float(fit.low_slope) > 0:
         return None

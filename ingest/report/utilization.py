@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -28,25 +29,33 @@ HOURLY: Final = "hourly averages"
 _OFF: Final = frozenset({State.STOPPED, State.STANDBY, State.DETACHED})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Ranges:
-    """The hours that figures are about, as slices of an axis: the report's range, its last 7 days and the 7 before these."""
+    """The hours that figures are about, as slices of an axis: the report's range, its last 7 days and the 7 before these.
+
+    Worked out once, for each series asks.
+    """
 
     axis: Axis
     from_s: int
     to_s: int
 
-    @property
+    @cached_property
     def whole(self) -> slice:
         return self.axis.slice(self.from_s, self.to_s)
 
-    @property
+    @cached_property
     def week(self) -> slice:
         return self.axis.slice(self.to_s - WEEK_S, self.to_s)
 
-    @property
+    @cached_property
     def before(self) -> slice:
         return self.axis.slice(self.to_s - 2 * WEEK_S, self.to_s - WEEK_S)
+
+    @cached_property
+    def days(self) -> NDArray[np.intp]:
+        """Where UTC days begin within the range."""
+        return day_starts(self.axis, self.whole)
 
 
 # --- one resource -----------------------------------------------------------------------------------------------------
@@ -107,7 +116,11 @@ def metric_use(
         return None
     whole, week, before = ranges.whole, ranges.week, ranges.before
     scale = 1.0 if series is None or not metric.rate else 1 / series.per_sample_s
-    averages = [None if series is None else _average(series, hours, scale) for hours in (whole, week, before)]
+    sums = None if series is None else np.where(series.known, series.sums, 0.0)
+    averages = [
+        None if series is None or sums is None else _average(sums[hours], series.counts[hours], scale)
+        for hours in (whole, week, before)
+    ]
     p95s, p95_of = _percentiles(series, (whole, week, before), scale)
     # A Maximum of a Sum's metric is of single samples (a packet, a message), and says nothing a second.
     peaks = [
@@ -121,7 +134,7 @@ def metric_use(
         figure_of(peaks, metric.unit, coverage, "of a rate there is no peak" if metric.rate else NO_MAXIMUM),
         p95_of,
         0 if series is None else int(series.known[whole].sum()),
-        () if series is None else _daily(series, ranges, scale),
+        () if series is None or sums is None else _daily(sums, series, ranges, scale),
     )
 
 
@@ -131,9 +144,9 @@ def figure_of(spans: list[float | None], unit: str, coverage: float | None, unkn
     return Figure(value, unit, before, coverage, unknown if value is None else "", week)
 
 
-def _average(series: SeriesHours, hours: slice, scale: float) -> float | None:
-    count = int(series.counts[hours].sum())
-    return float(np.nansum(series.sums[hours], dtype=np.float64)) / count * scale if count else None
+def _average(sums: Floats, counts: NDArray[np.integer], scale: float) -> float | None:
+    count = int(counts.sum())
+    return float(sums.sum(dtype=np.float64)) / count * scale if count else None
 
 
 def _percentiles(
@@ -160,16 +173,13 @@ def _greatest(values: Floats | None, hours: slice) -> float | None:
     return None if np.isnan(greatest) else float(greatest)
 
 
-def _daily(series: SeriesHours, ranges: Ranges, scale: float) -> tuple[float | None, ...]:
+def _daily(sums: Floats, series: SeriesHours, ranges: Ranges, scale: float) -> tuple[float | None, ...]:
     """The average of each UTC day of the range; None where there are no samples."""
-    starts = day_starts(ranges.axis, ranges.whole)
-    if not len(starts):
+    if not len(ranges.days):
         return ()
-    sums = np.add.reduceat(np.nan_to_num(series.sums[ranges.whole]), starts, dtype=np.float64)
-    counts = np.add.reduceat(series.counts[ranges.whole], starts, dtype=np.int64)
-    return tuple(
-        float(s / c * scale) if c else None for s, c in zip(sums.tolist(), counts.tolist(), strict=True)
-    )
+    of_days = np.add.reduceat(sums[ranges.whole], ranges.days, dtype=np.float64)
+    counts = np.add.reduceat(series.counts[ranges.whole], ranges.days, dtype=np.int64)
+    return tuple(s / c * scale if c else None for s, c in zip(of_days.tolist(), counts.tolist(), strict=True))
 
 
 def day_starts(axis: Axis, hours: slice) -> NDArray[np.intp]:
