@@ -170,6 +170,8 @@ async def test_looks_again_and_older_looks_change_nothing(connection: asyncpg.Co
     ):
         done = await store.apply(connection, late)
         assert (done.new, done.changed, done.gone) == (0, 0, 0)
+        assert bool(done.doubt) == (not late.failure)
+    assert (await store.apply(connection, look(T0 + H, instance()))).doubt == ""
     assert await lived(connection) == before
     [known] = await store.known(connection)
     assert (known.failure, known.tried_s) == ("", T0 + H)

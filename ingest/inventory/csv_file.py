@@ -166,8 +166,6 @@ def read(text: str, at_s: int, name: str = "the file") -> list[Look]:
         found[key], lines[key] = one, line
         if len(found) > RESOURCES_MAX:
             errors.append(f"line {line}: more than {RESOURCES_MAX:,} resources")
-        if len(errors) >= ERRORS_MAX:
-            errors.append("and perhaps more")
             break
     if not errors and not found:
         errors.append(
@@ -197,6 +195,9 @@ def _resources(text: str, errors: list[str]) -> Iterator[tuple[int, Resource]]:
         if errors:
             return
         for cells in reader:
+            if len(errors) >= ERRORS_MAX:
+                errors.append("and perhaps more")
+                return
             if not any(cells):
                 continue
             if len(cells) != len(columns):

@@ -28,6 +28,7 @@ PREFETCH: Final = 2_000
 DOUBT: Final = (
     "it lists none any more, which may as well mean that they are not recorded there: nothing was ended by it"
 )
+LATE: Final = "a look that is as new or newer is known already: nothing was changed by this one; try again"
 KEPT: Final = timedelta(days=800)
 """Spans that ended longer ago are forgotten: CloudWatch itself keeps 455 days."""
 
@@ -97,13 +98,16 @@ async def _apply(connection: asyncpg.Connection, look: Look) -> Changes:
         # The row is locked by this until the end.
         before = await connection.fetchval(_TRIED, *scope, look.source, utc(look.at_s), look.failure)
         rows = await connection.fetch(_OPEN, *scope)
-        if look.failure or (before is not None and utc(look.at_s) <= before):
+        if look.failure:
             return Changes(same=len(rows))
         if look.empty_is_doubtful and not look.resources and rows:
             await connection.execute(_DOUBTED, *scope, utc(look.at_s), DOUBT)
             return Changes(same=len(rows), doubt=DOUBT)
         known = {row["id"]: _open(look.scope, row) for row in rows}
         found = changes(known, look, _seconds(before))
+        if before is not None and utc(look.at_s) <= before:
+            says_more = found.new or found.changed or found.gone
+            return Changes(same=len(rows), doubt=LATE if says_more else "")
         if found.ended:
             ended = [(one.id, utc(one.since_s), utc(one.until_s)) for one in found.ended]
             await connection.execute(_END, *scope, *map(list, zip(*ended, strict=True)))
