@@ -297,7 +297,7 @@ async def test_a_report_is_of_the_asked_accounts_and_says_what_rollups_lack(stor
         utc(MONDAY_S - 7200),
     )
     report = await store.report(MONDAY_S - WEEK_S, MONDAY_S)
-    assert report.assumptions[0].startswith("1 hours of the range are not rolled up")
+    assert report.assumptions[0].startswith("Hours that are not rolled up in full yet: 1 ")
 
 
 async def test_a_machine_that_is_quiet_is_idle_only_with_network_and_disk_known(store: Store) -> None:

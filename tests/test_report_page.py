@@ -323,7 +323,7 @@ async def test_heat_map_and_text_on_it_can_be_told_apart(browser: Tab, tmp_path:
 async def test_tables_sort_by_value_and_what_is_not_known_stays_last(browser: Tab, tmp_path: Path) -> None:
     await show(browser, tmp_path, example())
     assert await column(browser, "#movers", 5) == [
-        "▲ $35.71 (+34 %)", "▼ $5.77 (−12 %)", "no week before to compare",
+        "▲ $35.71 (+34 %)", "▼ $5.77 (−12 %)", "–",
     ]  # fmt: skip
     head = "document.querySelectorAll('#movers th button')"
     await browser.run(f"{head}[4].click()")
@@ -379,13 +379,15 @@ async def test_a_script_that_is_not_its_own_does_not_run(browser: Tab, tmp_path:
 
 
 @needs_chromium
-async def test_on_paper_the_first_page_is_the_cards_and_no_row_is_cut(browser: Tab, tmp_path: Path) -> None:
+async def test_on_paper_neither_cards_nor_rows_are_cut_and_everything_is_there(
+    browser: Tab, tmp_path: Path
+) -> None:
     await show(browser, tmp_path, many(60))
     await browser.send("Emulation.setEmulatedMedia", media="print")
     styles = await browser.run(
-        "['tr', '.card', '.details'].map(s => getComputedStyle(document.querySelector(s))).map(c => [c.breakInside, c.breakBefore])"
+        "['tr', '.card', '.heatbox'].map(s => getComputedStyle(document.querySelector(s))).map(c => c.breakInside)"
     )
-    assert styles == [["avoid", "auto"], ["avoid", "auto"], ["auto", "page"]]
+    assert styles == ["avoid", "avoid", "avoid"]
     assert await browser.run("getComputedStyle(document.querySelector('nav')).display") == "none"
     await browser.send("Emulation.setEmulatedMedia", media="")
     pdf = await browser.send("Page.printToPDF", printBackground=True, preferCSSPageSize=True)

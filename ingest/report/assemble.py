@@ -336,7 +336,7 @@ class Assembly:
         report, found = self.rules.report, []
         if unrolled:
             found.append(
-                f"{unrolled:,} hours of the range are not rolled up in full yet (`headgate status`): they are missing here, or as they were before."
+                f"Hours that are not rolled up in full yet: {unrolled:,} (`headgate status`). They are missing here, or as they were before."
             )
         for one in report.discounts:
             where = ", ".join((*one.accounts, *one.services)) or "everywhere"

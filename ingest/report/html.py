@@ -21,7 +21,7 @@ from functools import cache
 from typing import Final
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ingest.clock import rfc3339, utc
 from ingest.report.tables import Plain
@@ -124,15 +124,14 @@ def figure(at: At) -> Markup:
     return number(value, at["unit"].raw)
 
 
-def change(at: At) -> Markup:
-    """What a Figure has changed by since the week before: a sign, the difference, and its share."""
+def change(at: At, brief: bool = False) -> Markup:
+    """What a Figure has changed by since the week before: a sign, the difference, and its share. Brief where a heading says what it is."""
     by, relative = at["change"], at["relative_change"]
     if by.raw is None:
-        return Markup('<span class="change none">{}</span>').format(
-            "no week before to compare" if at["value"].raw is not None else ""
-        )
+        why = "–" if brief else "no week before to compare" if at["value"].raw is not None else ""
+        return Markup('<span class="change none">{}</span>').format(why)
     if not by.raw:
-        return Markup('<span class="change">= as the week before</span>')
+        return Markup('<span class="change">= {}</span>').format("" if brief else "as the week before")
     unit = at["unit"].raw
     points = unit in ("share", "percent")
     text = (
@@ -163,6 +162,15 @@ def lasts(at: At) -> Markup:
     step = {"days": _DAY_S, "h": 3600, "min": 60, "s": 1}[name] if size else 1
     return Markup('<data value="{}" data-f="{}">{}</data>').format(
         at.raw, at.path, f"{at.raw / step:,.0f} {name}"
+    )
+
+
+def spoken(text: At | str) -> Markup:
+    """A sentence; what stands in backquotes is a command."""
+    parts = str(text).split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if index % 2 else escape(part)
+        for index, part in enumerate(parts)
     )
 
 
@@ -248,7 +256,7 @@ def _environment() -> jinja2.Environment:
         "at_days": on_axis,
     }
     found.filters |= {
-        "number": number, "figure": figure, "change": change, "date": date, "lasts": lasts,
+        "number": number, "figure": figure, "change": change, "date": date, "lasts": lasts, "words": spoken,
         "spark": lambda at: spark(at.raw), "heat": lambda at: heat_step(at.raw), "axis": lambda at: on_axis(at.raw),
     }  # fmt: skip
     return found
