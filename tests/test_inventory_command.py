@@ -6,6 +6,8 @@ import asyncio
 import csv
 import io
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from ingest.clock import ManualClock, SystemClock
 from ingest.inventory import refresh as refresh_module
 from ingest.inventory import store
 from ingest.inventory.model import Lived
-from ingest.inventory.refresh import refresh
+from ingest.inventory.refresh import Outcome, refresh
 from ingest.sinks.connection import open_connection
 from ingest.sinks.migrate import migrate
 from shard_config.load import ConfigErrors, loads, shipped_services
@@ -260,6 +262,40 @@ async def test_a_refresh_under_way_ends_when_it_is_time_to_stop_and_a_bug_stops_
         group.create_task(Refresher(lambda: config, ManualClock(0)).run(lifecycle))
         await begun.wait()
         lifecycle.stop.set()
+    assert ended.is_set()
+
+
+async def test_a_refresh_under_way_is_cancelled_in_its_thread_and_holds_up_nothing_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    async def endless(*_: object) -> list[Outcome]:
+        begun.set()
+        try:
+            time.sleep(0.3)  # noqa: ASYNC251  # as a large answer that is read
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+        return []
+
+    async def due_s(*_: object) -> float:
+        return 0.0
+
+    monkeypatch.setattr(inventory, "refresh", endless)
+    monkeypatch.setattr(Refresher, "_due_s", due_s)
+    refresher = Refresher(lambda: config_of("postgresql://x", source="describe"), SystemClock())
+    step = asyncio.create_task(refresher.step())
+    longest_s, before_s = 0.0, time.monotonic()
+    while time.monotonic() < before_s + 0.5:
+        at_s = time.monotonic()
+        await asyncio.sleep(0.01)
+        longest_s = max(longest_s, time.monotonic() - at_s)
+    assert begun.is_set()
+    assert longest_s < 0.25
+    step.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await step
     assert ended.is_set()
 
 

@@ -1,7 +1,7 @@
 """A simulated AWS over HTTP, for trying things out and for sizing before paying.
 
 * It speaks CloudWatch's `json` and `smithy-rpc-v2-cbor`, STS's `query`, and the `json` of Organizations and of tag:GetResources, on
-  one port.
+  one port; and what an inventory asks: Describe and List calls of seven services, and AWS Config's aggregator `everything`.
 * CloudWatch's answers are `workers.simulated.cloudwatch`'s, computed as of the second that the `Date` header says (those of a page
   series: as of its first page's).
 * The account comes from the credentials (`workers.simulated.sts`), the region from their scope.
