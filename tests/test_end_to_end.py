@@ -95,7 +95,28 @@ def test_a_folder_of_traces_lands_as_its_files_say(tmp_path: Path) -> None:
     summary = json.loads((out / "summary.json").read_text())
     assert summary["ok"]
     assert summary["metrics_billed"]["ledger"] == summary["metrics_billed"]["simulator"]
+    assert f"report: {out / 'report.html'}" in done.stdout
+    assert averages_in(out / "report.json") == pytest.approx(cpu_averages_of(folder))
     assert left_behind(home) == []
+
+
+def averages_in(report: Path) -> dict[str, float]:
+    """Resource → the average of its CPU, as the report has it."""
+    return {
+        resource["key"]["id"]: metric["average"]["value"]
+        for resource in json.loads(report.read_text())["resources"]
+        for metric in resource["metrics"]
+        if metric["role"] == "cpu"
+    }
+
+
+def cpu_averages_of(folder: Path) -> dict[str, float]:
+    """The same, read from the files alone."""
+    return {
+        name.rpartition("=")[2]: sum(points.values()) / len(points)
+        for name, points in points_of(folder).items()
+        if " CPUUtilization " in name
+    }
 
 
 def points_of(folder: Path) -> dict[str, dict[str, float]]:
