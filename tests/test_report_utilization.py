@@ -127,6 +127,16 @@ def test_a_rate_is_told_a_second_whatever_samples_are_missing() -> None:
     assert use.average.unit == "bytes/s"
 
 
+def test_of_a_rate_there_is_no_peak_for_its_maximum_is_of_single_samples() -> None:
+    rate = series_of(np.full(AXIS.hours, 500.0), rate=True)
+    assert NETWORK is not None
+    use = metric_use(
+        seen_of({(Role.NETWORK_IN, "Sum"): rate, (Role.NETWORK_IN, "Maximum"): rate}), NETWORK, RANGES, 1.0
+    )
+    assert use is not None
+    assert use.peak == Figure(None, "bytes/s", None, 1.0, "of a rate there is no peak")
+
+
 def test_no_samples_are_no_figure_and_never_zero() -> None:
     assert (
         metric_use(

@@ -223,9 +223,18 @@ def test_data_that_go_back_less_than_the_rule_say_not_enough() -> None:
     axis = Axis(TO_S - 7 * 86_400, 7 * 24)
     full = machine(0.5, 1.0)
     series = {key: series_of(np.full(axis.hours, 0.5)) for key in full.series}
-    verdict = judge(Observed(full.key, series), axis, TO_S, rules_of(inventory=False))
-    assert verdict.kind is VerdictKind.NOT_ENOUGH_DATA
-    assert "go back" in verdict.rule
+    for lived in (None, full.lived):
+        rules = rules_of(inventory=lived is not None)
+        verdict = judge(Observed(full.key, series, lived), axis, TO_S, rules)
+        assert verdict.kind is VerdictKind.NOT_ENOUGH_DATA
+        assert "go back" in verdict.rule
+
+
+def test_a_week_before_its_birth_it_was_not_gone() -> None:
+    lived = lived_of("ec2", [{"days": [26, 28], **BIG}], born_day=26)
+    seen = Observed(ResourceKey(ACCOUNT, REGION, "ec2", "r-1"), {}, lived)
+    assert judge(seen, AXIS, TO_S - 7 * 86_400, rules_of()).kind is VerdictKind.NEW
+    assert judge(seen, AXIS, TO_S, rules_of()).kind is VerdictKind.NEW
 
 
 # --- prices -----------------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class _Facts:
     @property
     def age_days(self) -> float:
         """As far as is known."""
-        return (self.at_s - (self.axis.start_s if self.born_s is None else self.born_s)) / DAY_S
+        return (self.at_s - (self.born_s or self.axis.start_s)) / DAY_S
 
     @property
     def expected(self) -> int:
@@ -142,6 +142,8 @@ def _of_state(facts: _Facts, rules: Rules) -> Verdict | None:
             )
         return None
     if resource is None:
+        if all(span.from_s >= facts.at_s for span in lived.spans):
+            return Verdict(VerdictKind.NEW, "It did not live yet")
         return Verdict(VerdictKind.GONE, "It is gone")
     if resource.state is State.STOPPED:
         return Verdict(VerdictKind.STOPPED, "It is stopped: it costs its storage, and no hours")
