@@ -74,6 +74,15 @@ async def looks(config: Config) -> dict[Scope, Look]:
     return found
 
 
+def edited(simulated: Simulator, service: str, **changed: Any) -> str:
+    """The id of the first resource of a service, which is changed."""
+    owned = simulated.inventory.owned
+    key = {"ec2": "InstanceId", "ebs": "VolumeId"}[service]
+    id_ = str(owned.of(ACCOUNTS[0], REGION, service)[0][key])
+    owned.edit(ACCOUNTS[0], service, id_, **changed)
+    return id_
+
+
 def of(found: dict[Scope, Look], service: str, account: str = ACCOUNTS[0]) -> dict[str, Resource]:
     look = found[Scope(account, REGION, service)]
     assert look.failure == ""
@@ -89,6 +98,12 @@ def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_every_resource_that_has_metrics_is_listed_once_with_its_size() -> None:
     async with aws() as simulated:
+        stopped = edited(
+            simulated,
+            "ec2",
+            State={"Name": "stopped"},
+            StateTransitionReason="User initiated (2026-11-02 08:00:00 GMT)",
+        )
         found = await looks(config_of(simulated))
         assert {str(s) for s in found} == {f"{a}/{REGION} {s}" for a in ACCOUNTS for s in SERVICES}
         for service in SERVICES:
@@ -103,6 +118,7 @@ async def test_every_resource_that_has_metrics_is_listed_once_with_its_size() ->
     assert all(
         one.vcpu and one.memory_bytes and one.created_s and one.arn.endswith(one.id) for one in ec2.values()
     )
+    assert (ec2[stopped].state, ec2[stopped].state_since_s) == (State.STOPPED, 1_793_606_400)
     assert {one.state for one in ec2.values()} >= {State.RUNNING, State.STOPPED}
     assert all(one.storage_bytes for one in of(found, "ebs").values())
     assert all(one.memory_bytes for one in of(found, "lambda").values())
@@ -115,6 +131,7 @@ async def test_every_resource_that_has_metrics_is_listed_once_with_its_size() ->
 
 async def test_what_belongs_together_says_so() -> None:
     async with aws(64, ("ec2", "ebs", "rds")) as simulated:
+        lone = edited(simulated, "ebs", State="available", Attachments=[])
         found = await looks(config_of(simulated, ("ec2", "ebs", "rds")))
     ec2, ebs, rds = (of(found, name) for name in ("ec2", "ebs", "rds"))
     scaled = [one for one in ec2.values() if one.scaled]
@@ -122,7 +139,7 @@ async def test_what_belongs_together_says_so() -> None:
     assert any(one.state is State.STANDBY for one in scaled)
     attached = [one for one in ebs.values() if one.state is State.RUNNING]
     assert all(set(one.attached_to) <= ec2.keys() and one.attached_to for one in attached)
-    assert all(one.attached_to == () for one in ebs.values() if one.state is State.DETACHED)
+    assert (ebs[lone].state, ebs[lone].attached_to, ebs[lone].state_since_s) == (State.DETACHED, (), None)
     clusters = Counter(one.group for one in rds.values() if one.role is Role.WRITER)
     assert clusters
     assert set(clusters.values()) == {1}

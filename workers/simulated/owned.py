@@ -1,13 +1,13 @@
 """The resources behind the simulated metrics as Describe calls know them: types, sizes, states, times, tags. Pure, but for what a test edits.
 
-Whatever has metrics is there, under the ids and tags that it has elsewhere (`resources`), and nothing else; the rest is a function of the seed and the ARN. Shapes are the Describe answers' own.
+Whatever has metrics is there, under the ids and tags that it has elsewhere (`resources`), and nothing else; the rest is a function of the seed and the ARN. All of it runs and is
+attached, for all of it has points; and it is older than its metrics, the recorded ones too. Shapes are the Describe answers' own.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -26,6 +26,8 @@ _EC2: Final = ("t3.micro", "m7g.large", "m7g.xlarge", "c7g.2xlarge")
 _RDS: Final = ("db.t4g.medium", "db.m7g.large", "db.r7g.large", "db.r7g.2xlarge")
 _CACHE: Final = ("cache.t4g.micro", "cache.r7g.large")
 _BORN_S: Final = 1_700_000_000
+_RECORDED_BORN_S: Final = 1_300_000_000
+"""Of what recorded metrics are of: the oldest known are of 2014."""
 DAY_S: Final = 86_400
 
 
@@ -49,7 +51,8 @@ class Owned:
                 continue
             name = known[1]
             n = int.from_bytes(blake2b(f"{self._truth.seed} {resource.arn}".encode(), digest_size=8).digest())
-            raw = make(name, resource.arn, n)
+            born_s = (_BORN_S if self._truth.ages else _RECORDED_BORN_S) + n % (300 * DAY_S)
+            raw = make(name, resource.arn, n, born_s)
             tags = [{"Key": key, "Value": value} for key, value in resource.tags.items()]
             if service == "ec2" and n % 8 == 1:
                 tags.append({"Key": "aws:autoscaling:groupName", "Value": f"asg-{n % 3}"})
@@ -115,17 +118,15 @@ class Owned:
 # --- how each looks -----------------------------------------------------------------------------------------------
 
 
-def _instance(name: str, _: str, n: int) -> Raw:
-    born_s, type_ = _BORN_S + n % (300 * DAY_S), _EC2[n >> 3 & 3]
+def _instance(name: str, _: str, n: int, born_s: int) -> Raw:
+    type_ = _EC2[n >> 3 & 3]
     vcpu, _memory = INSTANCE_TYPES[type_]
     launched_s = born_s + n % (20 * DAY_S)
-    stopped = n % 16 == 2
-    when = datetime.fromtimestamp(launched_s + 3 * DAY_S, UTC)
     return {
         "InstanceId": name,
         "InstanceType": type_,
-        "State": {"Code": 80 if stopped else 16, "Name": "stopped" if stopped else "running"},
-        "StateTransitionReason": f"User initiated ({when:%Y-%m-%d %H:%M:%S} GMT)" if stopped else "",
+        "State": {"Code": 16, "Name": "running"},
+        "StateTransitionReason": "",
         "LaunchTime": launched_s,
         "CpuOptions": {"CoreCount": max(1, vcpu // 2), "ThreadsPerCore": 2 if vcpu > 1 else 1},
         "InstanceLifecycle": "spot" if n % 16 == 5 else None,
@@ -133,7 +134,7 @@ def _instance(name: str, _: str, n: int) -> Raw:
     }
 
 
-def _volume(name: str, _: str, n: int) -> Raw:
+def _volume(name: str, _: str, n: int, born_s: int) -> Raw:
     gp3 = n % 4 != 0
     return {
         "VolumeId": name,
@@ -141,30 +142,30 @@ def _volume(name: str, _: str, n: int) -> Raw:
         "Size": 8 << (n >> 2 & 7),
         "Iops": 3000 if gp3 else 100 + (n >> 5 & 1023),
         "Throughput": 125 if gp3 else None,
-        "State": "available" if n % 8 == 3 else "in-use",
-        "CreateTime": _BORN_S + n % (300 * DAY_S),
+        "State": "in-use",
+        "CreateTime": born_s,
         "Attachments": [],
     }
 
 
-def _database(name: str, arn: str, n: int) -> Raw:
+def _database(name: str, arn: str, n: int, born_s: int) -> Raw:
     aurora = n % 4 == 1
     return {
         "DBInstanceIdentifier": name,
         "DBInstanceArn": arn,
         "DBInstanceClass": _RDS[n >> 3 & 3],
         "Engine": "aurora-postgresql" if aurora else ("postgres", "mysql")[n >> 5 & 1],
-        "DBInstanceStatus": "stopped" if n % 16 == 2 else "available",
+        "DBInstanceStatus": "available",
         "AllocatedStorage": 1 if aurora else 20 << (n >> 6 & 3),
         "MaxAllocatedStorage": 1000 if not aurora and n >> 8 & 1 else None,
         "Iops": None if aurora else 3000,
         "StorageThroughput": None if aurora else 125,
         "MultiAZ": not aurora and bool(n >> 9 & 1),
-        "InstanceCreateTime": _BORN_S + n % (300 * DAY_S),
+        "InstanceCreateTime": born_s,
     }
 
 
-def _cache(name: str, arn: str, n: int) -> Raw:
+def _cache(name: str, arn: str, n: int, born_s: int) -> Raw:
     return {
         "CacheClusterId": name,
         "ARN": arn,
@@ -172,12 +173,12 @@ def _cache(name: str, arn: str, n: int) -> Raw:
         "Engine": "redis",
         "NumCacheNodes": 1,
         "CacheClusterStatus": "available",
-        "CacheClusterCreateTime": _BORN_S + n % (300 * DAY_S),
+        "CacheClusterCreateTime": born_s,
         "ReplicationGroupId": f"replicas-{n >> 4 & 1}" if n % 2 else None,
     }
 
 
-def _function(name: str, arn: str, n: int) -> Raw:
+def _function(name: str, arn: str, n: int, _: int) -> Raw:
     return {
         "FunctionName": name,
         "FunctionArn": arn,
@@ -186,13 +187,13 @@ def _function(name: str, arn: str, n: int) -> Raw:
     }
 
 
-def _table(name: str, arn: str, n: int) -> Raw:
+def _table(name: str, arn: str, n: int, born_s: int) -> Raw:
     provisioned = n % 2
     return {
         "TableName": name,
         "TableArn": arn,
         "TableStatus": "ACTIVE",
-        "CreationDateTime": float(_BORN_S + n % (300 * DAY_S)),
+        "CreationDateTime": float(born_s),
         "BillingModeSummary": None if provisioned else {"BillingMode": "PAY_PER_REQUEST"},
         "ProvisionedThroughput": {
             "ReadCapacityUnits": 5 * provisioned,
@@ -201,7 +202,7 @@ def _table(name: str, arn: str, n: int) -> Raw:
     }
 
 
-def _brokers(name: str, arn: str, n: int) -> Raw:
+def _brokers(name: str, arn: str, n: int, born_s: int) -> Raw:
     group = {
         "InstanceType": "kafka.m5.large",
         "ClientSubnets": [],
@@ -212,12 +213,12 @@ def _brokers(name: str, arn: str, n: int) -> Raw:
         "ClusterArn": arn,
         "ClusterType": "PROVISIONED",
         "State": "ACTIVE",
-        "CreationTime": _BORN_S + n % (300 * DAY_S),
+        "CreationTime": born_s,
         "Provisioned": {"BrokerNodeGroupInfo": group, "NumberOfBrokerNodes": 3},
     }
 
 
-_MAKERS: Final[Mapping[str, tuple[Callable[[str, str, int], Raw], str, str]]] = {
+_MAKERS: Final[Mapping[str, tuple[Callable[[str, str, int, int], Raw], str, str]]] = {
     "ec2": (_instance, "InstanceId", r":instance/([^/]+)$"),
     "ebs": (_volume, "VolumeId", r":volume/([^/]+)$"),
     "rds": (_database, "DBInstanceIdentifier", r":db:([^:]+)$"),
