@@ -10,17 +10,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ingest.report.model import MONTH_H, Confidence, ResourceKey, Verdict, VerdictKind
+from ingest.report.assemble import Assembly, Ledger
+from ingest.report.model import (
+    MONTH_H,
+    Confidence,
+    Figure,
+    InventoryNote,
+    ResourceKey,
+    Spend,
+    Verdict,
+    VerdictKind,
+)
 from ingest.report.money import LIST_PRICE, Pricing
 from ingest.report.resources import Axis, Observed
 from ingest.report.sizing import Catalog
 from ingest.report.verdicts import ByHour, Rules, dependent, judge
+from ingest.report.week import Lives
 from shard_config.report import Discount, Price, Report, Role
 from tests.report_series import (
     ACCOUNT,
     AXIS,
     GIB,
     PRICES,
+    RANGES,
     REGION,
     TO_S,
     lived_of,
@@ -235,6 +247,20 @@ def test_a_week_before_its_birth_it_was_not_gone() -> None:
     seen = Observed(ResourceKey(ACCOUNT, REGION, "ec2", "r-1"), {}, lived)
     assert judge(seen, AXIS, TO_S - 7 * 86_400, rules_of()).kind is VerdictKind.NEW
     assert judge(seen, AXIS, TO_S, rules_of()).kind is VerdictKind.NEW
+
+
+def test_what_was_gone_before_the_range_is_no_resource_of_it() -> None:
+    rules, ranges = rules_of(), RANGES
+    whole = Assembly(ranges, rules, Lives({}, "owner", 0))
+    gone = lived_of("ec2", [{"days": [None, 20], **BIG}], gone_day=20)
+    ends = lived_of("ec2", [{"days": [None, 22], **BIG}], gone_day=22)
+    busy = {(Role.CPU, "Average"): series_of(run_length([[480, 50.0], [192, None]]))}
+    for name, lived in (("gone", gone), ("ends", ends)):
+        whole.add(Observed(ResourceKey(ACCOUNT, REGION, "ec2", name), busy, lived))
+    nobody = Figure(None, "share")
+    ledger = Ledger((), Spend(nobody, 0.0, None, (), ()), (), (), (), nobody)
+    report = whole.report(ledger, InventoryNote("csv", TO_S, 2), TO_S, 0)
+    assert [(use.key.id, use.verdict.kind) for use in report.resources] == [("ends", VerdictKind.GONE)]
 
 
 # --- prices -----------------------------------------------------------------------------------------------------------

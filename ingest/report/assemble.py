@@ -45,8 +45,8 @@ from ingest.report.reading import Tell
 from ingest.report.resources import HOUR_S, Axis, Observed
 from ingest.report.sizing import Catalog
 from ingest.report.sums import Sums
-from ingest.report.utilization import WEEK_S, Ranges, coverage_of, idle_hours, metric_use
-from ingest.report.verdicts import Rules, dependent, judge
+from ingest.report.utilization import WEEK_S, Ranges, coverage_of, metric_use
+from ingest.report.verdicts import ByHour, Rules, dependent, judge
 from ingest.report.week import Lives, Savings, owner_of, size_of
 from ingest.sinks.connection import translated
 from shard_config.model import Config
@@ -218,14 +218,18 @@ class Assembly:
     def add(self, seen: Observed) -> None:
         """One resource, with its hours."""
         axis, to_s = self.ranges.axis, self.ranges.to_s
-        now, was = (judge(seen, axis, at_s, self.rules) for at_s in (to_s, to_s - WEEK_S))
+        by_hour = ByHour.of(seen, axis, self.rules)
+        now, was = (judge(seen, axis, at_s, self.rules, by_hour) for at_s in (to_s, to_s - WEEK_S))
         self._kinds[seen.key] = (now.kind, was.kind)
         if seen.key.service == "ebs" and seen.lived is not None:
             now, was = self._dependent(seen.lived, now, was)
         if was.kind in _WASTES:
             self._before.append(was)
             self._savings.add(seen.key, seen.lived, was)
-        use = self._use(seen, now)
+        use = self._use(seen, now, by_hour)
+        if not use.lived_s or (seen.lived is None and not by_hour.reported[self.ranges.whole].any()):
+            # It was gone before the range began: only what became of it counts.
+            return
         self._uses.append(use)
         self._sums.add(seen, use)
         self._fills.add(seen, use.owner)
@@ -238,11 +242,11 @@ class Assembly:
                 now, was = dependent(now, kinds[0]), dependent(was, kinds[1])
         return now, was
 
-    def _use(self, seen: Observed, verdict: Verdict) -> ResourceUse:
+    def _use(self, seen: Observed, verdict: Verdict, by_hour: ByHour) -> ResourceUse:
         whole, axis, lived = self.ranges.whole, self.ranges.axis, seen.lived
         coverage = coverage_of(seen, axis, whole)
         uses = (metric_use(seen, metric, self.ranges, coverage) for metric in ROLES[seen.key.service].metrics)
-        idle = idle_hours(seen, axis, self.rules.report.idle)
+        idle = by_hour.idle
         from_s, to_s = self.ranges.from_s, self.ranges.to_s
         lived_s = (
             to_s - from_s
