@@ -43,6 +43,20 @@ SERVICES: Final = frozenset(
 NAMED: Final = SERVICES - {name for name, _ in TARGETS.values()}
 """Those whose answers are laid out by the operation's shape."""
 
+_LISTS: Final[Mapping[str, tuple[str, str, str, int, str, str]]] = {
+    "DescribeInstances": ("ec2", "Reservations", "MaxResults", 1000, "NextToken", "NextToken"),
+    "DescribeVolumes": ("ebs", "Volumes", "MaxResults", 500, "NextToken", "NextToken"),
+    "DescribeAutoScalingInstances": ("scaled", "AutoScalingInstances", "MaxRecords", 50, "NextToken", "NextToken"),
+    "DescribeDBInstances": ("rds", "DBInstances", "MaxRecords", 100, "Marker", "Marker"),
+    "DescribeDBClusters": ("clusters", "DBClusters", "MaxRecords", 100, "Marker", "Marker"),
+    "DescribeCacheClusters": ("elasticache", "CacheClusters", "MaxRecords", 100, "Marker", "Marker"),
+    "ListFunctions": ("lambda", "Functions", "MaxItems", 50, "Marker", "NextMarker"),
+    "ListClustersV2": ("msk", "ClusterInfoList", "maxResults", 100, "nextToken", "NextToken"),
+    "ListTables": ("dynamodb", "TableNames", "Limit", 100, "ExclusiveStartTableName", "LastEvaluatedTableName"),
+    "DescribeConfigurationAggregatorSourcesStatus": ("sources", "AggregatedSourceStatusList", "Limit", 100, "NextToken", "NextToken"),
+    "SelectAggregateResourceConfig": ("items", "Results", "Limit", 100, "NextToken", "NextToken"),
+}  # fmt: skip
+"""By operation: what is listed, under which key, the page's size and its most, and the token's names in the request and the answer."""
 _ENDLESS: Final = "endless-"
 _TYPES: Final = {
     "AWS::EC2::Instance": "ec2",
@@ -87,58 +101,14 @@ class Answers:
                 after = f"{_ENDLESS}{serial}"
             return some, {token_out: after} if after else {}
 
-        def size(name: str, most: int) -> int:
-            return min(int(body.get(name) or most), most)
-
+        if operation in _LISTS:
+            kind, key, size_key, most, token_in, token_out = _LISTS[operation]
+            items = self._of(account, region, kind, body)
+            some, after = page(items, min(int(body.get(size_key) or most), most), token_in, token_out)
+            return {key: some, **after}
         match operation:
-            case "DescribeInstances":
-                some, after = page(
-                    owned.of(account, region, "ec2"), size("MaxResults", 1000), "NextToken", "NextToken"
-                )
-                return {"Reservations": [{"OwnerId": account, "Instances": [raw]} for raw in some], **after}
-            case "DescribeVolumes":
-                some, after = page(
-                    owned.of(account, region, "ebs"), size("MaxResults", 500), "NextToken", "NextToken"
-                )
-                return {"Volumes": some, **after}
             case "DescribeInstanceTypes":
                 return {"InstanceTypes": _types(body)}
-            case "DescribeAutoScalingInstances":
-                some, after = page(
-                    owned.scaled(account, region), size("MaxRecords", 50), "NextToken", "NextToken"
-                )
-                return {"AutoScalingInstances": some, **after}
-            case "DescribeDBInstances":
-                some, after = page(
-                    owned.of(account, region, "rds"), size("MaxRecords", 100), "Marker", "Marker"
-                )
-                return {"DBInstances": some, **after}
-            case "DescribeDBClusters":
-                some, after = page(
-                    owned.clusters(account, region), size("MaxRecords", 100), "Marker", "Marker"
-                )
-                return {"DBClusters": some, **after}
-            case "DescribeCacheClusters":
-                some, after = page(
-                    owned.of(account, region, "elasticache"), size("MaxRecords", 100), "Marker", "Marker"
-                )
-                return {"CacheClusters": some, **after}
-            case "ListFunctions":
-                some, after = page(
-                    owned.of(account, region, "lambda"), size("MaxItems", 50), "Marker", "NextMarker"
-                )
-                return {"Functions": some, **after}
-            case "ListClustersV2":
-                some, after = page(
-                    owned.of(account, region, "msk"), size("maxResults", 100), "nextToken", "NextToken"
-                )
-                return {"ClusterInfoList": some, **after}
-            case "ListTables":
-                names = [raw["TableName"] for raw in owned.of(account, region, "dynamodb")]
-                some, after = page(
-                    names, size("Limit", 100), "ExclusiveStartTableName", "LastEvaluatedTableName"
-                )
-                return {"TableNames": some, **after}
             case "DescribeTable":
                 found = [
                     raw
@@ -150,17 +120,29 @@ class Answers:
                         "ResourceNotFoundException", f"Requested resource not found: {body.get('TableName')}"
                     )
                 return {"Table": {key: value for key, value in found[0].items() if value is not None}}
-            case "DescribeConfigurationAggregatorSourcesStatus":
-                self._check(body)
-                some, after = page(self._sources(), size("Limit", 100), "NextToken", "NextToken")
-                return {"AggregatedSourceStatusList": some, **after}
-            case "SelectAggregateResourceConfig":
-                self._check(body)
-                some, after = page(
-                    self._selected(str(body.get("Expression"))), size("Limit", 100), "NextToken", "NextToken"
-                )
-                return {"Results": [orjson.dumps(item).decode() for item in some], **after}
         raise AwsError("UnknownOperationException", f"{operation} is not simulated")
+
+    def _of(self, account: str, region: str, kind: str, body: Mapping[str, Any]) -> Sequence[Any]:
+        """All items of a list."""
+        match kind:
+            case "ec2":
+                return [
+                    {"OwnerId": account, "Instances": [raw]} for raw in self.owned.of(account, region, kind)
+                ]
+            case "dynamodb":
+                return [raw["TableName"] for raw in self.owned.of(account, region, kind)]
+            case "scaled":
+                return self.owned.scaled(account, region)
+            case "clusters":
+                return self.owned.clusters(account, region)
+            case "sources":
+                self._check(body)
+                return self._sources()
+            case "items":
+                self._check(body)
+                found = self._selected(str(body.get("Expression")))
+                return [orjson.dumps(item).decode() for item in found]
+        return self.owned.of(account, region, kind)
 
     # --- AWS Config ---
 
