@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ingest.report.model import NOT_KNOWN, Figure, Level, ResourceKey, ResourceUse, Size, Verdict, VerdictKind
+from ingest.report.model import Figure, Level, ResourceKey, ResourceUse, Size, Verdict, VerdictKind
 from ingest.report.resources import Axis, Merged, Observed, SeriesHours, place_of
 from ingest.report.sums import Sums
 from ingest.report.utilization import (
@@ -336,4 +336,4 @@ def test_a_figure_changes_week_on_week_and_not_range_on_week() -> None:
     assert Figure(50.0, "percent", 40.0, week=44.0).change == 4.0
     assert Figure(50.0, "percent", 40.0).relative_change == 0.25
     assert Figure(50.0, "percent", 0.0).relative_change is None
-    assert NOT_KNOWN.change is None
+    assert Figure(None, unknown="there are no samples").change is None

@@ -320,12 +320,10 @@ def test_list_and_effective_price_stand_together_with_the_assumption() -> None:
 def test_storage_costs_while_it_is_stopped_and_hours_do_not() -> None:
     pricing = rules_of().pricing
     db = resource("rds", type="db.m7g.large", storage_bytes=100 * GIB)
-    whole, stopped, hours = pricing.of(db)[0], pricing.of(db, 0.0)[0], pricing.hours_of(db)[0]
+    whole, stopped = pricing.of(db)[0], pricing.of(db, 0.0)[0]
     assert whole is not None
     assert stopped is not None
-    assert hours is not None
     assert stopped.list_usd_per_month == pytest.approx(11.5)
-    assert hours.list_usd_per_month == pytest.approx(0.168 * MONTH_H)
     assert whole.list_usd_per_month == pytest.approx(11.5 + 0.168 * MONTH_H)
 
 

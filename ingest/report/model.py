@@ -19,7 +19,6 @@ from typing import Final
 
 MONTH_H: Final = 30.4 * 24
 """Hours, as in the price list (`shard_config.price_list`)."""
-DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -64,9 +63,6 @@ class Figure:
         """`change` as a share of `before`; None where that is 0 or not known."""
         change = self.change
         return None if change is None or not self.before else change / abs(self.before)
-
-
-NOT_KNOWN: Final = Figure(None, unknown="there are no samples")
 
 
 # --- a resource ---------------------------------------------------------------------------------------------------

@@ -68,14 +68,6 @@ class Pricing:
         usd = max(0.0, now.list_usd_per_month - then.list_usd_per_month)
         return self._effective(usd, resource), ""
 
-    def hours_of(self, resource: Resource) -> tuple[Money | None, str]:
-        """What its hours cost a month, without its storage: what is saved while it is stopped."""
-        on, unknown = self.of(resource)
-        off, _ = self.of(resource, 0.0)
-        if on is None or off is None:
-            return None, unknown
-        return self._effective(on.list_usd_per_month - off.list_usd_per_month, resource), ""
-
     def sizes(self) -> dict[tuple[str, str], tuple[float, float | None]]:
         """vCPU and memory, bytes, of the types that prices name with their size, by service and type."""
         return {
