@@ -79,6 +79,10 @@ class Figures(HTMLParser):
             self._open = None
 
 
+def as_json(document: Any) -> Any:
+    return json.loads(b"".join(tables.to_json(document)))
+
+
 def at(document: Any, path: str) -> Any:
     """What a document has under a path, as `idle.findings[0].coverage`."""
     for name, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
@@ -91,7 +95,7 @@ def at(document: Any, path: str) -> Any:
 
 def test_every_figure_on_the_page_is_in_the_json_under_its_path() -> None:
     document = tables.document(example())
-    read = json.loads(tables.to_json(document))
+    read = as_json(document)
     figures = Figures(html.page(document)).found
     assert len(figures) > 3 * 167 + 250
     assert [(path, float(value)) for path, value, _ in figures] == [
@@ -131,7 +135,9 @@ def test_csv_has_each_figure_of_the_json_once_with_whose_it_is() -> None:
     assert len({(r["name"], r["index"]) for r in rows}) == len(rows)
     # No figure is left out: each number and word of the document is in a cell.
     cells = {cell for row in rows for cell in row.values()}
-    assert [leaf for leaf in leaves(document) if str(leaf) not in cells and f"'{leaf}" not in cells] == []
+    assert [
+        leaf for leaf in leaves(as_json(document)) if str(leaf) not in cells and f"'{leaf}" not in cells
+    ] == []
 
 
 def leaves(value: Any) -> list[Any]:
@@ -145,11 +151,11 @@ def leaves(value: Any) -> list[Any]:
 
 
 def test_what_is_not_known_is_null_with_its_reason_and_never_zero() -> None:
-    document = json.loads(tables.to_json(tables.document(empty_example())))
+    document = as_json(tables.document(empty_example()))
     assert document["idle"]["total"]["value"] is None
     assert "inventory.source" in document["idle"]["total"]["unknown"]
     bad = replace(example(), coverage_all=Figure(float("nan"), "share", float("inf")))
-    read = json.loads(tables.to_json(tables.document(bad)))["coverage_all"]
+    read = as_json(tables.document(bad))["coverage_all"]
     assert (read["value"], read["before"]) == (None, None)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import io
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
 import asyncpg
 from rich.console import Console
@@ -65,23 +64,23 @@ async def make(config: Config, wanted: Wanted, now_s: int, tell: Tell) -> Report
         connection.terminate()
 
 
-def text_of(report: Report, form: str) -> str:
+def put(report: Report, form: str, out: TextIO) -> None:
     """As html, csv or json: of the same document."""
     document = tables.document(report)
     if form == "json":
-        return tables.to_json(document).decode()
-    if form == "csv":
-        out = io.StringIO()
+        out.writelines(part.decode() for part in tables.to_json(document))
+    elif form == "csv":
         tables.write_csv(document, out)
-        return out.getvalue()
-    return html.page(document)
+    else:
+        out.write(html.page(document))
 
 
 def write(report: Report, form: str, file: Path) -> None:
     """To a file, which is there whole or as it was before. Raises OSError."""
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        part.write_text(text_of(report, form), "utf-8")
+        with part.open("w", encoding="utf-8", newline="") as out:
+            put(report, form, out)
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
@@ -177,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
     with progress(console) as tell:
         report = asyncio.run(make(config, wanted, now_s, tell))
     if out is None:
-        sys.stdout.write(text_of(report, args.format))
+        put(report, args.format, sys.stdout)
     else:
         try:
             write(report, args.format, out)

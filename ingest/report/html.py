@@ -17,6 +17,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple
 from functools import cache
 from typing import Final
 
@@ -217,7 +218,7 @@ def anchors(of: Mapping[str, Plain]) -> dict[tuple[str, ...], int]:
     """Which resources the page shows, and under which number: first those that something is said of, then as the report has them."""
     said = [r["key"] for part in ("idle", "oversized") for r in of[part]["findings"][:ROWS_MAX]]
     said += [r["key"] for r in of["filling"]["fillings"][:20]]
-    there = {_id(r["key"]): index for index, r in enumerate(of["resources"])}
+    there = {astuple(key): index for index, key in enumerate(of["resources"].keys())}
     order = dict.fromkeys([*(_id(key) for key in said if _id(key) in there), *there])
     return {key: there[key] for key in list(order)[:ROWS_MAX]}
 

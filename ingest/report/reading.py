@@ -35,7 +35,7 @@ from ingest.sinks.rollup_read import DAY_S, HOUR_S
 from shard_config.report import ROLES, Role
 
 CELLS_MAX: Final = 40_000_000
-"""Hours of series in memory: 6 to 14 bytes each."""
+"""Hours of series in memory: 6 to 14 bytes each, 7 on average of a machine's."""
 _PREFETCH: Final = 5_000
 
 _SERIES = """SELECT id, account, region, namespace, metric, dimensions, stat, period_s FROM series
@@ -172,7 +172,7 @@ def _blocks(
 
 _TYPES: Final[Mapping[str, Any]] = {
     "count": np.uint16,
-    "sum": np.float64,
+    "sum": np.float32,
     "max": np.float32,
     "p95": np.float32,
     "min": np.float32,

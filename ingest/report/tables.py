@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
-from typing import Any, Final, TextIO
+from typing import Any, Final, TextIO, overload
 
 import orjson
 
-from ingest.report.model import Figure, Filling, QuotaUse, Report, ResourceKey
+from ingest.report.model import Figure, Filling, QuotaUse, Report, ResourceKey, ResourceUse
 
 Plain = Any
 """Mappings, lists, text, numbers, booleans, None: as JSON has them."""
@@ -45,10 +45,33 @@ COLUMNS: Final = ("name", "index", *_KEY, "of", *_FIGURE)
 then the figure."""
 
 
+class Resources(Sequence[Plain]):
+    """The report's resources, each made plain when it is asked for: all of them at once would take more memory than all the rest."""
+
+    def __init__(self, resources: Sequence[ResourceUse]) -> None:
+        self._resources = resources
+
+    def __len__(self) -> int:
+        return len(self._resources)
+
+    @overload
+    def __getitem__(self, index: int) -> Plain: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Plain]: ...
+    def __getitem__(self, index: int | slice) -> Plain:
+        if isinstance(index, slice):
+            return Resources(self._resources[index])
+        return _plain(self._resources[index])
+
+    def keys(self) -> list[ResourceKey]:
+        """Whose they are, in their order."""
+        return [one.key for one in self._resources]
+
+
 def document(report: Report) -> dict[str, Plain]:
-    """The report as plain data: each dataclass a mapping by its fields' names and the figures derived from them."""
-    found: dict[str, Plain] = _plain(report)
-    return found
+    """The report as plain data: each dataclass a mapping by its fields' names and the figures derived from them; `resources` are `Resources`."""
+    found: dict[str, Plain] = _plain(replace(report, resources=()))
+    return found | {"resources": Resources(report.resources)}
 
 
 def _plain(value: Any) -> Plain:
@@ -63,7 +86,7 @@ def _plain(value: Any) -> Plain:
         return value.value
     if names := _names(kind):
         return {name: _plain(getattr(value, name)) for name in names}
-    return value
+    return _plain(float(value)) if isinstance(value, float) else value  # numpy's
 
 
 def _names(kind: type) -> tuple[str, ...]:
@@ -79,11 +102,13 @@ _NAMES: dict[type, tuple[str, ...]] = {}
 """Of each type that was met: asking takes longer than the rest."""
 
 
-def to_json(of: Mapping[str, Plain]) -> bytes:
-    """A document as JSON, indented."""
-    return orjson.dumps(
-        of, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
-    )
+def to_json(of: Mapping[str, Plain]) -> Iterator[bytes]:
+    """A document as JSON, in pieces: indented, a resource a line."""
+    rest = {name: value for name, value in of.items() if name != "resources"}
+    yield orjson.dumps(rest, option=orjson.OPT_INDENT_2).removesuffix(b"\n}") + b',\n  "resources": ['
+    for index, resource in enumerate(of["resources"]):
+        yield (b",\n    " if index else b"\n    ") + orjson.dumps(resource)
+    yield b"\n  ]\n}\n"
 
 
 def write_csv(of: Mapping[str, Plain], out: TextIO) -> None:
@@ -130,11 +155,11 @@ def _rows(value: Plain, at: _Place) -> Iterator[dict[str, Plain]]:
             return
         for name, inner in value.items():
             yield from _rows(inner, at.into(name))
-    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+    elif isinstance(value, list | Resources) and value and isinstance(value[0], Mapping):
         for index, item in enumerate(value):
             yield from _rows(item, at.item(index, item))
-    elif isinstance(value, list):
-        yield at.row(value=orjson.dumps(value).decode())
+    elif isinstance(value, list | Resources):
+        yield at.row(value=orjson.dumps(list(value)).decode())
     else:
         yield at.row(value=value)
 

@@ -91,7 +91,8 @@ async def _make(dsn: str, accounts: int) -> tuple[float, float, float, int]:
     made_s = time.perf_counter()
     document = tables.document(found)
     html.page(document)
-    tables.to_json(document)
+    for _ in tables.to_json(document):
+        pass
     with tempfile.TemporaryFile("w") as file:
         tables.write_csv(document, file)
     await connection.close()
