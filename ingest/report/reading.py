@@ -28,7 +28,7 @@ from ingest.model import SeriesIds
 from ingest.report.model import ResourceKey
 from ingest.report.resources import Axis, Merged, Observed, Place, SeriesHours, place_of
 from ingest.report.utilization import WEEK_S, Ranges
-from ingest.rollups import percentiles_of
+from ingest.rollups import Rollups, percentiles_of
 from ingest.sinks import rollup_read
 from ingest.sinks.connection import translated
 from ingest.sinks.rollup_read import DAY_S, HOUR_S
@@ -248,24 +248,23 @@ async def _merged(
     """The 95th percentiles of series over the range, its last week, and the week before; none where these are not whole days."""
     if not ids or ranges.from_s % DAY_S or ranges.to_s % DAY_S:
         return {}
-    week_s, before_s = ranges.to_s - WEEK_S, ranges.to_s - 2 * WEEK_S
-    wanted = sorted_ids(ids)
-    week = await _percentiles(connection, week_s, ranges.to_s, wanted)
-    before = await _percentiles(connection, before_s, week_s, wanted)
-    whole = (
-        week if ranges.from_s == week_s
-        else await _percentiles(connection, ranges.from_s, ranges.to_s, wanted)
+    week_s, before_s, from_s, to_s = (
+        ranges.to_s - WEEK_S, ranges.to_s - 2 * WEEK_S, ranges.from_s, ranges.to_s,
     )  # fmt: skip
-    return {id_: Merged(whole.get(id_), week.get(id_), before.get(id_)) for id_ in whole.keys() | week.keys()}
-
-
-async def _percentiles(
-    connection: asyncpg.Connection, from_s: int, to_s: int, wanted: SeriesIds
-) -> dict[bytes, float]:
-    found: dict[bytes, float] = {}
+    found: dict[bytes, Merged] = {}
     with translated("rollups"):
-        async for days in rollup_read.read_days(connection, from_s, to_s, wanted):
-            ids, values = percentiles_of(days, (0.95,))
-            known = ~np.isnan(values[:, 0])
-            found |= zip(as_bytes(ids[known]), values[known, 0].tolist(), strict=True)
+        async for days in rollup_read.read_dated_days(
+            connection, min(from_s, before_s), to_s, sorted_ids(ids)
+        ):
+            week, before = _p95s(days, week_s, to_s), _p95s(days, before_s, week_s)
+            whole = week if from_s == week_s else _p95s(days, from_s, to_s)
+            for id_ in whole.keys() | week.keys() | before.keys():
+                found[id_] = Merged(whole.get(id_), week.get(id_), before.get(id_))
     return found
+
+
+def _p95s(days: Sequence[tuple[int, Rollups]], from_s: int, to_s: int) -> dict[bytes, float]:
+    """By series, of the days that begin in [from_s, to_s)."""
+    ids, values = percentiles_of([day for start_s, day in days if from_s <= start_s < to_s], (0.95,))
+    known = ~np.isnan(values[:, 0])
+    return dict(zip(as_bytes(ids[known]), values[known, 0].tolist(), strict=True))

@@ -138,12 +138,20 @@ async def read_days(
     connection: asyncpg.Connection, from_s: int, to_s: int, series: SeriesIds | None = None
 ) -> AsyncIterator[list[Rollups]]:
     """The days that begin in [from_s, to_s), with sketches, a bucket at a time: what `ingest.rollups.percentiles_of` merges."""
+    async for days in read_dated_days(connection, from_s, to_s, series):
+        yield [day for _, day in days]
+
+
+async def read_dated_days(
+    connection: asyncpg.Connection, from_s: int, to_s: int, series: SeriesIds | None = None
+) -> AsyncIterator[list[tuple[int, Rollups]]]:
+    """As `read_days`, each day with its beginning: for who merges several ranges of the same days."""
     for bucket in _buckets_of(series):
         stored = await _stored(connection, DAY_S, from_s, to_s, [bucket], ALL, sketches=True)
-        days = [one.rollups() for one in stored]
+        days = [(one.start_s, one.rollups()) for one in stored]
         if series is not None:
             wanted = _of_bucket(series, bucket)
-            days = [day.take(np.flatnonzero(_is_in(day.ids, wanted))) for day in days]
+            days = [(start_s, day.take(np.flatnonzero(_is_in(day.ids, wanted)))) for start_s, day in days]
         if days:
             yield days
 
