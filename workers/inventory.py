@@ -209,7 +209,7 @@ def _outcomes(form: str, outcomes: Sequence[Outcome]) -> int:
             "resources": one.resources, "new": one.changes.new, "changed": one.changes.changed, "gone": one.changes.gone,
             "failure": one.failure, "lacks": "; ".join(one.lacks),
         }
-        for one in outcomes
+        for one in sorted(outcomes, key=lambda one: one.scope)
     ]  # fmt: skip
     resources, failed = sum(one.resources for one in outcomes), sum(bool(one.failure) for one in outcomes)
     title = f"{resources:,} resources of {len(rows):,} accounts, regions and services"
@@ -287,9 +287,20 @@ def _time(at_s: int | None) -> str:
     return "" if at_s is None else rfc3339(at_s)
 
 
-_WIDE: Final = {"arn", "engine", "purchase", "nodes", "storage_max_bytes", "iops", "throughput_bytes_per_s", "read_units", "write_units",
-                "attached_to", "role", "multi_az", "state_since", "first"}  # fmt: skip
-"""Columns that a table has no room for."""
+_WIDE: Final = {"account", "region", "service", "arn", "engine", "purchase", "nodes", "storage_max_bytes", "iops", "throughput_bytes_per_s", "read_units",
+                "write_units", "attached_to", "role", "multi_az", "state_since", "created", "first", "tried", "seen", "tags"}  # fmt: skip
+"""Columns that a table has no room for, or says in the first."""
+_GIB: Final = {"memory_bytes": "memory GiB", "storage_bytes": "storage GiB"}
+
+
+def _is_number(name: str, value: Any) -> bool:
+    return isinstance(value, int) or name == "vcpu" or name in _GIB
+
+
+def _cell(name: str, value: Any) -> str:
+    if name in _GIB and value:
+        return f"{int(value) / 1024**3:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)[:300]
 
 
 def _write(form: str, rows: Sequence[dict[str, Any]], title: str) -> None:
@@ -303,13 +314,15 @@ def _write(form: str, rows: Sequence[dict[str, Any]], title: str) -> None:
         print("nothing is known: see `inventory` in the configuration, and headgate inventory refresh")
     else:
         table = Table(title=title)
-        shown = [name for name in rows[0] if name not in _WIDE]
+        shown = [name for name in rows[0] if name not in _WIDE and any(row[name] != "" for row in rows)]
+        table.add_column("of", no_wrap=True)
         for name in shown:
-            table.add_column(name, justify="right" if isinstance(rows[0][name], int) else "left")
-        for row in rows[:ROWS_MAX]:
-            table.add_row(
-                *(Text(f"{row[n]:,}" if isinstance(row[n], int) else str(row[n])[:300]) for n in shown)
+            table.add_column(
+                _GIB.get(name, name), justify="right" if _is_number(name, rows[0][name]) else "left"
             )
+        for row in rows[:ROWS_MAX]:
+            where = f"{row['account']}/{row['region']} {row['service']}"
+            table.add_row(Text(where), *(Text(_cell(name, row[name])) for name in shown))
         if len(rows) > ROWS_MAX:
             table.caption = f"and {len(rows) - ROWS_MAX:,} more: see --format csv"
         Console(soft_wrap=not sys.stdout.isatty()).print(table)

@@ -105,6 +105,7 @@ def _yaml(endpoints: Endpoints, what: dict[str, Any]) -> str:
         "kafka": {"bootstrap": endpoints.kafka_bootstrap},
         "postgres": {"dsn": endpoints.postgres_dsn},
         "s3": {"bucket": "headgate-archive", "endpoint_url": endpoints.s3_url},
+        "inventory": {"source": "describe"},
     }
     if endpoints.prometheus_urls:
         connections["remote_write"] = {
