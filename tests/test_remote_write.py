@@ -255,7 +255,7 @@ async def test_answers_that_are_lost_change_nothing_even_without_a_window(strict
 
     async with scripted(forward) as (url, _), writer(url, samples_per_request=8) as one:
         written, failures = await retried(one, series)
-    assert failures > 5
+    assert failures >= 3
     assert outcome(written) == (120, [])
     found = strict.samples("lost", NOW_S - 600, NOW_S)
     assert found == {
