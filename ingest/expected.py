@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ingest.balance import stored_counts
 from ingest.batch import Decoded, without_series
-from ingest.model import Batch, ReceiptItem, SeriesIds, WindowCount, merge_counts, window_counts
+from ingest.model import Batch, ReceiptItem, SeriesIds, WindowCount, halves_of, merge_counts, window_counts
 from ingest.validate import describe, validate
 from shard_config.model import Limits
 
@@ -126,8 +126,7 @@ class Expected:
 
     def ids(self, keys: NDArray[np.int64]) -> SeriesIds:
         """The series id of each key, shape (n, 2)."""
-        table = np.frombuffer(b"".join(self._ids), dtype=">u8").reshape(-1, 2).astype(np.uint64)
-        return table[keys // self.span_s]
+        return halves_of(self._ids)[keys // self.span_s]
 
     def within(self, batch: Batch) -> int:
         """How many points of a batch are in the slice."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ingest.model import RecordPosition, Series, SeriesIds, Target
+from ingest.model import RecordPosition, Series, SeriesIds, Target, bytes_of
 from ingest.ports import LabelSet
 
 BLOCK = 1024
@@ -87,12 +87,10 @@ class Lane:
 
     def rows(self, ids: SeriesIds, series: Sequence[Series], target: Target) -> _Rows:
         """A row for each series, found or new."""
-        raw = ids.astype(">u8").tobytes()
-        keys = [raw[i : i + 16] for i in range(0, len(raw), 16)]
         return np.array(
             [
                 row if (row := self._rows.get(key)) is not None else self._new(key, Member(one, target))
-                for key, one in zip(keys, series, strict=True)
+                for key, one in zip(bytes_of(ids), series, strict=True)
             ],
             np.int64,
         )

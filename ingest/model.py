@@ -81,8 +81,18 @@ def series_id(key: SeriesKey) -> bytes:
 
 def series_ids(series: tuple[Series, ...]) -> SeriesIds:
     """The ids of many series, as (n, 2) unsigned 64-bit halves."""
-    raw = b"".join(series_id(one.key) for one in series)
-    return np.frombuffer(raw, dtype=">u8").reshape(-1, 2).astype(np.uint64)
+    return halves_of(series_id(one.key) for one in series)
+
+
+def halves_of(ids: Iterable[bytes]) -> SeriesIds:
+    """Ids of 16 bytes as (n, 2) unsigned 64-bit halves, in their order."""
+    return np.frombuffer(b"".join(ids), dtype=">u8").reshape(-1, 2).astype(np.uint64)
+
+
+def bytes_of(ids: SeriesIds) -> list[bytes]:
+    """The inverse of `halves_of`."""
+    raw = ids.astype(">u8").tobytes()
+    return [raw[at : at + 16] for at in range(0, len(raw), 16)]
 
 
 # --- version --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ingest.errors import Fatal
-from ingest.model import BatchId, SeriesKey
+from ingest.model import BatchId, SeriesKey, bytes_of
 from ingest.ports import Advance, Landable, Landed, SeriesRejected, StoredPosition
 
 Table = dict[tuple[bytes, int], tuple[int, float]]
@@ -77,5 +77,4 @@ class FakeSink:
 
 
 def _ids(one: Landable) -> list[bytes]:
-    raw = one.batch.ids.astype(">u8").tobytes()
-    return [raw[i : i + 16] for i in range(0, len(raw), 16)]
+    return bytes_of(one.batch.ids)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ingest.clock import utc
 from ingest.inventory import store as inventory_store
 from ingest.inventory.model import Lived
-from ingest.model import SeriesIds
+from ingest.model import bytes_of, halves_of
 from ingest.report.model import ResourceKey
 from ingest.report.resources import Axis, Merged, Observed, Place, SeriesHours, place_of
 from ingest.report.utilization import WEEK_S, Ranges
@@ -204,13 +204,13 @@ class _Table:
         """Read it. `tell` is given the buckets that are done."""
         if not self._ids:
             return
-        wanted = sorted_ids(self._ids)
+        wanted = halves_of(sorted(self._ids))
         start_s, end_s = self._axis.start_s, self._axis.end_s
         # What no series of these uses is not read: PostgreSQL's sending of columns is most of the time.
         used = tuple(name for name, column in self._columns.items() if len(column))
         with translated("rollups"):
             async for one in rollup_read.read(connection, HOUR_S, start_s, end_s, used, wanted):
-                rows = np.array([self._rows[id_] for id_ in as_bytes(one.ids)], np.int64)[one.index]
+                rows = np.array([self._rows[id_] for id_ in bytes_of(one.ids)], np.int64)[one.index]
                 hours = (one.starts_s - start_s) // HOUR_S
                 for name, column in one.columns.items():
                     slots = self._slots[name][rows]
@@ -238,17 +238,6 @@ class _Table:
         )
 
 
-def sorted_ids(ids: Sequence[bytes]) -> SeriesIds:
-    """Ids as `rollup_read` takes them: halves, sorted, shape (n, 2)."""
-    return np.frombuffer(b"".join(sorted(ids)), ">u8").reshape(-1, 2).astype(np.uint64)
-
-
-def as_bytes(ids: SeriesIds) -> list[bytes]:
-    """The 16 bytes of each."""
-    raw = ids.astype(">u8").tobytes()
-    return [raw[at : at + 16] for at in range(0, len(raw), 16)]
-
-
 async def _merged(
     connection: asyncpg.Connection, ranges: Ranges, ids: Sequence[bytes]
 ) -> dict[bytes, Merged]:
@@ -261,7 +250,7 @@ async def _merged(
     found: dict[bytes, Merged] = {}
     with translated("rollups"):
         async for days in rollup_read.read_dated_days(
-            connection, min(from_s, before_s), to_s, sorted_ids(ids)
+            connection, min(from_s, before_s), to_s, halves_of(sorted(ids))
         ):
             week, before = _p95s(days, week_s, to_s), _p95s(days, before_s, week_s)
             whole = week if from_s == week_s else _p95s(days, from_s, to_s)
@@ -274,4 +263,4 @@ def _p95s(days: Sequence[tuple[int, Rollups]], from_s: int, to_s: int) -> dict[b
     """By series, of the days that begin in [from_s, to_s)."""
     ids, values = percentiles_of([day for start_s, day in days if from_s <= start_s < to_s], (0.95,))
     known = ~np.isnan(values[:, 0])
-    return dict(zip(as_bytes(ids[known]), values[known, 0].tolist(), strict=True))
+    return dict(zip(bytes_of(ids[known]), values[known, 0].tolist(), strict=True))

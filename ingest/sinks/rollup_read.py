@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ingest.clock import rfc3339, utc
 from ingest.errors import Fatal, Transient
-from ingest.model import SeriesIds
+from ingest.model import SeriesIds, halves_of
 from ingest.rollups import COLUMNS, Bins, Rollups, of_hours
 from ingest.sinks.copy import POSTGRES_EPOCH_S, unique_ids
 
@@ -111,7 +111,7 @@ async def series_where(
         " AND ($3::text[] IS NULL OR metric = ANY($3)) AND ($4::text[] IS NULL OR stat = ANY($4)) ORDER BY id",
         *(None if one is None else list(one) for one in (accounts, namespaces, metrics, stats)),
     )
-    return np.frombuffer(b"".join(r["id"] for r in rows), ">u8").reshape(-1, 2).astype(np.uint64)
+    return halves_of(r["id"] for r in rows)
 
 
 async def read(

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ingest.clock import Clock, utc
-from ingest.model import SeriesIds
+from ingest.model import SeriesIds, bytes_of
 from ingest.rollups import COLUMNS, Rollups, concatenated, empty, fullest, roll_up
 from ingest.sinks.copy import Rows
 from ingest.sinks.partitions import Partitioned, create_partitions
@@ -343,7 +343,5 @@ async def write(
 
 
 def values_of_row(rows: Rollups) -> list[Any]:
-    raw = rows.ids.astype(">u8").tobytes()
-    ids = [raw[i : i + 16] for i in range(0, len(raw), 16)]
     columns = [getattr(rows, name).tolist() for name in COLUMNS[1:]]
-    return [ids, *columns] + ([rows.bins.pack()] if rows.bins is not None else [])
+    return [bytes_of(rows.ids), *columns] + ([rows.bins.pack()] if rows.bins is not None else [])

@@ -14,7 +14,7 @@ from typing import Any
 import asyncpg
 import numpy as np
 
-from ingest.model import BatchId, Series
+from ingest.model import BatchId, Series, bytes_of
 from ingest.ports import Landable, SeriesRejected
 from ingest.sinks import statements
 from ingest.sinks.copy import Rows
@@ -33,7 +33,7 @@ def first_met(where: str, batches: Sequence[Landable], rows: Rows, seen: Seen) -
     conflicts: list[tuple[BatchId, int]] = []
     for one in batches:
         new = np.flatnonzero(~seen.knows(one.batch.ids))
-        ids = _ids(one) if len(new) else []
+        ids = bytes_of(one.batch.ids) if len(new) else []
         for i in new.tolist():
             series = one.batch.series[i]
             if met.setdefault(ids[i], series).key != series.key:
@@ -75,11 +75,6 @@ async def insert(
         raise SeriesRejected(where, "label_conflict", what, _places(others, batches))
 
 
-def _ids(one: Landable) -> list[bytes]:
-    raw = one.batch.ids.astype(">u8").tobytes()
-    return [raw[i : i + 16] for i in range(0, len(raw), 16)]
-
-
 def _text(series: Series) -> str:
     k = series.key
     pairs = [text for pair in k.dimensions for text in pair]
@@ -87,4 +82,6 @@ def _text(series: Series) -> str:
 
 
 def _places(ids: set[bytes], batches: Sequence[Landable]) -> list[tuple[BatchId, int]]:
-    return [(one.batch_id, i) for one in batches for i, id_ in enumerate(_ids(one)) if id_ in ids]
+    return [
+        (one.batch_id, i) for one in batches for i, id_ in enumerate(bytes_of(one.batch.ids)) if id_ in ids
+    ]

@@ -19,7 +19,7 @@ from itertools import chain, islice
 import numpy as np
 from numpy.typing import NDArray
 
-from ingest.model import Batch, Series, SeriesIds, Target, TaskItem, series_id
+from ingest.model import Batch, Series, SeriesIds, Target, TaskItem, halves_of, series_id
 
 SERIES_PER_BATCH = 500
 SERIES_IDS_MAX = 200_000
@@ -30,8 +30,7 @@ _series_id = lru_cache(maxsize=SERIES_IDS_MAX)(series_id)
 
 def ids_of(series: Iterable[Series]) -> SeriesIds:
     """`ingest.model.series_ids` with a memory."""
-    raw = b"".join(_series_id(one.key) for one in series)
-    return np.frombuffer(raw, dtype=">u8").reshape(-1, 2).astype(np.uint64)
+    return halves_of(_series_id(one.key) for one in series)
 
 
 class SeriesTable:
