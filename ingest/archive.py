@@ -15,7 +15,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import aiohttp
@@ -25,7 +25,7 @@ from aiobotocore.session import AioSession
 from botocore.exceptions import BotoCoreError, ClientError
 
 from ingest.aws_session import new_session
-from ingest.clock import Clock
+from ingest.clock import Clock, utc
 from ingest.errors import Rejected, Transient
 from ingest.model import Receipt, Target, Task
 from ingest.objects import TAIL_BYTES, pack, part_key, read_task, spoilt, unpack_tail
@@ -71,7 +71,7 @@ def cache_key(name: Sequence[str], prefix: str = "") -> str:
 
 def _moment(at_s: int) -> datetime:
     try:
-        return datetime.fromtimestamp(at_s, UTC)
+        return utc(at_s)
     except (ValueError, OverflowError, OSError) as error:
         raise Rejected("archive key", Reason.BAD_KEY, f"tick_s {at_s}") from error
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 
 import asyncpg
 
+from ingest.clock import utc
 from ingest.model import Target
 from ingest.overview import GRACE_S, OPEN_SQL, late_sql
 from ingest.schedule import Grid, blocks
@@ -251,4 +252,4 @@ async def open_windows(
 
 
 def _time(seconds: float | None) -> datetime | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+    return None if seconds is None else utc(seconds)

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any
 
@@ -23,7 +22,7 @@ import numpy as np
 
 from ingest import letters, wire
 from ingest.batch import without_series
-from ingest.clock import Clock
+from ingest.clock import Clock, utc
 from ingest.collect import Collector, Topics, raw_key
 from ingest.errors import Rejected, Transient
 from ingest.letters import Look, LostPoints, Point
@@ -214,7 +213,7 @@ async def without_open_windows(found: Plan, postgres: Postgres) -> Plan:
                 _OPEN,
                 [str(r.batch.target) for r, _ in waiting],
                 [r.batch.service for r, _ in waiting],
-                [datetime.fromtimestamp(start_s, UTC) for _, start_s in waiting],
+                [utc(start_s) for _, start_s in waiting],
                 [r.batch.version for r, _ in waiting],
             )
             rows = await bounded(connection, work, STATEMENT_TIMEOUT_S)

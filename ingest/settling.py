@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta
 
 import asyncpg
 import orjson
 
+from ingest.clock import utc
 from ingest.model import LookStatus, Receipt, ReceiptItem, SourceName
 from ingest.sinks.connection import translated
 
@@ -82,7 +83,7 @@ def seen_late(done: ReceiptItem, before: Mapping[int, tuple[int, int]]) -> dict[
             changed = published.get(window.start_s, 0) - appeared if done.whole else 0
             late = Late(appeared, max(0, changed))
         # A look at which nothing was late says so: that of the last age decides.
-        found[datetime.fromtimestamp(window.start_s, UTC).date(), age_s] += late
+        found[utc(window.start_s).date(), age_s] += late
     return found
 
 
@@ -117,8 +118,8 @@ async def learn(connection: asyncpg.Connection, receipt: Receipt, done: ReceiptI
     if done.outcome.status is not LookStatus.COMPLETE or receipt.target.source != SourceName.CLOUDWATCH:
         return
     rows = await connection.fetch(
-        _BEFORE, str(receipt.target), done.item.service, datetime.fromtimestamp(done.item.start_s, UTC),
-        datetime.fromtimestamp(receipt.finished_at_ms / 1000, UTC), LOOKS_BEFORE_MAX,
+        _BEFORE, str(receipt.target), done.item.service, utc(done.item.start_s),
+        utc(receipt.finished_at_ms / 1000), LOOKS_BEFORE_MAX,
     )  # fmt: skip
     before: dict[int, tuple[int, int]] = {}
     for row in rows:

@@ -6,7 +6,6 @@ import json
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
 from hashlib import blake2b
@@ -17,7 +16,7 @@ from ingest import pauses
 from ingest.archive import S3Archive, open_archive
 from ingest.archive_replay import LANES, ArchiveReplay
 from ingest.backfill import DROPPED, Means, Stretch, Survey, reach_s, tasks_of, windows_by_service
-from ingest.clock import Clock
+from ingest.clock import Clock, utc
 from ingest.errors import Transient
 from ingest.landing import Landing
 from ingest.log import Producer
@@ -360,4 +359,4 @@ async def opened(config: Config, asked: Ask, clock: Clock) -> AsyncIterator[Back
 
 def time_of(at_s: float) -> str:
     """As 2026-11-24T05:00Z."""
-    return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%MZ")
+    return utc(at_s).strftime("%Y-%m-%dT%H:%MZ")

@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +23,7 @@ from rich.table import Table
 from ingest import budget, charges, costs, spending
 from ingest.budget import Decision
 from ingest.charges import Reason
-from ingest.clock import SystemClock
+from ingest.clock import SystemClock, utc
 from ingest.costs import BY, Line, Only
 from ingest.errors import Transient
 from ingest.sinks.connection import open_connection
@@ -251,7 +251,7 @@ def _period(args: argparse.Namespace, now_s: int) -> tuple[date, date] | None:
     if args.from_s is None and args.to_s is None:
         return None
     to_s = now_s + 1 if args.to_s is None else args.to_s
-    last = datetime.fromtimestamp(to_s, UTC) - timedelta(microseconds=1)
+    last = utc(to_s) - timedelta(microseconds=1)
     from_day = last.date().replace(day=1) if args.from_s is None else charges.day_of(args.from_s)
     return from_day, last.date() + timedelta(days=1)
 

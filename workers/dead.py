@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from rich.table import Table
 
 from ingest import letters, wire
 from ingest.archive import open_archive
-from ingest.clock import Clock, SystemClock
+from ingest.clock import Clock, SystemClock, utc
 from ingest.collect import Topics
 from ingest.dead import Filter, Found, Handled, Letters, find, landed, mark
 from ingest.errors import Fatal, Rejected
@@ -50,7 +49,7 @@ REFUSED_SHOWN = 20
 
 
 def _time(ms: int) -> str:
-    return rfc3339(datetime.fromtimestamp(ms // 1000, UTC))
+    return rfc3339(utc(ms // 1000))
 
 
 def _origin(found: Found) -> str:
@@ -256,7 +255,7 @@ async def _revive(config: Config, planned: Plan, clock: Clock) -> set[BatchId]:
         async with open_archive(config.s3, clock) as archive:
             reviver = Reviver(producer, archive, topics, clock, archive_prefix=config.s3.prefix)
             async for done in reviver.revive(planned.revivals):
-                now = datetime.fromtimestamp(clock.now_s(), UTC)
+                now = utc(clock.now_s())
                 await mark(config.postgres, done.identities, Handled("replayed", now, done.note))
                 batches.update(done.batches)
     finally:
@@ -281,7 +280,7 @@ async def _discard(config: Config, args: argparse.Namespace, clock: Clock) -> in
         return 0
     if not args.yes and not _confirmed(f"discard {len(found.found):,}?"):
         return 2
-    now = datetime.fromtimestamp(clock.now_s(), UTC)
+    now = utc(clock.now_s())
     await mark(config.postgres, [one.identity for one in found.found], Handled("discarded", now, args.note))
     print(
         f"discarded {len(found.found):,}; they stay in Kafka until its retention, and `headgate dead list --all` has them"

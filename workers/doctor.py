@@ -7,10 +7,9 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from ingest.clock import SystemClock
+from ingest.clock import SystemClock, utc
 from ingest.errors import Rejected
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     with cluster:
         seen = look(cluster, args.namespace or cluster.namespace or "default", args.release)
-    report = diagnose(seen, datetime.fromtimestamp(SystemClock().now_s(), UTC))
+    report = diagnose(seen, utc(SystemClock().now_s()))
     if args.format == "json":
         print(json.dumps(asdict(report), indent=2))
     else:

@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ingest.clock import SystemClock
+from ingest.clock import SystemClock, utc
 from ingest.gaps import Filter, Gap, gaps, not_polled
 from ingest.schedule import grids_of
 from ingest.sinks.connection import open_connection
@@ -38,7 +37,7 @@ COLUMNS = (
 
 async def find(config: Config, only: Filter) -> tuple[list[Gap], list[Gap]]:
     """The gaps now, and what was not polled for a budget. Raises Transient."""
-    now = datetime.fromtimestamp(SystemClock(config.run.clock_offset_s).now_s(), UTC)
+    now = utc(SystemClock(config.run.clock_offset_s).now_s())
     connection = await open_connection(config.postgres, "headgate gaps")
     try:
         keeps_s = config.kafka.raw_retention_s
@@ -55,8 +54,8 @@ def rows_of(found: Sequence[Gap]) -> list[dict[str, Any]]:
     for gap in found:
         row = asdict(gap)
         row |= {
-            "from": rfc3339(datetime.fromtimestamp(gap.start_s, UTC)),
-            "to": rfc3339(datetime.fromtimestamp(gap.end_s, UTC)),
+            "from": rfc3339(utc(gap.start_s)),
+            "to": rfc3339(utc(gap.end_s)),
             "usd": "" if gap.usd is None else f"{gap.usd:f}",
         }
         rows.append({name: row[name] for name in COLUMNS})

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from enum import StrEnum
 from itertools import pairwise
 from typing import Protocol
@@ -18,7 +17,7 @@ from typing import Protocol
 import structlog
 from prometheus_client import Counter, Gauge
 
-from ingest.clock import Clock
+from ingest.clock import Clock, rfc3339
 from ingest.errors import HeadgateError, Transient
 from ingest.heal import Announced, Declaration, OpenWindow, Reason, Rules, Wait
 from ingest.heal_store import Healed, HealStore
@@ -138,8 +137,8 @@ class Healer:
                 reason=one.reason.value,
                 target=str(one.target),
                 service=one.service,
-                start=_time(one.start_s),
-                end=_time(one.end_s),
+                start=rfc3339(one.start_s),
+                end=rfc3339(one.end_s),
                 windows=one.windows,
                 last_status=one.last_status,
                 last_detail=one.last_detail,
@@ -213,7 +212,3 @@ def rules_of(config: Config, *, whole: bool = True) -> Rules:
         source_keeps_all=config.run.source_keeps_all,
         whole=whole,
     )
-
-
-def _time(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

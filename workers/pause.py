@@ -7,13 +7,13 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 import asyncpg
 
 from ingest import pauses
-from ingest.clock import SystemClock
+from ingest.clock import SystemClock, utc
 from ingest.errors import HeadgateError
 from ingest.pauses import ALL, Pause
 from ingest.sinks.connection import open_connection, translated
@@ -114,7 +114,7 @@ def run_pause(args: argparse.Namespace) -> int:
     account, service = args.account or ALL, args.service or ALL
     _check(config, account, service)
     clock = SystemClock(config.run.clock_offset_s)
-    now = datetime.fromtimestamp(clock.now_s(), UTC)
+    now = utc(clock.now_s())
     new = asyncio.run(pause(config, account, service, args.reason, now))
     print(f"account {account}, service {service}: {'paused' if new else 'is paused already'}")
     return 0

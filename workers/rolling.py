@@ -7,12 +7,12 @@ up no landing.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 
 import structlog
 from prometheus_client import Counter, Gauge
 
-from ingest.clock import Clock
+from ingest.clock import Clock, utc
 from ingest.errors import Transient
 from ingest.ledger import Ledger
 from ingest.sinks import rollup_store
@@ -103,7 +103,7 @@ class Rolling:
         async with self._store.connected() as connection:
             for of, from_s in ((HOURS, kept.hours_from_s), (DAYS, kept.days_from_s)):
                 for day in await drop_partitions(connection, from_s // 86_400, of):
-                    _log.info("rollups_dropped", table=of.table, month=f"{_utc(day * 86_400):%Y-%m}")
+                    _log.info("rollups_dropped", table=of.table, month=f"{utc(day * 86_400):%Y-%m}")
         return DROP_INTERVAL_S
 
     async def _observe(self) -> float:
@@ -120,11 +120,7 @@ class Rolling:
         return Kept(max(0, today - self._hourly_days) * 86_400, (days or 0) * 86_400)
 
     def _now(self) -> datetime:
-        return _utc(self._clock.now_s())
-
-
-def _utc(time_s: int) -> datetime:
-    return datetime.fromtimestamp(time_s, UTC)
+        return utc(self._clock.now_s())
 
 
 def _count(done: Rolled) -> None:

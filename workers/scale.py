@@ -19,12 +19,12 @@ import time
 import urllib.error
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from ingest.assign import Move, moves
-from ingest.clock import SystemClock
+from ingest.clock import SystemClock, utc
 from ingest.errors import Fatal, Transient
 from ingest.membership import remove_members
 from ingest.overview import GRACE_S, OPEN_SQL, late_sql
@@ -158,7 +158,7 @@ async def scale_local(stack: LocalStack, config: Config, shards: int, say: Say) 
             await remove_members(admin, exporter_group(config.kafka), removed)
     after = await settled(look, _names(shards), say)
     seconds = clock.monotonic_s() - began_s
-    since, now = (datetime.fromtimestamp(ms / 1000, UTC) for ms in (began_ms, clock.now_ms()))
+    since, now = (utc(ms / 1000) for ms in (began_ms, clock.now_ms()))
     lost = await windows_lost(config.postgres, since, now)
     moved = moves(before, owners_in(after)) if before else []
     return Scaled(added, removed, moved, after["slots"], seconds, lost)

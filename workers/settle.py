@@ -7,13 +7,12 @@ import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from ingest.clock import SystemClock
+from ingest.clock import SystemClock, utc
 from ingest.settling import DAYS_KEPT, Proposal, observed, propose
 from ingest.sinks.connection import open_connection
 from shard_config.model import Config
@@ -22,7 +21,7 @@ from workers import local
 
 async def find(config: Config, service: str | None, days: int, share: float) -> list[Proposal]:
     """A proposal for each configured service that is collected from CloudWatch. Raises Transient."""
-    now = datetime.fromtimestamp(SystemClock(config.run.clock_offset_s).now_s(), UTC)
+    now = utc(SystemClock(config.run.clock_offset_s).now_s())
     connection = await open_connection(config.postgres, "headgate settle")
     try:
         found = await observed(connection, now, days, service)

@@ -25,7 +25,7 @@ from rich.text import Text
 from ingest import budget, spending
 from ingest.brokers import client_options
 from ingest.budget import Decision
-from ingest.clock import Clock, SystemClock
+from ingest.clock import Clock, SystemClock, utc
 from ingest.errors import HeadgateError, Transient
 from ingest.forwarded import Note
 from ingest.gaps import Filter, not_polled
@@ -88,7 +88,7 @@ class Status:
 
 async def status(config: Config, clock: Clock, since_s: int = SINCE_S) -> Status:
     """Look. Never raises for a part that does not answer."""
-    now = datetime.fromtimestamp(clock.now_s(), UTC)
+    now = utc(clock.now_s())
     prices = Prices.of(config.aws)
     errors: list[str] = []
     ledger: Overview | None = None
@@ -227,7 +227,7 @@ def _receivers(status: Status) -> Table:
             name,
             str(len(group.members)) if group.members else Text("none", style="bold red"),
             f"{group.lag_total:,}",
-            age(status.now, datetime.fromtimestamp(newest_s, UTC) if newest_s else None),
+            age(status.now, utc(newest_s) if newest_s else None),
             f"{sum(note.samples for note in group.notes):,}",
             Text(f"{refused:,}", style="yellow" if refused else ""),
         )

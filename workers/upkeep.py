@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 import structlog
 from prometheus_client import Counter, Gauge
 
 from ingest import compact, settling
-from ingest.clock import Clock
+from ingest.clock import Clock, utc
 from ingest.errors import Transient
 from ingest.gaps import open_windows
 from ingest.ledger import Ledger
@@ -147,7 +147,7 @@ class Upkeep:
             async with self._ledger.connected() as connection:
                 days = await drop_partitions(connection, today - self._samples_retention_days)
             for day in days:
-                _log.info("samples_dropped", day=str(datetime.fromtimestamp(day * 86_400, UTC).date()))
+                _log.info("samples_dropped", day=str(utc(day * 86_400).date()))
         return DROP_INTERVAL_S
 
     async def observe(self) -> float:
@@ -177,4 +177,4 @@ class Upkeep:
         return MEASURE_INTERVAL_S
 
     def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.now_s(), UTC)
+        return utc(self._clock.now_s())

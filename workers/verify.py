@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 import asyncpg
 import orjson
 
-from ingest.clock import rfc3339
+from ingest.clock import rfc3339, utc
 from ingest.model import split_version
 from ingest.sinks.connection import translated
 from shard_config.model import Config, ServiceProfile
@@ -150,9 +149,7 @@ async def landed_points(
         dimensions = tuple(sorted(orjson.loads(row["dimensions"]).items()))
         names[row["id"]] = (row["namespace"], row["metric"], dimensions, row["stat"])
     found: dict[SeriesName, dict[int, tuple[float, int]]] = defaultdict(dict)
-    rows = await connection.fetch(
-        _SAMPLES, list(names), datetime.fromtimestamp(from_s, UTC), datetime.fromtimestamp(to_s, UTC)
-    )
+    rows = await connection.fetch(_SAMPLES, list(names), utc(from_s), utc(to_s))
     for row in rows:
         _, observed_at_ms = split_version(row["version"])
         found[names[row["series"]]][row["ts_s"]] = (row["value"], observed_at_ms // 1000)

@@ -13,7 +13,7 @@ import re
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ingest.assign import Assignment, Incarnation, Move, moves
-from ingest.clock import Clock
+from ingest.clock import Clock, utc
 from ingest.errors import HeadgateError
 from shard_config.model import Config
 from workers.lifecycle import Lifecycle
@@ -85,7 +85,7 @@ def fleet_table(found: Status, fleet: Fleet) -> Table:
         stalest = min((t.fresh_until or found.now for t in owned), default=None)
         gaps = sum(t.gaps for t in owned)
         bill = found.prices.look_usd(done.metrics_billed, {"ListMetrics": done.list_metrics}) if done else 0
-        since = datetime.fromtimestamp(incarnation.started_at_ms / 1000, UTC) if incarnation else None
+        since = utc(incarnation.started_at_ms / 1000) if incarnation else None
         alive = shard in members
         load = sum(weights.get(slot, 0.0) for slot in slots) / mean if alive and mean else 0.0
         table.add_row(
@@ -116,7 +116,7 @@ def _state(found: Status, fleet: Fleet) -> str:
     assignment = fleet.assignment
     if assignment is None:
         return "nothing was assigned yet"
-    published = datetime.fromtimestamp(assignment.published_at_ms / 1000, UTC)
+    published = utc(assignment.published_at_ms / 1000)
     said = f"epoch {assignment.epoch}, {assignment.reason}, {age(found.now, published)} ago"
     members = found.exporters.members if found.exporters else {}
     owned = {slot: shard for shard, slots in members.items() for slot in slots}

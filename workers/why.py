@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 import asyncpg
@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ingest.archive import open_archive
-from ingest.clock import Clock, SystemClock
+from ingest.clock import Clock, SystemClock, utc
 from ingest.errors import HeadgateError
 from ingest.model import Series, SeriesKey, split_version
 from ingest.sinks.connection import open_connection, translated
@@ -198,14 +198,12 @@ def _stages(story: Story) -> Iterable[tuple[str, list[str]]]:
 
 
 def _time(at_s: int) -> str:
-    return rfc3339(datetime.fromtimestamp(at_s, UTC))
+    return rfc3339(utc(at_s))
 
 
 def _version(version: int) -> str:
     revision, observed_at_ms = split_version(version)
-    return rfc3339(datetime.fromtimestamp(observed_at_ms / 1000, UTC)) + (
-        f", revision {revision}" if revision else ""
-    )
+    return rfc3339(utc(observed_at_ms / 1000)) + (f", revision {revision}" if revision else "")
 
 
 def to_json(story: Story) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 
 import asyncpg
 
+from ingest.clock import utc
 from ingest.errors import Fatal
 from ingest.sinks.copy import SECONDS_A_DAY
 
@@ -35,7 +36,7 @@ class Partitioned:
         """The first day of the partition that a day belongs to."""
         if not self.by_month:
             return day
-        return _day(datetime.fromtimestamp(day * SECONDS_A_DAY, UTC).replace(day=1))
+        return _day(utc(day * SECONDS_A_DAY).replace(day=1))
 
     def end_day(self, day: int) -> int:
         """The first day behind that partition."""
@@ -53,9 +54,7 @@ def name_of(day: int, of: Partitioned = SAMPLES) -> str:
     """The partition of a day, given as days since the epoch: samples_20261124, or samples_day_N past the year 9999."""
     if not 0 <= day < 2_932_897:
         return f"{of.table}_day_{day}".replace("-", "minus_")
-    return (
-        f"{of.table}_{datetime.fromtimestamp(day * SECONDS_A_DAY, UTC):{'%Y%m' if of.by_month else '%Y%m%d'}}"
-    )
+    return f"{of.table}_{utc(day * SECONDS_A_DAY):{'%Y%m' if of.by_month else '%Y%m%d'}}"
 
 
 def day_of(name: str, of: Partitioned = SAMPLES) -> int | None:

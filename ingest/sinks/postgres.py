@@ -20,7 +20,7 @@ import asyncio
 import json
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Self, TypeVar
 
 import asyncpg
@@ -28,7 +28,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from ingest.clock import Clock
+from ingest.clock import Clock, utc
 from ingest.errors import Fatal, HeadgateError
 from ingest.model import BatchId, point_hashes
 from ingest.ports import Advance, Landable, Landed, SeriesRejected, StoredPosition
@@ -288,7 +288,7 @@ class PostgresSink:
         )
 
     def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.now_ms() / 1000, UTC)
+        return utc(self._clock.now_ms() / 1000)
 
     # --- the connection ---------------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ For the `query` and `ec2` protocols (XML) and `rest-json`; what is not in an ans
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Final
 from urllib.parse import parse_qsl
@@ -17,6 +16,7 @@ import orjson
 from botocore.model import ServiceModel
 
 from ingest.aws_session import new_session
+from ingest.clock import utc
 from workers.simulated.requests import AwsError
 
 _CODES: Final = {
@@ -131,4 +131,4 @@ def _plain(shape: Any, value: Any) -> Any:
 
 
 def iso(at_s: int) -> str:
-    return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+    return utc(at_s).strftime("%Y-%m-%dT%H:%M:%S.000Z")

@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any
 
 import orjson
 
+from ingest.clock import rfc3339
 from workers.simulated.requests import AwsError
 
 _CREDENTIAL = re.compile(r"Credential=([A-Za-z0-9_-]+)/\d+/([a-z0-9-]+)/")
@@ -111,7 +111,7 @@ def _assume_role(
             "AccessKeyId": f"ASIA{account}{blake2b(session, digest_size=2).hexdigest().upper()}",
             "SecretAccessKey": blake2b(session, digest_size=20).hexdigest(),
             "SessionToken": session.hex(),
-            "Expiration": datetime.fromtimestamp(expires_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "Expiration": rfc3339(expires_s),
         },
         "AssumedRoleUser": {
             "AssumedRoleId": f"AROA{account}:{name}",
