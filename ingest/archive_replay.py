@@ -23,6 +23,7 @@ from ingest.errors import Fatal, HeadgateError, Rejected
 from ingest.model import Receipt, RecordPosition, Target
 from ingest.ports import ArchivedTask, Record, StoredPosition
 from ingest.replay import Scope
+from ingest.wire import raw_key
 
 _log = structlog.get_logger()
 
@@ -95,7 +96,7 @@ class ArchiveReplay:
             at += len(done.batches) + len(done.held)
         if met and self._keeps_receipts:
             self.receipts.append(task.receipt)
-        key = f"{target}/0".encode()
+        key = raw_key(target)
         return [
             Record(RecordPosition(self.topic, lane, place_of(tick_s, first + i)), key, p.value, tick_s * 1000)
             for i, p in enumerate(task.payloads)

@@ -33,7 +33,6 @@ from ingest.model import (
     Outcome,
     Receipt,
     ReceiptItem,
-    Target,
     Task,
     TaskItem,
     TaskKind,
@@ -83,15 +82,6 @@ class Answer:
         if not self.held_too:
             held = {batch_id for done in self.archived.receipt.items for batch_id in done.held}
         return [p for p in self.archived.payloads if p.batch_id not in held]
-
-
-def raw_key(target: Target) -> bytes:
-    """The key of a batch on `raw`: the target's labels and a spread, here 0, independent of any plan.
-
-    A series keeps its partition when its target moves to another slot. The spread is hash(series) mod k with k = 1: one consumer lands
-    more than 300,000 points/s, and a million series each five minutes need 17,000.
-    """
-    return f"{target}/0".encode()
 
 
 class Collector:
@@ -154,7 +144,7 @@ class Collector:
         """Batches, then receipts. Raises Transient: publish the same again."""
         done = answer.archived
         target = done.receipt.target
-        key = raw_key(target)
+        key = wire.raw_key(target)
         published = answer.published
         for start in range(0, len(published), PUBLISHED_AT_ONCE):
             some = published[start : start + PUBLISHED_AT_ONCE]

@@ -107,8 +107,8 @@ class Delivery:
         member = lane.members[row]
         partition, offset = lane.origins[row].tolist()
         batch = _batch_of(member, lane, samples, version)
-        key = f"{member.target}/0".encode()
-        record = Record(RecordPosition(self._topic, partition, offset), key, b"", 0)
+        at = RecordPosition(self._topic, partition, offset)
+        record = Record(at, wire.raw_key(member.target), b"", 0)
         bad = {0: Reason.REFUSED_BY_RECEIVER}
         what = f"{self._receiver} says {one.reason}: {one.said}"
         [letter] = letters.of_series(bad, what, batch, _NO_BATCH, record, self.cluster)

@@ -226,7 +226,7 @@ class KafkaReplay:
 
 
 def _has_key(scope: Scope, key: bytes) -> bool:
-    """Whether a record with this key (`ingest.collect.raw_key`) can be wanted; what has another key is looked into."""
+    """Whether a record with this key (`ingest.wire.raw_key`) can be wanted; what has another key is looked into."""
     try:
         return scope.has(Target.parse(key.decode().rpartition("/")[0]))
     except ValueError:

@@ -23,7 +23,7 @@ import numpy as np
 from ingest import letters, wire
 from ingest.batch import without_series
 from ingest.clock import Clock, utc
-from ingest.collect import Collector, Topics, raw_key
+from ingest.collect import Collector, Topics
 from ingest.errors import Rejected, Transient
 from ingest.letters import Look, LostPoints, Point
 from ingest.log import Outgoing, Sender
@@ -46,6 +46,7 @@ from ingest.model import (
 from ingest.ports import Archive
 from ingest.sinks.connection import bounded, open_connection, translated
 from ingest.validate import Reason, series_problem, task_problem, validate
+from ingest.wire import raw_key
 from shard_config.model import Limits, Postgres
 
 SHARD = "dead-letters"

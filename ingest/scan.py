@@ -13,11 +13,11 @@ from aiokafka.partitioner import DefaultPartitioner
 
 from ingest import wire
 from ingest.brokers import client_options
-from ingest.collect import raw_key
 from ingest.errors import Rejected, Transient
 from ingest.log import quietly
 from ingest.model import BatchId, DeadLetter, RecordPosition, Target
 from ingest.ports import Record
+from ingest.wire import raw_key
 from shard_config.model import Kafka
 
 RECORDS_READ_MAX = 1_000_000

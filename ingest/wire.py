@@ -55,6 +55,15 @@ WINDOWS_PER_ITEM_MAX = 100_000
 _Word = TypeVar("_Word", TaskKind, LookStatus)
 
 
+def raw_key(target: Target) -> bytes:
+    """The key of a batch on `raw`: the target's labels and a spread, here 0, independent of any plan.
+
+    A series keeps its partition when its target moves to another slot. The spread is hash(series) mod k with k = 1: one consumer lands
+    more than 300,000 points/s, and a million series each five minutes need 17,000.
+    """
+    return f"{target}/0".encode()
+
+
 def encode_task(task: Task) -> bytes:
     """A Task's record value. Raises Rejected."""
     _check_task(task)

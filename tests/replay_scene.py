@@ -14,7 +14,6 @@ from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from ingest import wire
 from ingest.archive import archive_key, open_archive
 from ingest.clock import SystemClock
-from ingest.collect import raw_key
 from ingest.log import Outgoing, Producer
 from ingest.model import (
     Batch,
@@ -35,6 +34,7 @@ from ingest.model import (
     window_counts,
 )
 from ingest.ports import ArchivedTask
+from ingest.wire import raw_key
 from shard_config.load import loads
 from shard_config.model import Config
 

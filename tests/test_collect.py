@@ -12,7 +12,7 @@ import pytest
 from ingest import collect, wire
 from ingest.archive import archive_key
 from ingest.clock import ManualClock
-from ingest.collect import Answer, Collector, Topics, raw_key
+from ingest.collect import Answer, Collector, Topics
 from ingest.errors import Fatal, Rejected, Transient
 from ingest.model import (
     Batch,
@@ -31,6 +31,7 @@ from ingest.model import (
     window_counts,
 )
 from ingest.ports import ArchivedTask, Source
+from ingest.wire import raw_key
 from tests.fake_log import FakeBroker, FakeSender
 from tests.fakes import FakeArchive
 

@@ -23,7 +23,6 @@ from ingest import avro, letters, wire
 from ingest.archive import open_archive
 from ingest.balance import put_aside
 from ingest.clock import ManualClock
-from ingest.collect import raw_key
 from ingest.errors import Fatal
 from ingest.landing import SHARE_RECORDS, SHARE_RECORDS_MIN, Landing
 from ingest.letters import KEY_BYTES_MAX, PAYLOAD_BYTES_MAX
@@ -33,6 +32,7 @@ from ingest.ports import Sink
 from ingest.revive import plan
 from ingest.sinks.connection import open_connection
 from ingest.validate import DEAD_POINTS_MAX, series_problem
+from ingest.wire import raw_key
 from shard_config.load import loads
 from shard_config.model import Config, Limits
 from tests.conftest import eventually

@@ -96,7 +96,7 @@ class Stage:
         await self.producer.send(
             self.config.kafka.topic("raw"),
             [
-                Outgoing(f"{batch.target}/0".encode(), payload.value)
+                Outgoing(wire.raw_key(batch.target), payload.value)
                 for batch in batches
                 for payload in wire.encode_batch(batch)
             ],

@@ -130,7 +130,7 @@ class Bench:
         await delete_records(kafka.bootstrap, kafka.topic("raw"), PARTITIONS)
         producer = Producer(kafka.bootstrap, "bench")
         records = [
-            Outgoing(f"{batch.target}/0".encode(), payload.value, i % PARTITIONS)
+            Outgoing(wire.raw_key(batch.target), payload.value, i % PARTITIONS)
             for look in looks
             for i, batch in enumerate(look)
             for payload in wire.encode_batch(batch)

@@ -121,7 +121,7 @@ class Truth:
         ]
         looks += rng.sample(looks, len(looks) // 8)
         rng.shuffle(looks)
-        records = [(Outgoing(f"{target}/0".encode(), p.value), p) for target, p in looks]
+        records = [(Outgoing(wire.raw_key(target), p.value), p) for target, p in looks]
         for i in range(self.rubbish):
             value = [b"", b"\xc3\x01" + rng.randbytes(20), b"\x28\xb5\x2f\xfd" + rng.randbytes(40)][i % 3]
             dead: Dead = ("", wire.batch_id_of(value), "", value)
