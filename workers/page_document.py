@@ -8,10 +8,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import gzip
-import hashlib
-import re
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Self
@@ -20,6 +17,7 @@ import orjson
 from aiohttp import web
 
 from ingest.clock import Clock
+from ingest.inline import source_of
 from workers.lifecycle import Lifecycle
 from workers.page_facts import Json
 
@@ -87,14 +85,9 @@ class Document:
 def read() -> tuple[bytes, str]:
     """The file, and the Content-Security-Policy for it."""
     html = (files("workers") / FILE).read_text("utf-8")
-    script, style = (_hash(html, tag) for tag in ("script", "style"))
+    script, style = (source_of(html, tag) for tag in ("script", "style"))
     policy = (
         f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
     )
     return html.encode(), policy
-
-
-def _hash(html: str, tag: str) -> str:
-    [text] = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

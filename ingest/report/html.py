@@ -12,10 +12,7 @@ Guarantees:
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from functools import cache
@@ -25,6 +22,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from ingest.clock import rfc3339, utc
+from ingest.inline import source_of
 from ingest.report.tables import Plain
 
 ROWS_MAX: Final = 1_000
@@ -265,10 +263,5 @@ def _environment() -> jinja2.Environment:
 
 def policy(source: str) -> str:
     """The Content-Security-Policy of a file whose one script and one style nothing is put into."""
-    script, style = (_hash(source, tag) for tag in ("script", "style"))
+    script, style = (source_of(source, tag) for tag in ("script", "style"))
     return f"default-src 'none'; script-src {script}; style-src {style}; img-src data:; base-uri 'none'; form-action 'none'"
-
-
-def _hash(source: str, tag: str) -> str:
-    [text] = re.findall(rf"<{tag}>(.*?)</{tag}>", source, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
