@@ -29,6 +29,7 @@ import zstandard
 
 from ingest.errors import HeadgateError, Rejected
 from ingest.model import SourceName, Target
+from ingest.sources.selection import Dimensions, match
 from ingest.validate import Reason
 from shard_config.model import Config, Resources, ServiceProfile
 
@@ -51,8 +52,6 @@ RETRY_S: Final = 15.0
 
 _MAGIC: Final = b"HGRSRC1\n"
 
-Dimensions = tuple[tuple[str, str], ...]
-"""Sorted by name."""
 Key = tuple[Target, str]
 """A target and a service."""
 
@@ -321,7 +320,4 @@ def _is_meant(profile: ServiceProfile, tags: Mapping[str, str]) -> bool:
     """Whether some selection takes a resource with these tags; one that asks for no tags takes all."""
     if not profile.only:
         return True
-    return any(
-        all(key in tags and re.fullmatch(pattern, tags[key]) for key, pattern in selection.tags.items())
-        for selection in profile.only
-    )
+    return any(match(selection.tags, tags) for selection in profile.only)

@@ -92,12 +92,12 @@ class Selector:
         has = dict(dimensions)
         if selection.dimension_names is not None and sorted(selection.dimension_names) != sorted(has):
             return False
-        if not _match(selection.dimensions, has):
+        if not match(selection.dimensions, has):
             return False
         if not selection.tags:
             return True
         return self._tags is not None and any(
-            _match(selection.tags, tags) for tags in self._tags.of(dimensions)
+            match(selection.tags, tags) for tags in self._tags.of(dimensions)
         )
 
     def statistics(self, name: str) -> tuple[str, ...]:
@@ -118,7 +118,8 @@ class Selector:
                 yield Series(key, metric.unit if metric is not None else "")
 
 
-def _match(patterns: Mapping[str, str], has: Mapping[str, str]) -> bool:
+def match(patterns: Mapping[str, str], has: Mapping[str, str]) -> bool:
+    """Whether each key is there, with a value that its pattern matches as a whole."""
     return all(key in has and re.fullmatch(pattern, has[key]) for key, pattern in patterns.items())
 
 
