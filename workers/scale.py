@@ -20,6 +20,7 @@ import urllib.error
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,16 @@ class Scaled:
             "seconds": round(self.seconds, 1),
             "windows_lost": self.windows_lost,
         }
+
+
+def pages(port: int) -> Fetch:
+    """The pages of a coordinator that answers on a port of this machine."""
+
+    def fetch(name: str) -> Page:
+        page: Page = json.loads(get_local(f"http://127.0.0.1:{port}/{name}", timeout_s=5))
+        return page
+
+    return fetch
 
 
 def owners_in(page: Mapping[str, Any]) -> dict[int, str]:
@@ -144,12 +155,7 @@ async def scale_local(stack: LocalStack, config: Config, shards: int, say: Say) 
             f"{shards} shards would share {config.slots} slots",
             f"the most there can be is {config.slots}",
         )
-    port = stack.metrics_ports["coordinator"]
-
-    def look() -> Page:
-        page: Page = json.loads(get_local(f"http://127.0.0.1:{port}/shards", timeout_s=5))
-        return page
-
+    look = partial(pages(stack.metrics_ports["coordinator"]), "shards")
     clock = SystemClock(config.run.clock_offset_s)
     before, began_ms, began_s = await _before(look), clock.now_ms(), clock.monotonic_s()
     added, removed = await stack.scale(shards, lambda name, what: say(f"{name} {what}"))
@@ -181,10 +187,7 @@ def _names(shards: int) -> list[str]:
 async def scale_release(release: str, namespace: str, chart: str, shards: int, say: Say) -> Scaled:
     """`helm upgrade` with another number of shards, everything else as it is. Raises Fatal, Transient."""
     async with forwarded(release, namespace) as fetch:
-
-        def look() -> Page:
-            return fetch("shards")
-
+        look = partial(fetch, "shards")
         page, gaps = await asyncio.to_thread(look), await gaps_on(fetch, 0)
         if shards > page["slots"]:
             raise Fatal(
@@ -257,12 +260,7 @@ async def forwarded(release: str, namespace: str) -> AsyncIterator[Fetch]:
         match = re.search(r"127\.0\.0\.1:(\d+) ->", line)
         if match is None:
             raise Transient(f"port-forward to {names[0]}", f"it said {line!r}")
-
-        def fetch(name: str) -> Page:
-            page: Page = json.loads(get_local(f"http://127.0.0.1:{match[1]}/{name}", timeout_s=5))
-            return page
-
-        yield fetch
+        yield pages(int(match[1]))
     finally:
         with contextlib.suppress(ProcessLookupError):
             forward.terminate()
