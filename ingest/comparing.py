@@ -43,7 +43,6 @@ GRACE_S: Final = 120
 PROBED_MAX: Final = 200_000
 """Series of ours that YACE has not and that are asked whether they live."""
 PROBES: Final = 5
-FOREVER_S: Final = 1 << 40
 
 OTHER_PERIODS_TRIED: Final = 100
 """Of a step."""
