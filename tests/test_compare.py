@@ -29,7 +29,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from ingest.clock import ManualClock, utc
-from ingest.compare import (
+from ingest.compare.labels import differences, label_groups
+from ingest.compare.lines import (
     Line,
     Point,
     Shown,
@@ -42,11 +43,10 @@ from ingest.compare import (
     may_be_chance,
     read_line,
 )
-from ingest.compare_labels import differences, label_groups
-from ingest.compare_proof import conclude
-from ingest.compare_report import Bill, Reasons, Report, share_once
-from ingest.compare_state import VALUES_PER_SCRAPE, State
-from ingest.compare_store import OpenStretch
+from ingest.compare.proof import conclude
+from ingest.compare.report import Bill, Reasons, Report, share_once
+from ingest.compare.state import VALUES_PER_SCRAPE, State
+from ingest.compare.store import OpenStretch
 from ingest.errors import Fatal, Rejected
 from ingest.model import SeriesKey, series_id, version_of
 from ingest.sinks.migrate import migrate

@@ -1,7 +1,7 @@
 """`headgate compare yace`: YACE and Headgate side by side, before the switch: series, labels, values and both bills.
 
 * Reads only: YACE's /metrics, our store and ledger, each once an interval.
-* Goes on where it was stopped: what it remembers is in one file (`ingest.compare_state`).
+* Goes on where it was stopped: what it remembers is in one file (`ingest.compare.state`).
 * A scrape that fails, or a store that does not answer, is said and tried again at the next interval.
 """
 
@@ -23,13 +23,13 @@ import asyncpg
 import structlog
 from rich.console import Console
 
-from ingest import comparing
 from ingest.archive import open_archive
 from ingest.clock import Clock, SystemClock, utc
-from ingest.compare import Line, read_line
-from ingest.compare_labels import label_groups
-from ingest.compare_proof import prove
-from ingest.compare_report import (
+from ingest.compare import steps
+from ingest.compare.labels import label_groups
+from ingest.compare.lines import Line, read_line
+from ingest.compare.proof import prove
+from ingest.compare.report import (
     LabelGroup,
     Reasons,
     Report,
@@ -39,8 +39,8 @@ from ingest.compare_report import (
     values_of,
     yace_bill,
 )
-from ingest.compare_state import State
-from ingest.compare_store import connected, looked_at, open_stretches
+from ingest.compare.state import State
+from ingest.compare.store import connected, looked_at, open_stretches
 from ingest.errors import Rejected, Transient
 from shard_config.document import ConfigError, ConfigErrors
 from shard_config.model import Config
@@ -151,7 +151,7 @@ class Comparison:
         if state.get("urls") is None:
             state.set("urls", list(self._plan.urls))
             state.set("began_s", now_s)
-            state.set("charged", await comparing.charged(connection, now_s, now_s))
+            state.set("charged", await steps.charged(connection, now_s, now_s))
         elif state.get("urls") != list(self._plan.urls):
             known = ", ".join(state.get("urls"))
             raise ConfigErrors(
@@ -177,21 +177,21 @@ class Comparison:
         state, now_s = self._state, self._clock.now_s()
         async with connected(self._config.postgres) as connection:
             if (state.get("ours_read_s") or 0) <= now_s - OURS_EACH_S:
-                await comparing.read_ours(connection, self._config, state, now_s)
+                await steps.read_ours(connection, self._config, state, now_s)
                 state.set("ours_read_s", now_s)
-            await comparing.judge_ripe(connection, self._config, state, now_s, all_of_them)
+            await steps.judge_ripe(connection, self._config, state, now_s, all_of_them)
 
     async def report(self) -> Report:
         """What is known now. Raises Transient."""
         state, config, now_s = self._state, self._config, self._clock.now_s()
         from_s: int = state.get("began_s")
         async with connected(config.postgres) as connection:
-            await comparing.read_ours(connection, config, state, now_s)
-            await comparing.judge_ripe(connection, config, state, now_s, all_of_them=not self._plan.for_s)
-            await comparing.find_living(connection, config, state, from_s, now_s)
+            await steps.read_ours(connection, config, state, now_s)
+            await steps.judge_ripe(connection, config, state, now_s, all_of_them=not self._plan.for_s)
+            await steps.find_living(connection, config, state, from_s, now_s)
             open_ = await open_stretches(connection, from_s - 3600, now_s)
             looked = await looked_at(connection, utc(from_s - 86_400))
-            charged = await comparing.charged(connection, from_s, now_s)
+            charged = await steps.charged(connection, from_s, now_s)
             labels, notes = await self._of_the_archive(connection)
         reasons = Reasons(config, open_, looked, now_s)
         alive = state.one(
@@ -201,7 +201,7 @@ class Comparison:
         if self._plan.for_s:
             bills = {
                 "yace": yace_bill(state, Prices.of(config.aws)),
-                "headgate": comparing.our_bill(state.get("charged"), charged, config, alive),
+                "headgate": steps.our_bill(state.get("charged"), charged, config, alive),
             }
         failed = [
             row[0] for row in state.rows("SELECT DISTINCT problem FROM scrapes WHERE problem <> '' LIMIT 20")

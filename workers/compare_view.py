@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ingest.clock import rfc3339
-from ingest.compare import Verdict
-from ingest.compare_report import DAYS_A_MONTH, Bill, Report
-from ingest.compare_state import State
+from ingest.compare.lines import Verdict
+from ingest.compare.report import DAYS_A_MONTH, Bill, Report
+from ingest.compare.state import State
 
 FORMS: Final = ("table", "json", "csv")
 ROWS_MAX: Final = 30

@@ -1,6 +1,6 @@
 """The steps of a comparison between scrapes: reading our series, judging what has settled, and what both sides cost meanwhile.
 
-Each step is bounded, goes by what `compare_state` remembers, and can be left out or repeated: what was judged is forgotten in the same
+Each step is bounded, goes by what `ingest.compare.state` remembers, and can be left out or repeated: what was judged is forgotten in the same
 transaction that counts it.
 """
 
@@ -15,7 +15,7 @@ import asyncpg
 import orjson
 
 from ingest import charges
-from ingest.compare import (
+from ingest.compare.lines import (
     DIMENSION,
     Judged,
     Point,
@@ -26,9 +26,9 @@ from ingest.compare import (
     longer_periods,
     may_be_chance,
 )
-from ingest.compare_report import Bill
-from ingest.compare_state import Ripe, State
-from ingest.compare_store import OurSeries, key_said, points, series_of
+from ingest.compare.report import Bill
+from ingest.compare.state import Ripe, State
+from ingest.compare.store import OurSeries, key_said, points, series_of
 from ingest.model import SourceName
 from shard_config.model import Config, ServiceProfile
 from shard_config.price import Prices, statistics_share

@@ -9,9 +9,9 @@ import asyncpg
 
 from ingest.archive import S3Archive
 from ingest.clock import Clock
-from ingest.compare import Verdict
-from ingest.compare_state import State
-from ingest.compare_store import key_said
+from ingest.compare.lines import Verdict
+from ingest.compare.state import State
+from ingest.compare.store import key_said
 from ingest.errors import Transient
 from ingest.trail import follow
 from shard_config.model import Config

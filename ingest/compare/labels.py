@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 
 import orjson
 
-from ingest.compare_report import LabelGroup, Labels, said
-from ingest.compare_state import State
-from ingest.compare_store import key_said
+from ingest.compare.report import LabelGroup, Labels, said
+from ingest.compare.state import State
+from ingest.compare.store import key_said
 from ingest.errors import Rejected
 from ingest.model import Series, SourceName, Target
 from ingest.resources import Cache, ResourceBook

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import orjson
 
-from ingest.compare import Judged, Line, Shown, Verdict, key_of_line
+from ingest.compare.lines import Judged, Line, Shown, Verdict, key_of_line
 from ingest.errors import Fatal
 
 PENDING_MAX: Final = 2_000_000
@@ -73,7 +73,7 @@ class Ripe:
     period_s: int
     service: str
     said: str
-    """`compare_store.OurSeries.said`."""
+    """`ingest.compare.store.OurSeries.said`."""
 
 
 class State:

@@ -14,9 +14,9 @@ from typing import Final
 
 import orjson
 
-from ingest.compare import Verdict
-from ingest.compare_state import State
-from ingest.compare_store import OpenStretch, describe, key_said
+from ingest.compare.lines import Verdict
+from ingest.compare.state import State
+from ingest.compare.store import OpenStretch, describe, key_said
 from ingest.model import SourceName, Target
 from shard_config.model import Config, ServiceProfile
 from shard_config.price import STATISTICS_IN_ONE, Prices

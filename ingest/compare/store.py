@@ -16,7 +16,7 @@ import asyncpg
 import orjson
 
 from ingest.clock import utc
-from ingest.compare import Point
+from ingest.compare.lines import Point
 from ingest.gaps import REASON_SQL
 from ingest.model import SeriesKey, split_version
 from ingest.overview import OPEN_SQL
