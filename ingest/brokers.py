@@ -16,6 +16,7 @@ from typing import Any, Final
 from aiokafka.abc import AbstractTokenProvider
 from aiokafka.errors import KafkaConnectionError
 
+from ingest import inflate
 from ingest.errors import Fatal
 from shard_config.model import Kafka
 
@@ -27,8 +28,9 @@ SIGNING_TIMEOUT_S: Final = 10.0
 def client_options(kafka: Kafka | str) -> dict[str, Any]:
     """Options of AIOKafkaConsumer, AIOKafkaProducer and AIOKafkaAdminClient: where, and as whom. Text is a bootstrap without security.
 
-    Raises Fatal where `ca_file` cannot be read.
+    Raises Fatal where `ca_file` cannot be read. From the first call on, what brokers hand out inflates within a bound (`ingest.inflate`).
     """
+    inflate.bound()
     if isinstance(kafka, str):
         return {"bootstrap_servers": kafka}
     security = kafka.security
