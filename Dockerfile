@@ -6,7 +6,8 @@
 # installer. It runs as 65532, writes nothing, and takes SIGTERM itself: a worker is its own process 1 and starts no others.
 
 # Any image with Python 3.11 or 3.12, for both stages: what is installed in the first runs with the Python of the second. Pin it by digest where
-# builds have to be the same.
+# builds have to be the same: --build-arg BASE=python:3.12-slim-bookworm@sha256:... (`docker buildx imagetools inspect` prints it). A tag stands here, for
+# a digest in a file that nobody renews is a base without its security updates.
 ARG BASE=python:3.12-slim-bookworm
 
 FROM ${BASE} AS build

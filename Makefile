@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-docker test-k8s helm-docs check bench scale backfill down clean
+.PHONY: help setup run test test-docker test-k8s helm-docs sbom audit-deps check bench scale backfill down clean
 .SUFFIXES:
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 SHELL := /bin/bash
@@ -44,6 +44,12 @@ test-k8s: setup .headgate/helm.complete ## Install and scale the chart on a real
 
 helm-docs: setup .headgate/helm.complete ## Write what is made of the chart's values: its README, schema and goldens
 	@$(BIN)/python -m tests.helm_chart
+
+sbom: setup ## Write docs/sbom.cdx.json: the image's packages, with licences, as CycloneDX
+	@$(BIN)/python -m tests.sbom
+
+audit-deps: setup ## Known vulnerabilities of what is pinned; exits 2 where advisories cannot be had
+	@$(BIN)/python -m tests.audit_deps $(ARGS)
 
 check: setup ## Lint, format and types, as CI does
 	@$(BIN)/python -m ruff check
