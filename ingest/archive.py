@@ -7,6 +7,7 @@
   behind, without harm.
 * Keys are built from checked pieces only, so no label can climb out of its prefix.
 * What can be had again for money (listings) is cached beside the archive, under keys of its own; that alone is overwritten.
+* What the archive cannot tell again (`ingest.snapshot`) is kept beside it, under keys of its own, put if absent too.
 """
 
 from __future__ import annotations
@@ -63,9 +64,18 @@ def checked_key(key: str) -> str:
 
 def cache_key(name: Sequence[str], prefix: str = "") -> str:
     """`<prefix>cache/v1/name/…`. Raises Rejected(bad_key) where a piece of the name is not a slug."""
-    key = f"{prefix}cache/v1/{'/'.join(name)}"
-    if not re.fullmatch(rf"{_PREFIX}cache/v1(/{SLUG})+", key) or not key.isascii():
-        raise Rejected("cache key", Reason.BAD_KEY, repr(key[:200]))
+    return _beside("cache", name, prefix)
+
+
+def snapshot_key(name: Sequence[str], prefix: str = "") -> str:
+    """`<prefix>snapshots/v1/name/…`. Raises as `cache_key`."""
+    return _beside("snapshots", name, prefix)
+
+
+def _beside(folder: str, name: Sequence[str], prefix: str) -> str:
+    key = f"{prefix}{folder}/v1/{'/'.join(name)}"
+    if not re.fullmatch(rf"{_PREFIX}{folder}/v1(/{SLUG})+", key) or not key.isascii():
+        raise Rejected(f"key in {folder}", Reason.BAD_KEY, repr(key[:200]))
     return key
 
 
@@ -190,6 +200,40 @@ class S3Archive:
         key = cache_key(name, self._prefix)
         async with self._translated(key):
             await self._client.put_object(Bucket=self._bucket, Key=key, Body=body)
+
+    async def keep(self, name: Sequence[str], body: bytes) -> bool:
+        """Put a part of a snapshot if it is absent; False where it is there. Raises Transient; Rejected where the name is bad."""
+        key = snapshot_key(name, self._prefix)
+        async with self._translated(key):
+            return await self._put(key, body)
+
+    async def kept(self, name: Sequence[str], bytes_max: int) -> bytes | None:
+        """A part of a snapshot, or None. Raises as `cached`."""
+        key = snapshot_key(name, self._prefix)
+        async with self._translated(key):
+            return await self._read(key, bytes_max)
+
+    async def kept_names(self, folder: str) -> list[str]:
+        """The names in one folder of the snapshots, sorted. Raises Transient; Rejected where the folder's name is bad."""
+        prefix = snapshot_key((folder,), self._prefix) + "/"
+        async with self._translated(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix)
+            found = [one["Key"] async for page in pages for one in page.get("Contents", ())]
+        return sorted(key.removeprefix(prefix) for key in found)
+
+    async def first_tick_s(self, target: Target) -> int | None:
+        """The tick of the oldest task that is archived of a target; None without one. Raises Transient."""
+        folder = f"{self._prefix}v1/{target}/"
+        for _ in ("year", "month", "day"):
+            inner = await self._folders(folder)
+            if not inner:
+                return None
+            folder = min(inner)
+        async with self._translated(folder):
+            answer = await self._client.list_objects_v2(Bucket=self._bucket, Prefix=folder, MaxKeys=1)
+        [first] = answer.get("Contents", ()) or [None]
+        match = _KEY.match(first["Key"]) if first else None
+        return int(match["tick"]) if match else None
 
     async def _put(self, key: str, body: bytes) -> bool:
         """Whether the object was put; False where there is one, or another put of it is under way."""

@@ -43,6 +43,7 @@ COMMANDS = {
     "doctor": "doctor",
     "setup": "setup",
     "positions": "positions",
+    "snapshot": "snapshot",
     "coordinator": "coordinator",
     "exporter": "exporter",
     "consumer": "consumer",

@@ -51,6 +51,7 @@ from workers.page import Page
 from workers.reload import Settings
 from workers.setup import until_slots_fit
 from workers.shards import Board, Publisher
+from workers.snapshot import Snapshots
 
 _log = structlog.get_logger()
 
@@ -343,6 +344,7 @@ async def serve(config: Config, lifecycle: Lifecycle, path: Path | None = None) 
                 group.create_task(healer.run(lifecycle))
                 group.create_task(budgeter.run(lifecycle))
                 group.create_task(Refresher(lambda: settings.config, clock).run(lifecycle))
+                group.create_task(Snapshots(lambda: settings.config, clock).run(lifecycle))
             if memory is None:
                 await _recall(coordinator, ledger, lifecycle)
             while not lifecycle.stop.is_set():

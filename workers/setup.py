@@ -26,12 +26,13 @@ from ingest.errors import Fatal, Transient
 from ingest.forwarding import start_ms
 from ingest.log import commit_start
 from ingest.membership import look_at_group
-from ingest.sinks.migrate import migrate
+from ingest.sinks.migrate import is_behind, migrate
 from ingest.sinks.postgres import PostgresSink
 from shard_config.model import S3, Config, Kafka
 from workers import local
 from workers.lifecycle import Lifecycle
 from workers.names import exporter_group, landing_group, ledger_group, remote_write_group
+from workers.snapshot import before_upgrade
 
 _log = structlog.get_logger()
 
@@ -65,7 +66,10 @@ def partitions_of(config: Config) -> dict[str, int]:
 async def setup(config: Config) -> list[str]:
     """Create what is missing; returns what was done, a line each. Raises Transient, Fatal."""
     clock = SystemClock(config.run.clock_offset_s)
-    done = [f"migration {name}" for name in await migrate(config.postgres)]
+    done = []
+    if await is_behind(config.postgres):
+        done += await before_upgrade(config, clock)
+    done += [f"migration {name}" for name in await migrate(config.postgres)]
     done += await create_topics(config)
     kafka = config.kafka
     await commit_start(kafka, kafka.topic("collect"), exporter_group(kafka), config.slots)

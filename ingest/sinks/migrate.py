@@ -88,6 +88,19 @@ def pending(migrations: tuple[Migration, ...], applied: dict[str, str]) -> tuple
     return todo
 
 
+async def is_behind(postgres: Postgres) -> bool:
+    """Whether there is a migration to apply. Raises Transient, and Fatal as `pending`."""
+    connection = await open_connection(postgres, "headgate migrate")
+    try:
+        with translated(_WHERE):
+            if await connection.fetchval("SELECT to_regclass('schema_migrations') IS NULL"):
+                return True
+            applied = await connection.fetch("SELECT name, checksum FROM schema_migrations")
+        return bool(pending(load(), {row["name"]: row["checksum"] for row in applied}))
+    finally:
+        connection.terminate()
+
+
 async def migrate(
     database: str | Postgres | asyncpg.Connection, migrations: tuple[Migration, ...] | None = None
 ) -> list[str]:
