@@ -34,7 +34,10 @@ _ARGS = (
 
 
 class Tab:
-    """One page. `complaints` are console errors, exceptions and refusals of the browser's; `asked` the addresses that it asked for."""
+    """One page. `complaints` are console errors, exceptions and refusals of the browser's; `asked` the addresses that it asked for.
+
+    Both are of what was opened last.
+    """
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket = socket
@@ -77,6 +80,14 @@ class Tab:
         await self.resize(width, height)
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         await self.send("Emulation.setEmulatedMedia", features=[theme])
+        # A page that asks every few seconds does so until it is left: what it says then is not the next one's.
+        await self._go("about:blank")
+        await self.send("Log.clear")
+        self.complaints.clear()
+        self.asked.clear()
+        await self._go(url)
+
+    async def _go(self, url: str) -> None:
         await self.send("Page.navigate", url=url)
         await self.until("document.readyState === 'complete'")
 

@@ -597,8 +597,6 @@ async def test_hostile_names_are_text_and_run_nothing(browser: Tab) -> None:
     seen = with_glance(seen, troubles=(Trouble(target_of(5), evil, evil, evil, utc(NOW_S)),), given=(Given(evil, evil, evil, 1, utc(NOW_S), utc(NOW_S)),))  # fmt: skip
     seen.shards["shards"][0]["shard"] = seen.shards["moves"][0]["reason"] = seen.shards["reason"] = evil
     seen = replace(seen, ledger=seen.ledger.failed(evil, NOW_MS), revision=evil)
-    browser.complaints.clear()
-    browser.asked.clear()
     async with served() as here:
         here.show(seen)
         await browser.open(here.url)
@@ -614,7 +612,6 @@ async def test_hostile_names_are_text_and_run_nothing(browser: Tab) -> None:
 
 @needs_chromium
 async def test_1000_targets_are_a_map_that_keys_walk_and_a_search_narrows(browser: Tab) -> None:
-    browser.complaints.clear()
     async with served() as here:
         here.show(troubled(seen_of(1000, 8, 64)))
         await browser.open(here.url)
@@ -758,8 +755,6 @@ async def test_a_shard_that_is_killed_shows_and_its_slots_move_and_then_a_coordi
             return False
 
     await eventually(answers, timeout_s=60)
-    browser.complaints.clear()
-    browser.asked.clear()
     await browser.open(stage.url)
     alive = "[...document.querySelectorAll('.shard[data-alive=true]')].map(b => b.dataset.shard).join()"
     await browser.until(f"{alive} === 'exporter-1,exporter-2,exporter-3'")

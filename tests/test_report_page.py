@@ -276,8 +276,6 @@ async def browser() -> AsyncIterator[Tab]:
 async def show(browser: Tab, tmp_path: Path, report: Report, **how: Any) -> None:
     file = tmp_path / "report.html"
     file.write_text(html.page(tables.document(report)))
-    browser.complaints.clear()
-    browser.asked.clear()
     await browser.open(file.as_uri(), **how)
 
 
