@@ -1,0 +1,264 @@
+"""`headgate` as a field runs it: `python -m tests.faults.worker COMMAND …` is the same command line, after something was planted from outside.
+
+What is planted lies in the stack's home (`points/<worker>/`, see `tests.faults.field`), and is looked at when it matters:
+
+* a file named after one of POINTS holds a signal's number: whoever reaches the point takes the file, notes `<point>.hit`, and sends itself that;
+* `clock` is the offset of the wall clock, in seconds;
+* `kafka.json` is the broker's port and the one to connect to instead; `headgate.yaml` stands for the configuration of the command line;
+* `<pid>.asked`, which is written here, is how many metrics were asked for by tasks that have no receipt yet, and by those that ended without one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import mmap
+import os
+import struct
+import sys
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+POINTS = {
+    "exporter": (
+        *("before_put", "after_put", "before_raw_ack", "after_raw_ack", "before_receipt", "after_receipt"),
+        *("before_commit", "after_commit"),
+    ),
+    "consumer": ("in_hand", "in_transaction", "between_commits"),
+    "coordinator": ("before_ledger", "between_topics", "after_collect"),
+}
+"""By kind of worker: where it can be struck."""
+
+CLOCK_READ_S = 0.2
+
+Async = Callable[..., Awaitable[Any]]
+
+
+class Points:
+    """The files of one worker."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._asked = (folder / f"{os.getpid()}.asked").open("w+b")
+        self._asked.truncate(16)
+        self._map = mmap.mmap(self._asked.fileno(), 16)  # outlives a SIGKILL
+        self._by_task: Counter[str] = Counter()
+        self._abandoned = 0
+        self._offset_ms = 0
+        self._read_s = 0.0
+
+    def reach(self, point: str) -> None:
+        """Strike this process where the point is armed."""
+        armed = self.folder / point
+        if not armed.exists():
+            return
+        number = int(armed.read_text())
+        try:
+            armed.unlink()
+        except FileNotFoundError:
+            return  # another one of this name was quicker
+        said = {"signal": number, "in_flight": sum(struct.unpack("qq", self._map[:16]))}
+        new = self.folder / f"{point}.new"
+        new.write_text(json.dumps(said))
+        new.replace(self.folder / f"{point}.hit")
+        os.kill(os.getpid(), number)
+
+    def asked(self, task_id: str, metrics: int) -> None:
+        self._by_task[task_id] += metrics
+        self._write()
+
+    def answered(self, task_id: str, receipt: bool) -> None:
+        """The task has ended; without a receipt what it asked for stays in doubt."""
+        metrics = self._by_task.pop(task_id, 0)
+        self._abandoned += 0 if receipt else metrics
+        self._write()
+
+    def offset_ms(self) -> int:
+        """Of the clock; read anew now and then."""
+        now_s = time.monotonic()
+        if now_s - self._read_s > CLOCK_READ_S:
+            self._read_s = now_s
+            try:
+                self._offset_ms = int(float((self.folder / "clock").read_text()) * 1000)
+            except (FileNotFoundError, ValueError):
+                self._offset_ms = 0
+        return self._offset_ms
+
+    def _write(self) -> None:
+        self._map[:16] = struct.pack("qq", self._by_task.total(), self._abandoned)
+
+
+def around(
+    owner: Any, name: str, before: Callable[..., str], after: Callable[..., str], points: Points
+) -> None:
+    """Reach points before and after a method; what `before` and `after` make of its arguments, "" for none."""
+    method: Async = getattr(owner, name)
+
+    async def patched(*args: Any, **kwargs: Any) -> Any:
+        if point := before(*args):
+            points.reach(point)
+        result = await method(*args, **kwargs)
+        if point := after(*args):
+            points.reach(point)
+        return result
+
+    setattr(owner, name, patched)
+
+
+def nowhere(*_: Any) -> str:
+    return ""
+
+
+def always(point: str) -> Callable[..., str]:
+    return lambda *_: point
+
+
+def of_topic(points: Mapping[str, str]) -> Callable[..., str]:
+    """Of a producer's sends: by the end of the topic's name."""
+    return lambda _, topic, __: points.get(topic.rpartition(".")[2], "")
+
+
+def of_commit(topic: str, point: str) -> Callable[..., str]:
+    """Of a consumer's commits that move something."""
+
+    def found(consumer: Any, next_offsets: Mapping[int, Any]) -> str:
+        return point if next_offsets and consumer.topic.endswith("." + topic) else ""
+
+    return found
+
+
+def plant_exporter(points: Points) -> None:
+    from ingest.archive import S3Archive
+    from ingest.collect import Answer, Collector
+    from ingest.group import Consumer
+    from ingest.log import Producer
+    from ingest.model import Task
+    from ingest.sources.transport import Calls
+
+    around(S3Archive, "put", always("before_put"), always("after_put"), points)
+    sent = {"raw": "before_raw_ack", "ledger": "before_receipt"}
+    acked = {"raw": "after_raw_ack", "ledger": "after_receipt"}
+    around(Producer, "send", of_topic(sent), of_topic(acked), points)
+    around(
+        Consumer,
+        "commit",
+        of_commit("collect", "before_commit"),
+        of_commit("collect", "after_commit"),
+        points,
+    )
+
+    # How much was asked without a receipt.
+    now: ContextVar[str] = ContextVar("task")
+    answer, publish, ask = Collector.answer, Collector.publish, Calls.get_metric_data
+
+    async def answered(self: Collector, task: Task, *, maybe_second_try: bool) -> Answer:
+        now.set(task.task_id)
+        try:
+            return await answer(self, task, maybe_second_try=maybe_second_try)
+        except BaseException:
+            points.answered(task.task_id, receipt=False)
+            raise
+
+    async def published(self: Collector, one: Answer) -> None:
+        task_id = one.archived.receipt.task_id
+        try:
+            await publish(self, one)
+        except asyncio.CancelledError:
+            points.answered(task_id, receipt=False)
+            raise
+        points.answered(task_id, receipt=True)
+
+    async def asking(self: Calls, access: Any, request: Mapping[str, Any]) -> Any:
+        points.asked(now.get(""), len(request["MetricDataQueries"]))
+        return await ask(self, access, request)
+
+    setattr(Collector, "answer", answered)  # noqa: B010
+    setattr(Collector, "publish", published)  # noqa: B010
+    setattr(Calls, "get_metric_data", asking)  # noqa: B010
+
+
+def plant_consumer(points: Points) -> None:
+    from ingest import seal
+    from ingest.group import Consumer
+    from ingest.sinks import postgres
+    from ingest.sinks.postgres import PostgresSink
+
+    around(PostgresSink, "land", always("in_hand"), nowhere, points)
+    around(postgres, "_insert_rows", always("in_transaction"), nowhere, points)
+    around(Consumer, "commit", of_commit("raw", "between_commits"), nowhere, points)
+    setattr(seal, "RECHECK_S", 10)  # noqa: B010
+
+
+def plant_coordinator(points: Points) -> None:
+    from ingest import heal, heal_store
+    from ingest.log import Producer
+    from workers import coordinator
+
+    planned = {"ledger": "before_ledger", "collect": "between_topics"}
+    around(Producer, "send", of_topic(planned), of_topic({"collect": "after_collect"}), points)
+    # Minutes hold what elsewhere takes hours: what waits here waits accordingly.
+    for owner, name, value in (
+        (heal_store, "GRACE_S", 10),
+        (heal, "RELANDING_S", 30),
+        (heal, "DOUBLINGS_MAX", 3),
+        (coordinator, "MEMORY_WAIT_S", 10.0),
+    ):
+        assert hasattr(owner, name)
+        setattr(owner, name, value)
+
+
+def plant_all(points: Points) -> None:
+    """What every worker has: the clock that can be moved, and Kafka by its link."""
+    from aiokafka.conn import AIOKafkaConnection
+
+    from ingest.clock import SystemClock
+
+    now_ms = SystemClock.now_ms
+    setattr(SystemClock, "now_ms", lambda self: now_ms(self) + points.offset_ms())  # noqa: B010
+    broker, link = json.loads((points.folder / "kafka.json").read_text())
+    init = AIOKafkaConnection.__init__
+
+    def linked(self: Any, host: str, port: int, **options: Any) -> None:
+        init(self, host, link if port == broker else port, **options)
+
+    AIOKafkaConnection.__init__ = linked
+
+
+def plant_simulator() -> None:
+    """The simulated AWS has the field's services."""
+    from tests.faults.field import profiles
+    from workers import simulator
+
+    setattr(simulator, "shipped_services", profiles)  # noqa: B010
+
+
+PLANT = {"exporter": plant_exporter, "consumer": plant_consumer, "coordinator": plant_coordinator}
+NAMED = {"exporter": "--shard", "consumer": "--name"}
+
+
+def main(argv: Sequence[str]) -> int:
+    from workers.cli import main as headgate
+    from workers.supervise import MARK
+
+    command, *rest = argv
+    home = Path(os.environ[MARK]) / "points"
+    if command == "simulate":
+        plant_simulator()
+    elif command in PLANT:
+        name = rest[rest.index(NAMED[command]) + 1] if command in NAMED else command
+        points = Points(home / name)
+        plant_all(points)
+        PLANT[command](points)
+        if (mutant := home / "mutant").exists():
+            importlib.import_module("tests.faults.mutants").plant(mutant.read_text())
+        rest[rest.index("--config") + 1] = str(points.folder / "headgate.yaml")
+    return headgate([command, *rest])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
