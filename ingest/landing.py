@@ -13,31 +13,21 @@ Guarantees:
 
 from __future__ import annotations
 
-from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import structlog
-
 from ingest import letters, wire
+from ingest.aside import DeadShare, Judged, bury
 from ingest.balance import put_aside
 from ingest.batch import without_series
 from ingest.clock import Clock
 from ingest.errors import Fatal, Rejected
-from ingest.log import Outgoing, Sender
+from ingest.log import Sender
 from ingest.model import BatchId, DeadLetter
 from ingest.ports import Advance, Landable, Landed, Record, SeriesRejected, Sink
 from ingest.positions import Positions
 from ingest.validate import validate
 from shard_config.model import Limits
-
-_log = structlog.get_logger()
-
-SHARE_RECORDS = 200
-"""The share of dead records is taken over so many of the last records of known targets."""
-
-SHARE_RECORDS_MIN = 50
-"""Over fewer it says nothing."""
 
 REFUSALS_MAX = 16
 """Times that a sink may refuse series of one landing; each takes at least one series out."""
@@ -62,45 +52,9 @@ class Taken:
     letters: tuple[DeadLetter, ...]
     dead: str
 
-
-class DeadShare:
-    """How many of the last records would be dead letters. Only records whose key names one of `targets` count.
-
-    So rubbish from elsewhere, however much of it, stops nobody; and who may write under the keys of real targets could do worse.
-    """
-
-    def __init__(self, share_max: float, targets: Collection[str]) -> None:
-        self.configure(share_max, targets)
-        self._last: deque[str] = deque(maxlen=SHARE_RECORDS)
-        """Reasons; empty of a good record."""
-
-    def configure(self, share_max: float, targets: Collection[str]) -> None:
-        """What was learned of the targets before stays learned."""
-        self._share_max = share_max
-        self._targets = frozenset(target.encode() for target in targets)
-
-    def clear(self) -> None:
-        self._last.clear()
-
-    def learn(self, taken: Sequence[Taken]) -> None:
-        self._last += self._counted(taken)
-
-    def check(self, where: str, taken: Sequence[Taken]) -> None:
-        """Raise Fatal where these are too many dead ones, on top of what was learned. What is not dead never stops."""
-        counted = self._counted(taken)
-        last = [*self._last, *counted][-SHARE_RECORDS:]
-        reasons = Counter(reason for reason in last if reason)
-        if any(counted) and len(last) >= SHARE_RECORDS_MIN and reasons.total() > self._share_max * len(last):
-            [(reason, times)] = reasons.most_common(1)
-            raise Fatal(
-                where,
-                f"{reasons.total()} of the last {len(last)} records would be dead letters, {times} of them {reason}",
-                "a change broke writing or reading: roll it back and start again, nothing is lost; or, where they are to be put aside, set "
-                "limits.dead_share_max to 1",
-            )
-
-    def _counted(self, taken: Sequence[Taken]) -> list[str]:
-        return [t.dead for t in taken if t.record.key.rpartition(b"/")[0] in self._targets]
+    @property
+    def judged(self) -> Judged:
+        return self.record, self.dead
 
 
 class Landing:
@@ -126,8 +80,6 @@ class Landing:
         self._clock = clock
         self._positions = Positions(topic)
         self._share = DeadShare(limits.dead_share_max, targets)
-        self._reread: dict[int, tuple[int, int]] = {}
-        """By partition, the offsets before the position that are read again for the share alone."""
         self._cluster = ""
 
     def configure(self, limits: Limits, targets: Collection[str]) -> None:
@@ -146,43 +98,33 @@ class Landing:
         stored = await self._sink.positions(self._topic, partitions)
         starts = self._positions.open(partitions, stored, bounds)
         self._cluster = cluster
-        self._share.clear()
-        before = SHARE_RECORDS // max(1, len(partitions))
-        self._reread = {p: (max(bounds[p][0], stored[p].next - before), stored[p].next) for p in starts}
-        return {p: min(start, self._reread[p][0]) for p, start in starts.items()}
+        begin = self._share.open({p: stored[p].next for p in starts}, bounds)
+        return {p: min(start, begin[p]) for p, start in starts.items()}
 
     def close(self) -> None:
         """Forget all partitions: they went to somebody else."""
         self._positions.close()
-        self._reread = {}
+        self._share.close()
 
     async def land(self, records: Sequence[Record]) -> Progress:
         """Land records, which are in order within each partition. Raises Transient (try the same again) and Fatal."""
         fresh = self._positions.fresh(records)
-        self._learn_earlier(records)
+        self._share.learn([self._take(record).judged for record in records if self._share.earlier(record)])
         if not fresh:
             return Progress(Landed(0, 0, 0, True), 0, 0, {})
         taken = [self._take(record) for record in fresh]
-        self._share.check(f"topic {self._topic}", taken)
-        await self._bury([letter for t in taken for letter in t.letters])
+        self._share.check(f"topic {self._topic}", [t.judged for t in taken])
+        await bury(self._sender, self._dead_topic, [letter for t in taken for letter in t.letters])
         advances = self._positions.advances(fresh)
         landed, landables = await self._land(advances, taken)
         self._positions.advanced(advances)
-        self._share.learn(taken)
+        self._share.learn([t.judged for t in taken])
         return Progress(
             landed,
             dead_records=sum(t.landable is None for t in taken),
             dead_points=sum(landable.dead_points for landable in landables),
             next_offsets={a.partition: a.next for a in advances},
         )
-
-    def _learn_earlier(self, records: Sequence[Record]) -> None:
-        for record in records:
-            at = record.position
-            first, end = self._reread.get(at.partition, (0, 0))
-            if first <= at.offset < end:
-                self._share.learn([self._take(record)])
-                self._reread[at.partition] = at.offset + 1, end
 
     def _take(self, record: Record) -> Taken:
         """Decode and validate one record."""
@@ -231,15 +173,9 @@ class Landing:
                             landable.dead_windows + put_aside(batch, left),
                         )
                         found[i] = record, left_landable
-                await self._bury(buried)
+                await bury(self._sender, self._dead_topic, buried)
         raise Fatal(
             f"topic {self._topic}",
             f"the sink still refuses series after {REFUSALS_MAX} times",
             "see the dead-letter topic for which",
         )
-
-    async def _bury(self, dead: Sequence[DeadLetter]) -> None:
-        sent = [Outgoing(letter.identity.encode(), wire.encode_dead_letter(letter)) for letter in dead]
-        await self._sender.send(self._dead_topic, sent)
-        if dead:
-            _log.warning("dead_letters_written", count=len(dead), first_reason=dead[0].reason)

@@ -29,10 +29,10 @@ import orjson
 
 from ingest import charges, settling, wire
 from ingest.clock import utc
-from ingest.errors import Fatal, Rejected
+from ingest.errors import Fatal
 from ingest.fold import fold_landed
 from ingest.model import LookStatus, Receipt, ReceiptItem, SourceName, Task, TaskItem, TaskKind, WindowCount
-from ingest.ports import Advance, Record, StoredPosition
+from ingest.ports import Advance, StoredPosition
 from ingest.sinks.connection import open_connection, translated
 from shard_config.model import Postgres
 from shard_config.units import UnitPlan
@@ -185,13 +185,11 @@ class Ledger:
             rows = await connection.fetch(_POSITIONS, SINK, topic, list(partitions))
         return {r["partition"]: StoredPosition(r["next"], r["last_value_id"]) for r in rows}
 
-    async def project(self, records: Sequence[Record], advances: Sequence[Advance], now_s: int) -> None:
-        """Fold records and move the positions, in one transaction.
+    async def project(self, facts: Sequence[Task | Receipt], advances: Sequence[Advance], now_s: int) -> None:
+        """Fold what records say and move the positions, in one transaction. `ingest.projection` has let the facts in.
 
-        Raises Fatal where a position is not the expected one (another process projects the partition now), and for a record that
-        does not decode: only Headgate writes this topic. Raises Transient.
+        Raises Fatal where a position is not the expected one (another process projects the partition now). Raises Transient.
         """
-        facts = [_decode(r) for r in records]
         async with self.connected() as connection, connection.transaction():
             for advance in advances:
                 await _advance(connection, advance)
@@ -200,11 +198,11 @@ class Ledger:
                     await _planned(connection, fact, utc(now_s))
             # Windows in one order for all processes, as `fold_landed` takes them, so that no two wait for each other.
             for fact, item in sorted(((f, i) for f in facts for i in f.items), key=_window_order):
-                await self._windows(connection, str(fact.target), _item_of(item), utc(now_s))
+                await self._windows(connection, str(fact.target), item_of(item), utc(now_s))
                 if isinstance(fact, Receipt) and isinstance(item, ReceiptItem):
                     await _receipt(connection, fact, item)
                 elif isinstance(fact, Task):
-                    await _asked(connection, fact, _item_of(item), utc(now_s))
+                    await _asked(connection, fact, item_of(item), utc(now_s))
 
     async def fold_landed(self, sink: str, now_s: int) -> int:
         """Mark up to 500 looks whose batches have all landed in `sink`, and their windows; returns how many. Raises Transient."""
@@ -285,23 +283,13 @@ async def _kept_plan(connection: asyncpg.Connection) -> UnitPlan:
     return UnitPlan({r["target"]: r["slot"] for r in rows}, {r["target"]: r["weight"] for r in rows})
 
 
-def _decode(record: Record) -> Task | Receipt:
-    try:
-        return wire.decode_ledger(record.value)
-    except Rejected as error:
-        raise Fatal(
-            f"record {record.position.topic}/{record.position.partition}@{record.position.offset}",
-            f"is no ledger record: {error.what}",
-            "only Headgate may write this topic: check its ACLs, and that consumers were rolled before exporters",
-        ) from error
-
-
-def _item_of(item: TaskItem | ReceiptItem) -> TaskItem:
+def item_of(item: TaskItem | ReceiptItem) -> TaskItem:
+    """What was asked for."""
     return item.item if isinstance(item, ReceiptItem) else item
 
 
 def _window_order(work: tuple[Task | Receipt, TaskItem | ReceiptItem]) -> tuple[str, str, int]:
-    item = _item_of(work[1])
+    item = item_of(work[1])
     return str(work[0].target), item.service, item.start_s
 
 

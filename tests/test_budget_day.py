@@ -112,7 +112,9 @@ class Days:
         if new := self._new("t.ledger"):
             end = new[-1].position.offset + 1
             advance = Advance("t.ledger", 0, self.store.next, end, value_id(new[-1].value))
-            await self.store.ledger.project(new, [advance], self.clock.now_s())
+            await self.store.ledger.project(
+                [wire.decode_ledger(r.value) for r in new], [advance], self.clock.now_s()
+            )
             self.store.next = end
         self.clock.advance(TICK_S - self.clock.now_s() % TICK_S)
 

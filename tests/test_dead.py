@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 
 from ingest import avro, letters, wire
 from ingest.archive import open_archive
+from ingest.aside import SHARE_RECORDS, SHARE_RECORDS_MIN
 from ingest.balance import put_aside
 from ingest.clock import ManualClock
 from ingest.errors import Fatal
-from ingest.landing import SHARE_RECORDS, SHARE_RECORDS_MIN, Landing
+from ingest.landing import Landing
 from ingest.letters import KEY_BYTES_MAX, PAYLOAD_BYTES_MAX
 from ingest.log import Outgoing, Producer
 from ingest.model import Batch, DeadLetter, Series, SeriesKey, Target, series_ids

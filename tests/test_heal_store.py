@@ -11,7 +11,7 @@ from decimal import Decimal
 import asyncpg
 import pytest
 
-from ingest import heal_store, pauses, wire
+from ingest import heal_store, pauses
 from ingest.errors import Transient
 from ingest.heal import Announced, Reason, Rules, Wait
 from ingest.heal_store import LOCK_ID, Healed, HealStore
@@ -22,14 +22,13 @@ from ingest.model import (
     Outcome,
     Receipt,
     ReceiptItem,
-    RecordPosition,
     Target,
     Task,
     TaskItem,
     task_id_of,
 )
 from ingest.pauses import Pause
-from ingest.ports import Advance, Record
+from ingest.ports import Advance
 from ingest.schedule import Grid
 from ingest.sinks.migrate import migrate
 from shard_config.model import Heal, Postgres
@@ -71,10 +70,8 @@ class World:
         self.next = 0
 
     async def project(self, *facts: Task | Receipt) -> None:
-        values = [wire.encode_task(f) if isinstance(f, Task) else wire.encode_receipt(f) for f in facts]
-        records = [Record(RecordPosition(TOPIC, 0, self.next + i), b"", v, 0) for i, v in enumerate(values)]
         advance = Advance(TOPIC, 0, self.next, self.next + len(facts), bytes(16))
-        await self.ledgers[0].project(records, [advance], START_S)
+        await self.ledgers[0].project(facts, [advance], START_S)
         self.next += len(facts)
 
     async def failed(self, *tasks: Task) -> None:

@@ -26,14 +26,13 @@ from ingest.model import (
     Outcome,
     Receipt,
     ReceiptItem,
-    RecordPosition,
     Target,
     Task,
     TaskItem,
     WindowCount,
     task_id_of,
 )
-from ingest.ports import Advance, Record, StoredPosition
+from ingest.ports import Advance, StoredPosition
 from ingest.sinks.migrate import migrate
 from ingest.sinks.postgres import PostgresSink
 from shard_config.model import Limits, Postgres
@@ -97,17 +96,8 @@ class Store:
         self.next = 0
 
     async def project(self, *facts: Task | Receipt) -> None:
-        records = [
-            Record(
-                RecordPosition(TOPIC, 0, self.next + i),
-                b"k",
-                wire.encode_task(f) if isinstance(f, Task) else wire.encode_receipt(f),
-                0,
-            )
-            for i, f in enumerate(facts)
-        ]
         advance = Advance(TOPIC, 0, self.next, self.next + len(facts), bytes(16))
-        await self.ledger.project(records, [advance], NOON_S)
+        await self.ledger.project(facts, [advance], NOON_S)
         self.next += len(facts)
 
     async def land(self, *batch_ids: bytes) -> None:
@@ -340,13 +330,6 @@ async def test_of_two_processes_at_one_position_one_is_refused(store: Store) -> 
     with pytest.raises(Fatal, match="another process projects"):
         await zombie.project(task_of(NOON_S, NOON_S + 300))
     await zombie.ledger.close()
-
-
-async def test_a_record_that_is_no_ledger_record_is_fatal_and_moves_nothing(store: Store) -> None:
-    record = Record(RecordPosition(TOPIC, 0, 0), b"k", b"garbage", 0)
-    with pytest.raises(Fatal, match=r"t\.ledger/0@0: is no ledger record.*ACLs"):
-        await store.ledger.project([record], [Advance(TOPIC, 0, 0, 1, b"")], NOON_S)
-    assert await store.ledger.positions(TOPIC, [0]) == {0: StoredPosition(0, b"")}
 
 
 async def test_after_a_lost_connection_the_next_call_opens_another(store: Store) -> None:

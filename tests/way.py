@@ -173,7 +173,9 @@ class Way:
         if new:
             end = new[-1].position.offset + 1
             advance = Advance(topic, 0, self.projected, end, value_id(new[-1].value))
-            await self.ledger.project(new, [advance], self.clock.now_s())
+            await self.ledger.project(
+                [wire.decode_ledger(r.value) for r in new], [advance], self.clock.now_s()
+            )
         self.projected += len(new)
 
     async def _new(self, topic: str, before: int) -> list[Record]:

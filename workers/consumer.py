@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import structlog
@@ -24,12 +24,13 @@ from ingest.landing import Landing
 from ingest.ledger import Ledger
 from ingest.log import Producer
 from ingest.ports import Record
-from ingest.positions import Positions
+from ingest.projection import Projection
 from ingest.schedule import grids_of
 from ingest.sinks.postgres import PostgresSink
 from shard_config.load import load
 from shard_config.model import Config
 from workers import local
+from workers.aside import DEAD
 from workers.lifecycle import Lifecycle, add_worker_arguments, run_worker
 from workers.members import Members
 from workers.names import landing_group, ledger_group
@@ -44,13 +45,6 @@ LANDED = Counter("headgate_points_landed_total", "Points in landed batches, thos
 BATCHES = Counter("headgate_batches_landed_total", "Landed batches; by the way they took.", ["way"])
 for _way in ("known", "copied", "merged"):
     BATCHES.labels(way=_way)  # a share of them needs them to be there before
-DEAD = Counter(
-    "headgate_dead_total",
-    "Dead letters, whole records and single points. Rising: see the dead-letter topic.",
-    ["kind"],
-)
-for _kind in ("record", "point"):
-    DEAD.labels(kind=_kind)
 LAND_SECONDS = Histogram(
     "headgate_land_seconds", "One landing transaction.", buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 )
@@ -96,25 +90,21 @@ def landing_reader(config: Config, name: str, landing: Landing, sink: PostgresSi
     )
 
 
-def ledger_reader(config: Config, name: str, ledger: Ledger, clock: Clock) -> Reader:
+def ledger_reader(config: Config, name: str, projection: Projection, clock: Clock) -> Reader:
     """The reader of `ledger`."""
     topic = config.kafka.topic("ledger")
-    positions = Positions(topic)
 
     async def open_partitions(consumer: Consumer, partitions: Sequence[int]) -> dict[int, int]:
-        stored = await ledger.positions(topic, partitions)
-        return positions.open(partitions, stored, await consumer.bounds(partitions))
+        cluster = await cluster_id(config.kafka)
+        return await projection.open(partitions, await consumer.bounds(partitions), cluster=cluster)
 
     async def close_partitions() -> None:
-        positions.close()
+        projection.close()
 
-    async def take(records: Sequence[Record]) -> dict[int, int]:
-        fresh = positions.fresh(records)
-        advances = positions.advances(fresh)
-        if fresh:
-            await ledger.project(fresh, advances, clock.now_s())
-            positions.advanced(advances)
-        return {a.partition: a.next for a in advances}
+    async def take(records: Sequence[Record]) -> Mapping[int, int]:
+        done = await projection.take(records)
+        DEAD.labels(kind="record").inc(done.dead_records)
+        return done.next_offsets
 
     return Reader(
         lambda reader: _consumer(config, topic, ledger_group(config.kafka), name, clock, reader),
@@ -166,11 +156,22 @@ async def serve(config: Config, name: str, lifecycle: Lifecycle, path: Path | No
             clock,
             targets={str(target) for target in grids_of(config)},
         )
+        projection = Projection(
+            config.kafka.topic("ledger"),
+            config.kafka.topic("dead"),
+            projected,
+            producer,
+            config.limits.dead_share_max,
+            clock,
+            targets={str(target) for target in grids_of(config)},
+        )
         upkeep = Upkeep(kept, config, clock)
         rolling = Rolling(rolled, config, clock)
 
         async def apply(changed: Config) -> None:
-            landing.configure(changed.landing_limits, {str(target) for target in grids_of(changed)})
+            targets = {str(target) for target in grids_of(changed)}
+            landing.configure(changed.landing_limits, targets)
+            projection.configure(changed.limits.dead_share_max, targets)
             # Receipts of what was removed may still come.
             projected.settling_s = kept.settling_s = {**kept.settling_s, **settling_of(changed)}
             upkeep.configure(changed, whole=settings.whole)
@@ -180,7 +181,7 @@ async def serve(config: Config, name: str, lifecycle: Lifecycle, path: Path | No
         async with asyncio.TaskGroup() as group:
             works = [
                 group.create_task(landing_reader(config, name, landing, sink, clock).run(lifecycle)),
-                group.create_task(ledger_reader(config, name, projected, clock).run(lifecycle)),
+                group.create_task(ledger_reader(config, name, projection, clock).run(lifecycle)),
                 group.create_task(upkeep.run(lifecycle)),
                 group.create_task(rolling.run(lifecycle)),
             ]
