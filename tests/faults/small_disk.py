@@ -53,7 +53,7 @@ class SmallDisk:
 def small_disk(path: Path, size_bytes: int = SIZE_BYTES) -> Iterator[SmallDisk]:
     """Mount one over a folder, which is made where it is missing; gone at the end, whoever still has files open on it."""
     path.mkdir(parents=True, exist_ok=True)
-    _run("mount", "-t", "tmpfs", "-o", f"size={size_bytes},mode=0700", "headgate-test", str(path))
+    _run("mount", "-t", "tmpfs", "-o", f"size={size_bytes},mode=0755", "headgate-test", str(path))
     try:
         yield SmallDisk(path, size_bytes)
     finally:
