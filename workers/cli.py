@@ -41,6 +41,7 @@ COMMANDS = {
     "resume": "pause",
     "dead": "dead",
     "doctor": "doctor",
+    "acls": "acls",
     "setup": "setup",
     "positions": "positions",
     "snapshot": "snapshot",

@@ -170,7 +170,7 @@ class KafkaServer(Server):
         # C1 only: the tool lives for half a second.
         java = self._java("-XX:TieredStopAtLevel=1")
         format_ = ["kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", "server.properties"]
-        _run(self.name, [*java, *format_], cwd=self.dir)
+        _run(self.name, [*java, *format_, *self._format_options()], cwd=self.dir)
 
     def command(self) -> Sequence[str]:
         return [*self._java(), "kafka.Kafka", str(self.dir / "server.properties")]
@@ -186,6 +186,10 @@ class KafkaServer(Server):
         except OSError:
             return False
         return len(answer) == 10 and answer[8:10] == b"\0\0"
+
+    def _format_options(self) -> Sequence[str]:
+        """More of the cluster's first state, as users."""
+        return ()
 
     def _java(self, *options: str) -> list[str]:
         class_path = os.pathsep.join((str(_KAFKA_FILES), str(KAFKA_LIBS / "*")))

@@ -1,0 +1,252 @@
+"""A real Kafka with TLS, SCRAM and ACLs: every part works with what `headgate acls` says, and what is not there is refused."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+import yaml
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from structlog.testing import capture_logs
+
+from ingest.clock import SystemClock
+from shard_config.load import load
+from shard_config.model import Config, Kafka, ServiceProfile
+from tests.conftest import eventually
+from tests.secure_servers import ADMIN, Asking, Authority, SecureKafka, grant
+from workers import consumer, coordinator, exporter, remote_writer, simulator
+from workers.acls import PARTS, Part, acls_of, principal_of
+from workers.lifecycle import Lifecycle
+from workers.setup import create_topics, kafka_admin, setup
+from workers.status import status
+from workers.world import World, account_ids
+
+[ACCOUNT] = account_ids(1)
+REGION = "eu-west-1"
+FAST = {"namespace": "Fast", "period_s": 1, "poll_interval_s": 2, "settling_s": 2}
+USERS = {f"headgate-{part}": f"of-{part}-4711" for part in PARTS}
+TOPICS = ("collect", "raw", "ledger", "dead", "shards")
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="module")
+def broker(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureKafka]:
+    kafka = SecureKafka(tmp_path_factory.mktemp("secure"), authority, USERS)
+    kafka.start()
+    try:
+        yield kafka
+    finally:
+        kafka.stop()
+
+
+@dataclass
+class Installation:
+    """A file that every part reads, and who each is."""
+
+    broker: SecureKafka
+    path: Path
+    document: dict[str, Any]
+
+    def config(self, part: Part | None, **kafka: Any) -> Config:
+        """As one part connects to Kafka; None: the broker's administrator."""
+        user = f"headgate-{part}" if part else ADMIN
+        security = self.broker.security(user)
+        document = {**self.document, "kafka": {**self.document["kafka"], "security": security, **kafka}}
+        path = self.path / f"{user}.yaml"
+        path.write_text(yaml.safe_dump(document))
+        return load(path, environ={})
+
+    async def grant(self) -> None:
+        kafka = self.config(None).kafka
+        async with kafka_admin(kafka) as admin:
+            await grant(admin, acls_of(kafka), lambda part: principal_of(part, {}))
+
+
+@pytest.fixture
+async def installation(
+    broker: SecureKafka,
+    tmp_path: Path,
+    topic_prefix: str,
+    database: str,
+    s3_endpoint: str,
+    bucket: str,
+) -> Installation:
+    return Installation(
+        broker,
+        tmp_path,
+        {
+            "accounts": [{"id": ACCOUNT, "regions": [REGION], "services": ["fast"]}],
+            "services": {"fast": FAST},
+            "startup_lookback_s": 0,
+            "slots": 2,
+            "kafka": {
+                "bootstrap": broker.bootstrap,
+                "prefix": topic_prefix,
+                "raw_partitions": 1,
+                "ledger_partitions": 1,
+                "session_timeout_s": 6,
+            },
+            "postgres": {"dsn": database},
+            "s3": {"bucket": bucket, "endpoint_url": s3_endpoint},
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+async def installed(broker: SecureKafka, tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    """Topics alone, made by setup as setup may."""
+    kafka = {"bootstrap": broker.bootstrap, "prefix": "acl", "raw_partitions": 1, "ledger_partitions": 1}
+    account = {"id": ACCOUNT, "regions": [REGION], "services": ["ec2"]}
+    document = {"accounts": [account], "slots": 2, "kafka": kafka}
+    made = Installation(broker, tmp_path_factory.mktemp("installed"), document)
+    await made.grant()
+    await create_topics(made.config("setup"))
+    return made
+
+
+@asynccontextmanager
+async def receiving() -> AsyncIterator[tuple[str, list[int]]]:
+    """A receiver of remote write that takes everything: its URL, and the length of each request."""
+    got: list[int] = []
+
+    async def take(request: web.Request) -> web.Response:
+        got.append(len(await request.read()))
+        return web.Response(status=204)
+
+    app = web.Application()
+    app.add_routes([web.post("/write", take)])
+    async with TestServer(app) as server:
+        yield str(server.make_url("/write")), got
+
+
+@asynccontextmanager
+async def running(*workers: Callable[[Lifecycle], Awaitable[None]]) -> AsyncIterator[list[Lifecycle]]:
+    async def as_coroutine(work: Awaitable[None]) -> None:
+        await work
+
+    lifecycles = [Lifecycle() for _ in workers]
+    async with asyncio.TaskGroup() as group:
+        for serve, lifecycle in zip(workers, lifecycles, strict=True):
+            group.create_task(as_coroutine(serve(lifecycle)))
+        try:
+            yield lifecycles
+        finally:
+            for lifecycle in lifecycles:
+                lifecycle.stop.set()
+
+
+# --- what each part does ----------------------------------------------------------------------------------------
+
+
+async def test_everything_works_with_exactly_what_each_part_is_granted(installation: Installation) -> None:
+    world = World(7, [ACCOUNT], [REGION], 4, [ServiceProfile.model_validate({"service": "fast", **FAST})])
+    sim = await simulator.start(world)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(sim.close)
+        url, got = await stack.enter_async_context(receiving())
+        installation.document |= {
+            "aws": {"endpoint_url": sim.url, "role_template": "arn:aws:iam::{account}:role/Headgate"},
+            "remote_write": {"receivers": [{"name": "all", "url": url, "out_of_order_window_s": 7200}]},
+        }
+        await installation.grant()
+        await setup(installation.config("setup"))
+        sql = await asyncpg.connect(installation.document["postgres"]["dsn"])
+        stack.push_async_callback(sql.close)
+        of = installation.config
+
+        async def landed_and_sent() -> bool:
+            sealed = await sql.fetchval("SELECT count(*) FROM windows WHERE sealed_at IS NOT NULL")
+            return bool(sealed and got and all(life.ready for life in lifecycles))
+
+        with capture_logs() as logs:
+            lifecycles = await stack.enter_async_context(
+                running(
+                    lambda life: exporter.serve(of("exporter"), "exporter-1", life),
+                    lambda life: consumer.serve(of("consumer"), "consumer-1", life),
+                    lambda life: remote_writer.serve(of("remote-writer"), "remote-write-1", life),
+                    lambda life: coordinator.serve(of("coordinator"), life),
+                )
+            )
+            await eventually(landed_and_sent, timeout_s=40)
+            seen = await status(of("viewer"), SystemClock())
+        assert [e for e in logs if "Authorization" in str(e)] == []
+        assert seen.errors == ()
+        groups = [g for g in (seen.exporters, seen.landing, seen.projection, *seen.receivers.values()) if g]
+        assert [list(g.members) for g in groups] == [
+            ["exporter-1"],
+            ["consumer-1"],
+            ["consumer-1"],
+            ["remote-write-1"],
+        ]
+
+
+# --- what it may not do -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", PARTS)
+async def test_a_part_is_refused_whatever_its_acls_do_not_name(installed: Installation, part: Part) -> None:
+    kafka = installed.config(part).kafka
+    acls = acls_of(kafka)
+    topics = {acl.name for acl in acls if acl.resource == "topic"}
+    groups = {acl.name + ("all" if acl.prefixed else "") for acl in acls if acl.resource == "group"}
+    assert len(topics) == 5
+    assert len(groups) == 4
+    async with kafka_admin(kafka) as admin:
+        asking = Asking(admin)
+        found = {
+            "Read": {t for t in topics if await asking.may_read(t)},
+            "Write": {t for t in topics if await asking.may_write(t)},
+            "Create": {t for t in topics if await asking.may_create(t)},
+            "join": {g for g in groups if await asking.may_join(g)},
+        }
+        beyond = {
+            "delete": [t for t in topics if await asking.may_delete(t)],
+            "create": await asking.may_create("elsewhere.raw"),
+            "write": await asking.may_write("elsewhere.raw"),
+            "read": await asking.may_read("elsewhere.raw"),
+        }
+    mine = [acl for acl in acls if acl.part == part]
+    assert found == {
+        operation: {a.name for a in mine if a.resource == "topic" and operation in a.operations}
+        for operation in ("Read", "Write", "Create")
+    } | {
+        "join": {
+            a.name + ("all" if a.prefixed else "")
+            for a in mine
+            if a.resource == "group" and "Read" in a.operations
+        }
+    }
+    assert beyond == {"delete": [], "create": False, "write": False, "read": False}
+
+
+def test_no_worker_writes_what_another_is_answerable_for() -> None:
+    """What the security list promises, said once more without the table that the broker is given."""
+    may = {
+        (acl.part, operation, acl.name.removeprefix("headgate."))
+        for acl in acls_of(Kafka())
+        if acl.resource == "topic"
+        for operation in acl.operations
+    }
+    writers = {topic: {p for p, o, t in may if (o, t) == ("Write", topic)} - {"operator"} for topic in TOPICS}
+    readers = {topic: {p for p, o, t in may if (o, t) == ("Read", topic)} for topic in TOPICS}
+    assert writers == {
+        "collect": {"coordinator"},
+        "raw": {"exporter"},
+        "ledger": {"coordinator", "exporter"},
+        "dead": {"consumer", "remote-writer"},
+        "shards": {"coordinator", "exporter"},
+    }
+    assert readers["raw"] == {"setup", "consumer", "remote-writer", "operator", "viewer"}
+    assert readers["dead"] == {"operator", "viewer"}
+    assert {p for p, o, _ in may if o in ("Create", "Alter")} == {"setup"}
