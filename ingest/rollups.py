@@ -11,9 +11,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import zstandard
@@ -74,8 +74,12 @@ class Bins:
             raise ValueError(f"a sketch is broken: {error}") from error
         if len(planes) != size:
             raise ValueError(f"a sketch has {len(planes)} bytes instead of {size}")
-        numbers = np.frombuffer(planes, np.uint8).reshape(4, -1).T.copy().view("<i4").ravel().astype(np.int64)
-        return cls(numbers[:rows], np.cumsum(numbers[rows : rows + bins]), numbers[rows + bins :])
+        lowest, *higher = np.frombuffer(planes, np.uint8).reshape(4, -1)
+        words = lowest.astype(np.uint32)
+        for number, plane in enumerate(higher, 1):
+            words |= plane.astype(np.uint32) << np.uint32(8 * number)
+        per_row, steps, counts = np.split(words.view(np.int32), [rows, rows + bins])
+        return cls(per_row.astype(np.int64), np.cumsum(steps, dtype=np.int64), counts.astype(np.int64))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,6 +121,23 @@ class Rollups:
         if mine.bins is not None and others.bins is not None:
             pairs += [(getattr(mine.bins, f.name), getattr(others.bins, f.name)) for f in fields(Bins)]
         return all(np.array_equal(a, b, equal_nan=a.dtype == np.float64) for a, b in pairs)
+
+
+class Sketched(Protocol):
+    """What has sketches of series, each series once: `Rollups` of a day, or less of it, `Sketches`."""
+
+    @property
+    def ids(self) -> SeriesIds: ...
+    @property
+    def bins(self) -> Bins | None: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sketches:
+    """A day's sketches, without its other columns."""
+
+    ids: SeriesIds
+    bins: Bins
 
 
 COLUMNS = tuple(f.name for f in fields(Rollups) if f.name != "bins")
@@ -224,67 +245,136 @@ def of_hours(hours: Sequence[Rollups]) -> Rollups:
     )
 
 
-def percentiles_of(days: Sequence[Rollups], ps: Sequence[float]) -> tuple[SeriesIds, NDArray[np.float64]]:
+def percentiles_of(days: Sequence[Sketched], ps: Sequence[float]) -> tuple[SeriesIds, NDArray[np.float64]]:
     """Percentiles over several days, merged from their sketches: (ids, shape (n, 2); values, shape (n, len(ps))).
 
     Each is within RELATIVE_ACCURACY of the value at its rank, as ddsketch counts ranks. NaN where a day of the series has no sketch.
     """
-    together = concatenated(days) if days else empty(bins=True)
-    if together.bins is None:
+    ids, found = percentiles_of_spans(days, [range(len(days))], ps)
+    return ids, found[:, 0]
+
+
+def percentiles_of_spans(
+    days: Sequence[Sketched], spans: Sequence[Collection[int]], ps: Sequence[float]
+) -> tuple[SeriesIds, NDArray[np.float64]]:
+    """As `percentiles_of`, over several spans at once, which may overlap: (ids of all days, shape (n, 2); values, shape (n, len(spans), len(ps))).
+
+    A span says which of `days` it has, by index. NaN where a day of the span has no sketch of the series, and where no day has the series.
+    """
+    bins = [day.bins for day in days]
+    if None in bins:
         raise ValueError("hours have no sketches: give days")
-    ids, index = unique_ids(together.ids)
-    if not len(ids):
-        return ids, np.empty((0, len(ps)))
-    wide = _Dense.of(together.bins, index, len(ids))
-    if wide.size > DENSE_MAX and len(ids) > 1:
-        halves = (index < len(ids) // 2, index >= len(ids) // 2)
-        found = [percentiles_of([together.take(np.flatnonzero(half))], ps)[1] for half in halves]
-        return ids, np.concatenate(found)
-    lacking = np.bincount(index[together.bins.per_row == 0], minlength=len(ids)) > 0
-    return ids, np.where(lacking[:, None], np.nan, wide.percentiles(ps))
+    if not days:
+        return np.empty((0, 2), np.uint64), np.empty((0, len(spans), len(ps)))
+    ids, index = unique_ids(np.concatenate([day.ids for day in days]))
+    rows = np.split(index, np.cumsum([len(day.ids) for day in days])[:-1])
+    sketches = [(of, one) for of, one in zip(rows, bins, strict=True) if one is not None]
+    return ids, _merged(sketches, len(ids), spans, ps)
+
+
+_Sketches = Sequence[tuple[NDArray[np.int64], Bins]]
+"""Of each day: for each of its sketches the series' index, and the sketches."""
+
+
+def _merged(
+    sketches: _Sketches, many: int, spans: Sequence[Collection[int]], ps: Sequence[float]
+) -> NDArray[np.float64]:
+    """Shape (many, len(spans), len(ps))."""
+    if not many:
+        return np.empty((0, len(spans), len(ps)))
+    dense = _Dense.of(sketches, many)
+    if dense.size > DENSE_MAX and many > 1:
+        half = many // 2
+        low = [(of[of < half], bins.take(np.flatnonzero(of < half))) for of, bins in sketches]
+        high = [(of[of >= half] - half, bins.take(np.flatnonzero(of >= half))) for of, bins in sketches]
+        return np.concatenate([_merged(low, half, spans, ps), _merged(high, many - half, spans, ps)])
+    counted: dict[frozenset[int], NDArray[np.float64]] = {}
+    found = np.empty((many, len(spans), len(ps)))
+    # What two spans have in common is added up once.
+    for days in _cells(len(sketches), spans):
+        counted[days] = dense.counts([sketches[day] for day in sorted(days)])
+    for number, span in enumerate(spans):
+        total = np.zeros(dense.size)
+        known = np.zeros(many, np.bool_)
+        for days, counts in counted.items():
+            if days <= frozenset(span):
+                total += counts
+        lacking = np.zeros(many, np.bool_)
+        for day in span:
+            of, bins = sketches[day]
+            known[of] = True
+            lacking[of[bins.per_row == 0]] = True
+        found[:, number] = np.where((known & ~lacking)[:, None], dense.percentiles(total, ps), np.nan)
+    return found
+
+
+def _cells(days: int, spans: Sequence[Collection[int]]) -> list[frozenset[int]]:
+    """The days in groups, so that each span is some of the groups."""
+    of: dict[tuple[bool, ...], list[int]] = {}
+    for day in range(days):
+        of.setdefault(tuple(day in span for span in spans), []).append(day)
+    return [frozenset(group) for within, group in of.items() if any(within)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Dense:
-    """Where the bins of merged sketches lie in one long array, in which each row has the bins between its first and its last one.
+    """Where the bins of merged sketches lie in one long array, in which each series has the bins between its first and its last one.
 
     Adding counts up there takes a twentieth of the time of sorting them. Codes that occur nowhere take no place.
     """
 
-    bins: Bins
-    row_of_bin: NDArray[np.int64]
+    ranks: NDArray[np.int32]
+    """By code, from -_INFINITE on."""
     known: NDArray[np.int64]
-    ranks: NDArray[np.int64]
+    """The codes that occur, by rank."""
     lowest: NDArray[np.int64]
     starts: NDArray[np.int64]
     size: int
 
     @classmethod
-    def of(cls, bins: Bins, index: NDArray[np.int64], rows: int) -> _Dense:
-        occurs = np.bincount(bins.codes + _INFINITE, minlength=2 * _INFINITE + 1) > 0
-        ranks = (np.cumsum(occurs) - 1)[bins.codes + _INFINITE]
-        some = bins.per_row > 0
-        ends = np.cumsum(bins.per_row)[some]
-        lowest, highest = np.full(rows, len(occurs)), np.full(rows, -1)
-        np.minimum.at(lowest, index[some], ranks[ends - bins.per_row[some]])
-        np.maximum.at(highest, index[some], ranks[ends - 1])
+    def of(cls, sketches: _Sketches, many: int) -> _Dense:
+        occurs = np.zeros(2 * _INFINITE + 1, np.bool_)
+        for _, bins in sketches:
+            occurs[bins.codes + _INFINITE] = True
+        ranks = np.cumsum(occurs, dtype=np.int32) - 1
+        lowest, highest = np.full(many, len(occurs)), np.full(many, -1)
+        for of, bins in sketches:
+            # A day has a series once.
+            some = bins.per_row > 0
+            ends = np.cumsum(bins.per_row)[some]
+            rows = of[some]
+            first = ranks[bins.codes[ends - bins.per_row[some]] + _INFINITE]
+            lowest[rows] = np.minimum(lowest[rows], first)
+            highest[rows] = np.maximum(highest[rows], ranks[bins.codes[ends - 1] + _INFINITE])
         width = np.maximum(highest - lowest + 1, 0)
-        starts = np.cumsum(width) - width
-        of_bin = np.repeat(index, bins.per_row)
-        return cls(bins, of_bin, np.flatnonzero(occurs) - _INFINITE, ranks, lowest, starts, int(width.sum()))
+        return cls(
+            ranks,
+            np.flatnonzero(occurs) - _INFINITE,
+            lowest,
+            np.cumsum(width) - width,
+            int(width.sum()),
+        )
 
-    def percentiles(self, ps: Sequence[float]) -> NDArray[np.float64]:
-        """Shape (rows, len(ps)); of rows without bins anything."""
-        rows = len(self.starts)
+    def counts(self, sketches: _Sketches) -> NDArray[np.float64]:
+        """All their bins, added up. As weights, counts are floats: exact up to 2**53."""
+        total = np.zeros(self.size)
+        for of, bins in sketches:
+            at = np.repeat((self.starts - self.lowest)[of], bins.per_row)
+            at += self.ranks[bins.codes + _INFINITE]
+            # Each place is met once: a day has a series once, a series a bin once.
+            total[at] += bins.counts
+        return total
+
+    def percentiles(self, counts: NDArray[np.float64], ps: Sequence[float]) -> NDArray[np.float64]:
+        """Shape (series, len(ps)); of series without bins anything."""
+        many = len(self.starts)
         if not self.size:
-            return np.full((rows, len(ps)), np.nan)
-        at = self.starts[self.row_of_bin] + self.ranks - self.lowest[self.row_of_bin]
-        # As weights, counts are floats: exact up to 2**53.
-        cumulative = np.cumsum(np.bincount(at, weights=self.bins.counts, minlength=self.size))
+            return np.full((many, len(ps)), np.nan)
+        cumulative = np.cumsum(counts)
         upto = np.append(0.0, cumulative)
         before = upto[self.starts]
         totals = np.append(before[1:], cumulative[-1]) - before
-        found = np.empty((rows, len(ps)))
+        found = np.empty((many, len(ps)))
         for column, p in enumerate(ps):
             place = np.searchsorted(cumulative, before + np.floor(p * (totals - 1)), side="right")
             rank = np.clip(place - self.starts + self.lowest, 0, len(self.known) - 1)

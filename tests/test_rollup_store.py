@@ -424,9 +424,10 @@ async def test_percentiles_over_days_are_merged_from_sketches(store: Store) -> N
         [7] * len(values), [MIDNIGHT_S - DAY_S + 60 * i for i in range(len(values))], values.tolist()
     )
     await store.roll()
-    merged = [percentiles_of(days, (0.5, 0.95, 0.99)) async for days in rollup_read.read_days(
-        store.connection, MIDNIGHT_S - DAY_S, NOW_S, series_ids(SERIES[7:8]))]  # fmt: skip
-    [(ids, found)] = merged
+    read = rollup_read.read_sketches(store.connection, MIDNIGHT_S - DAY_S, NOW_S, series_ids(SERIES[7:8]))
+    [days] = [days async for days in read]
+    assert [start_s for start_s, _ in days] == [MIDNIGHT_S - DAY_S, MIDNIGHT_S, MIDNIGHT_S + DAY_S]
+    ids, found = percentiles_of([day for _, day in days], (0.5, 0.95, 0.99))
     assert (ids == series_ids(SERIES[7:8])).all()
     expected = np.quantile(values, [0.5, 0.95, 0.99], method="lower")
     assert found[0] == pytest.approx(expected, rel=0.0101)

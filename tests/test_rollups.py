@@ -21,6 +21,7 @@ from ingest.rollups import (
     fullest,
     of_hours,
     percentiles_of,
+    percentiles_of_spans,
     roll_up,
     values_of,
 )
@@ -116,6 +117,22 @@ def test_many_series_that_are_far_apart_are_merged_in_parts_with_the_same_result
     parts = percentiles_of(days, PS)
     assert np.array_equal(whole[0], parts[0])
     assert np.array_equal(whole[1], parts[1])
+
+
+@given(days=st.lists(_samples, min_size=1, max_size=5), cut=st.integers(0, 5))
+def test_spans_that_overlap_are_merged_as_each_alone(days: list[list[tuple[int, float]]], cut: int) -> None:
+    rolled_days = [rolled(day) for day in days]
+    spans = [
+        range(len(days)),
+        range(min(cut, len(days)), len(days)),
+        range(max(0, cut - 2), min(cut, len(days))),
+    ]
+    ids, found = percentiles_of_spans(rolled_days, spans, PS)
+    for number, span in enumerate(spans):
+        of, alone = percentiles_of([rolled_days[n] for n in span], PS)
+        in_it = {tuple(id_): values for id_, values in zip(of.tolist(), alone.tolist(), strict=True)}
+        for id_, values in zip(ids.tolist(), found[:, number], strict=True):
+            assert np.array_equal(values, in_it.get(tuple(id_), [np.nan] * len(PS)), equal_nan=True)
 
 
 def test_codes_grow_with_their_values_and_infinities_have_codes_of_their_own() -> None:

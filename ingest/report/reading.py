@@ -28,7 +28,7 @@ from ingest.model import bytes_of, halves_of
 from ingest.report.model import ResourceKey
 from ingest.report.resources import Axis, Merged, Observed, Place, SeriesHours, place_of
 from ingest.report.utilization import WEEK_S, Ranges
-from ingest.rollups import Rollups, percentiles_of
+from ingest.rollups import percentiles_of_spans
 from ingest.sinks import rollup_read
 from ingest.sinks.connection import translated
 from ingest.sinks.rollup_read import DAY_S, HOUR_S
@@ -249,18 +249,14 @@ async def _merged(
     )  # fmt: skip
     found: dict[bytes, Merged] = {}
     with translated("rollups"):
-        async for days in rollup_read.read_dated_days(
+        async for days in rollup_read.read_sketches(
             connection, min(from_s, before_s), to_s, halves_of(sorted(ids))
         ):
-            week, before = _p95s(days, week_s, to_s), _p95s(days, before_s, week_s)
-            whole = week if from_s == week_s else _p95s(days, from_s, to_s)
-            for id_ in whole.keys() | week.keys() | before.keys():
-                found[id_] = Merged(whole.get(id_), week.get(id_), before.get(id_))
+            spans = [
+                [n for n, (start_s, _) in enumerate(days) if first_s <= start_s < end_s]
+                for first_s, end_s in ((from_s, to_s), (week_s, to_s), (before_s, week_s))
+            ]
+            of, values = percentiles_of_spans([day for _, day in days], spans, (0.95,))
+            for id_, three in zip(bytes_of(of), values[:, :, 0].tolist(), strict=True):
+                found[id_] = Merged(*(None if np.isnan(one) else one for one in three))
     return found
-
-
-def _p95s(days: Sequence[tuple[int, Rollups]], from_s: int, to_s: int) -> dict[bytes, float]:
-    """By series, of the days that begin in [from_s, to_s)."""
-    ids, values = percentiles_of([day for start_s, day in days if from_s <= start_s < to_s], (0.95,))
-    known = ~np.isnan(values[:, 0])
-    return dict(zip(bytes_of(ids[known]), values[known, 0].tolist(), strict=True))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ingest.clock import rfc3339, utc
 from ingest.errors import Fatal, Transient
 from ingest.model import SeriesIds, halves_of
-from ingest.rollups import COLUMNS, Bins, Rollups, of_hours
+from ingest.rollups import COLUMNS, Bins, Rollups, Sketches, of_hours
 from ingest.sinks.copy import POSTGRES_EPOCH_S, unique_ids
 
 BUCKETS = 256
@@ -57,15 +57,19 @@ class Stored:
 
     def rollups(self) -> Rollups:
         """With all columns. Raises Fatal where its sketches are broken."""
+        columns = {COLUMN_OF[name]: self.columns[name] for name in ALL}
+        return Rollups(self.ids, **columns, bins=None if self.sketches is None else self.bins())
+
+    def bins(self) -> Bins:
+        """Its sketches, which were read. Raises Fatal where they are broken."""
         try:
-            bins = None if self.sketches is None else Bins.unpack(self.sketches)
+            return Bins.unpack(self.sketches or b"")
         except ValueError as error:
             raise Fatal(
                 f"rollup_days, bucket {self.bucket} of {rfc3339(self.start_s)}",
                 str(error),
                 "delete the row and mark its day in rollup_marks: it is computed again from what is there",
             ) from error
-        return Rollups(self.ids, **{COLUMN_OF[name]: self.columns[name] for name in ALL}, bins=bins)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,26 +138,24 @@ async def read(
             yield found
 
 
-async def read_days(
+async def read_sketches(
     connection: asyncpg.Connection, from_s: int, to_s: int, series: SeriesIds | None = None
-) -> AsyncIterator[list[Rollups]]:
-    """The days that begin in [from_s, to_s), with sketches, a bucket at a time: what `ingest.rollups.percentiles_of` merges."""
-    async for days in read_dated_days(connection, from_s, to_s, series):
-        yield [day for _, day in days]
-
-
-async def read_dated_days(
-    connection: asyncpg.Connection, from_s: int, to_s: int, series: SeriesIds | None = None
-) -> AsyncIterator[list[tuple[int, Rollups]]]:
-    """As `read_days`, each day with its beginning: for who merges several ranges of the same days."""
+) -> AsyncIterator[list[tuple[int, Sketches]]]:
+    """The sketches of the days that begin in [from_s, to_s), each with its beginning, a bucket at a time: what `ingest.rollups.percentiles_of`
+    merges. Raises Fatal where one is broken."""
     for bucket in _buckets_of(series):
-        stored = await _stored(connection, DAY_S, from_s, to_s, [bucket], ALL, sketches=True)
-        days = [(one.start_s, one.rollups()) for one in stored]
+        stored = await _stored(connection, DAY_S, from_s, to_s, [bucket], (), sketches=True)
+        days = [(one.start_s, Sketches(one.ids, one.bins())) for one in stored]
         if series is not None:
             wanted = _of_bucket(series, bucket)
-            days = [(start_s, day.take(np.flatnonzero(_is_in(day.ids, wanted)))) for start_s, day in days]
+            days = [(start_s, _of_series(day, wanted)) for start_s, day in days]
         if days:
             yield days
+
+
+def _of_series(day: Sketches, wanted: SeriesIds) -> Sketches:
+    rows = np.flatnonzero(_is_in(day.ids, wanted))
+    return day if len(rows) == len(day.ids) else Sketches(day.ids[rows], day.bins.take(rows))
 
 
 def _buckets_of(series: SeriesIds | None) -> list[int]:
