@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
+from urllib.parse import quote
 
 import numpy as np
 import orjson
@@ -168,6 +169,14 @@ def printable(text: str, characters_max: int) -> str:
     """A foreign text that forges no lines, fits PostgreSQL's text and UTF-8, and is cut where it is too long."""
     cut = text if len(text) <= characters_max else text[:characters_max] + "…"
     return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", cut)
+
+
+def without(text: str, secrets: Iterable[str]) -> str:
+    """A foreign text in which none of these stands, neither plain nor percent-encoded: servers quote what they were sent."""
+    for secret in secrets:
+        for form in (secret, quote(secret, safe="")) if secret else ():
+            text = text.replace(form, "***")
+    return text
 
 
 def describe(series: Series) -> str:

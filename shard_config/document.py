@@ -44,6 +44,7 @@ _WORDS: Final[dict[str, Scalar]] = {
     "FALSE": False,
 }
 _NUMBER_CHARS_MAX: Final = 40
+_QUOTE: Final = "text that begins so stands in quotes"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -200,7 +201,7 @@ class _Builder:
         if not isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent):
             raise self._fatal(line, path, "not YAML: a value is missing")
         if event.tag not in (None, "!"):
-            raise self._fatal(line, path, f"the tag {event.tag} is not understood", "leave tags out")
+            raise self._fatal(line, path, "a tag is not understood", f"leave tags out; {_QUOTE}")
         before = self._nodes
         self._nodes += 1
         if isinstance(event, yaml.MappingStartEvent):
@@ -233,9 +234,8 @@ class _Builder:
 
     def _alias(self, event: yaml.AliasEvent, line: int, path: Path) -> Node:
         if event.anchor not in self._anchors:
-            raise self._fatal(
-                line, path, f"the alias *{event.anchor} names nothing that is complete before it"
-            )
+            # Not named, nor is a tag below: a password without quotes may begin so.
+            raise self._fatal(line, path, "the alias names nothing that is complete before it", _QUOTE)
         node, size = self._anchors[event.anchor]
         self._aliased += size
         # Counted as if written out, so that aliases of aliases cost what they would expand to.

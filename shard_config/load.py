@@ -5,7 +5,7 @@ Guarantees:
 * **All at once.** Every error of a file is in one `ConfigErrors`, each with file, line, path, what is wrong and, where something is near,
   what was probably meant. Only what leaves no tree to go on with (broken YAML, a file past its bounds) stands alone, and what is
   judged of an account, job or service as a whole (such as period against poll interval) waits until its keys are right one by one.
-* **No secret in a message.** `external_id`, `password` and a DSN are never quoted.
+* **No secret in a message.** Values under `SECRETS`, and texts with an @, which may be a URL with a password, are never quoted.
 * **Touches nothing** but the file, the secrets' files that it names, and the environment passed in. Regions are botocore's own list.
 
 In the file `services` is a mapping of service → overrides (or a whole new profile), `accounts` and `exposition` are lists, and `defaults`
@@ -60,7 +60,7 @@ OVERRIDES: Final[Mapping[Path, str]] = {
 
 _COLLECTED: Final = ("accounts", "organization", "exposition")
 
-SECRETS: Final = frozenset({"external_id", "username", "password", "dsn"})
+SECRETS: Final = frozenset({"external_id", "username", "password", "dsn", "bearer_token", "headers"})
 SECRET_BYTES_MAX: Final = 64 * 1024
 
 
@@ -370,7 +370,7 @@ class _Loading:
         else:
             if kind == "too_short" and node.value:
                 return  # pydantic counts what is right in it, and has said what is not
-            secret = not SECRETS.isdisjoint(found)
+            secret = not SECRETS.isdisjoint(found) or "@" in node.text
             got = node.kind() if secret else node.describe()
             what, hint = what_of(kind, detail["msg"], context, got, found)
             self._value_error(line, (*path, *found), what, hint)

@@ -21,6 +21,7 @@ from shard_config.fields import (
     Slug,
     Statistic,
     Strict,
+    is_a_dsn,
     is_a_period,
     repeated,
     wrong,
@@ -259,7 +260,7 @@ _MSK_BROKER: Final = re.compile(r"\.kafka(?:-serverless)?\.([a-z0-9-]+)\.amazona
 
 
 class Kafka(Strict):
-    bootstrap: Annotated[str, StringConstraints(pattern=r"^[^\s,/]+:\d{1,5}(,[^\s,/]+:\d{1,5})*$")] = (
+    bootstrap: Annotated[str, StringConstraints(pattern=r"^[^\s,/@]+:\d{1,5}(,[^\s,/@]+:\d{1,5})*$")] = (
         "127.0.0.1:9092"
     )
     prefix: Slug = "headgate"
@@ -291,9 +292,9 @@ class Kafka(Strict):
 
 
 class Postgres(Strict):
-    dsn: Annotated[str, StringConstraints(pattern=r"^postgres(ql)?://")] = (
-        "postgresql://headgate@127.0.0.1:5432/headgate"
-    )
+    dsn: Annotated[
+        str, StringConstraints(pattern=r"^postgres(ql)?://"), AfterValidator(is_a_dsn), Field(repr=False)
+    ] = "postgresql://headgate@127.0.0.1:5432/headgate"
     password: SecretStr | None = None
     capacity_bytes: int | None = Field(None, ge=1)
     """What the database may grow to: metrics and an alert tell how near it is. None: not known."""

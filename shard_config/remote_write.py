@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Self
-from urllib.parse import urlsplit
+from typing import Final, Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 
 from shard_config.fields import AccountId, HttpUrl, Pattern, Slug, Strict, repeated, wrong
+
+_SECRET_HEADERS: Final = frozenset({"authorization", "proxy-authorization", "cookie", "x-api-key"})
 
 
 class Receiver(Strict):
@@ -34,10 +35,12 @@ class Receiver(Strict):
             raise wrong("username", "give both username and password, or neither")
         if self.bearer_token is not None and self.username:
             raise wrong("bearer_token", "give either bearer_token or username and password")
-        if "@" in urlsplit(self.url).netloc:
-            raise wrong("url", "credentials do not belong into it: use username and password")
         if any(not (name + value).isprintable() for name, value in self.headers.items()):
             raise wrong("headers", "a header holds a control character")
+        if any(name.lower() in _SECRET_HEADERS for name in self.headers):
+            raise wrong(
+                "headers", "a header would be no secret here: use bearer_token, or username and password"
+            )
         if self.ca_file and not self.url.startswith("https:"):
             raise wrong("ca_file", "certificates are part of https, and url is not")
         return self

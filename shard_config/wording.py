@@ -24,11 +24,12 @@ FORM: Final = {
     "via": "an account id is 12 digits",
     "units": "a root is r-<4 or more of a-z, 0-9>, a unit ou-<root's>-<8 or more>",
     "statistics": "statistics are Average, Sum, Minimum, Maximum, SampleCount, p99, p99.9, IQM, tm90",
-    "endpoints": "an endpoint is an http or https URL",
-    "endpoint_url": "an endpoint is an http or https URL",
+    "endpoints": "an endpoint is an http or https URL without credentials",
+    "endpoint_url": "an endpoint is an http or https URL without credentials",
+    "url": "a URL is as http://prometheus-1:9090/api/v1/write; credentials are in username and password, or bearer_token",
     "role_arn": "a role is arn:aws:iam::<12 digits>:role/<name>",
     "role_template": "a role template is arn:aws:iam::{account}:role/<name>",
-    "bootstrap": "bootstrap servers are host:port, separated by commas",
+    "bootstrap": "bootstrap servers are host:port, separated by commas; credentials are in kafka.security",
     "dsn": "a DSN is postgresql://user@host:port/database",
 }
 SLUG_FORM: Final = "a name is at most 63 of a-z, 0-9 and -, and starts with a letter or a digit"

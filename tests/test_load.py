@@ -248,7 +248,7 @@ def test_a_wrong_variable_is_named_and_its_secret_is_not() -> None:
     environ = {"HEADGATE_POSTGRES_DSN": "hunter2", "HEADGATE_S3_ENDPOINT_URL": "minio:9000"}
     assert errors_of(MINIMAL, environ) == [
         "$HEADGATE_POSTGRES_DSN: postgres.dsn: a DSN is postgresql://user@host:port/database",
-        "$HEADGATE_S3_ENDPOINT_URL: s3.endpoint_url: an endpoint is an http or https URL",
+        "$HEADGATE_S3_ENDPOINT_URL: s3.endpoint_url: an endpoint is an http or https URL without credentials",
     ]
 
 

@@ -683,7 +683,7 @@ async def test_secrets_are_in_no_error_even_where_the_receiver_repeats_them(fiel
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"url": "http://me:s3cret@127.0.0.1/write"}, "use username and password"),
+        ({"url": "http://me:s3cret@127.0.0.1/write"}, "should match pattern"),
         ({"url": "http://127.0.0.1/write", "headers": {"X-A": "1\r\nX-B: 2"}}, "control character"),
     ],
 )
@@ -693,6 +693,7 @@ def test_a_receiver_with_credentials_in_its_url_or_lines_in_a_header_is_an_error
     with pytest.raises(ValidationError) as raised:
         Receiver.model_validate({"name": "a", **fields})
     assert words in str(raised.value)
+    assert "s3cret" not in str(raised.value)
 
 
 async def test_certificates_that_are_not_there_say_which_key_to_look_at(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.prompt import Confirm
@@ -213,7 +214,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--into",
         default=LIVE,
         metavar="SINK",
-        help="postgres (the live store), a DSN postgresql://… of another store, or null, which keeps nothing (%(default)s)",
+        help="postgres (the live store), a DSN postgresql://… of another store (its password in PGPASSWORD: others can read a command line), "
+        "or null, which keeps nothing (%(default)s)",
     )
     add(
         "--rebuild",
@@ -262,6 +264,19 @@ def _part(text: str) -> tuple[int, int]:
     return part, parts
 
 
+def _check_dsn(where: str, into: str) -> None:
+    """A DSN of another store. Raises HeadgateError, which quotes nothing that may hold a password."""
+    if "://" not in into:
+        raise HeadgateError(
+            where, f"no sink is called {into!r}", "give postgres, null, or a DSN postgresql://…"
+        )
+    try:
+        Postgres(dsn=into)
+    except ValidationError as error:
+        what = error.errors(include_input=False, include_url=False)[0]["msg"]
+        raise HeadgateError(where, f"--into is no DSN: {what}") from None
+
+
 def asked_of(args: argparse.Namespace, now_s: int) -> Ask:
     """What the options ask for. Raises HeadgateError where they do not fit each other."""
     scope = Scope(
@@ -281,10 +296,8 @@ def asked_of(args: argparse.Namespace, now_s: int) -> Ask:
     where = "backfill"
     if scope.from_s >= scope.to_s:
         raise HeadgateError(where, "--from is not before --to")
-    if asked.into not in (LIVE, NULL) and not asked.into.startswith(("postgres://", "postgresql://")):
-        raise HeadgateError(
-            where, f"no sink is called {asked.into!r}", "give postgres, null, or a DSN postgresql://…"
-        )
+    if asked.into not in (LIVE, NULL):
+        _check_dsn(where, asked.into)
     if not 0 <= asked.revision <= REVISION_MAX:
         raise HeadgateError(where, f"--revision {asked.revision} is not in 0..{REVISION_MAX}")
     asks = asked.via == Means.CLOUDWATCH

@@ -7,6 +7,7 @@ than `LOCK_TIMEOUT_S`, and speaks UTC. uuids travel as their 16 bytes.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -42,7 +43,8 @@ T = TypeVar("T")
 def server_of(postgres: Postgres) -> str:
     """host:port/database, fit for messages: no user, no password."""
     parts = urlsplit(postgres.dsn)
-    return f"{parts.hostname or 'localhost'}:{parts.port or 5432}{parts.path}"
+    hosts = parts.netloc.rpartition("@")[2] or "localhost"
+    return hosts + ("" if re.search(r":\d+$", hosts) else ":5432") + parts.path
 
 
 async def open_connection(postgres: Postgres, application_name: str) -> asyncpg.Connection:

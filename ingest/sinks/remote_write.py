@@ -42,7 +42,7 @@ from ingest.sinks.remote_answers import (
     verdict_of,
 )
 from ingest.sinks.remote_requests import SAID_CHARACTERS_MAX, Chain, Job, halve, job_of, samples_in
-from ingest.validate import printable
+from ingest.validate import printable, without
 from shard_config.remote_write import Receiver
 
 log = structlog.get_logger()
@@ -219,9 +219,7 @@ class RemoteWrite:
 
     def _said(self, raw: bytes) -> str:
         """Foreign words: without our secrets, printable, in one line, cut."""
-        text = raw.decode("utf-8", "replace")
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
+        text = without(raw.decode("utf-8", "replace"), self._secrets)
         return printable(" ".join(text.split()), SAID_CHARACTERS_MAX)
 
     def _session(self) -> aiohttp.ClientSession:

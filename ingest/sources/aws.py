@@ -90,6 +90,8 @@ class _Request:
     tally: Tally
     points_cost_s: float = 0.0
     metrics: int = 0
+    secret: str = field(default="", repr=False)
+    """Sent beside the credentials, and quoted in no error."""
 
     @property
     def api(self) -> str:
@@ -213,12 +215,13 @@ class Aws:
                     request.tally.metrics_in_doubt += request.metrics
                 if not isinstance(error, Exception):
                     raise
-                failure = translate(error, request.where)
+                used = access.credentials
+                failure = translate(error, request.where, (used.secret_key, used.token, request.secret))
                 if isinstance(failure, Throttled):
                     self.limiter.throttled(request.key)
                 futile = isinstance(failure, Expired) or not isinstance(failure, Transient) or pause_s is None
                 if futile or self._clock.monotonic_s() + (pause_s or 0) >= request.deadline_s:
-                    raise failure from error
+                    raise failure from (error if "***" not in failure.what else None)
             # No jitter: the limiter spaces what comes back at the same moment.
             await self._clock.sleep(pause_s or 0)
         raise AssertionError("the last attempt returns or raises")
@@ -320,8 +323,9 @@ class Aws:
                 "RoleSessionName": "headgate",
                 "DurationSeconds": LIFETIME_S,
             }
-            if account.external_id is not None:
-                request["ExternalId"] = account.external_id.get_secret_value()
+            secret = account.external_id.get_secret_value() if account.external_id is not None else ""
+            if secret:
+                request["ExternalId"] = secret
             access = Access(region, replace(found, account=""))
 
             async def assume(access: Access) -> Credentials:
@@ -332,7 +336,13 @@ class Aws:
                 return Credentials(account.id, *keys, renew_s)
 
             found = await self._attempts(
-                _Request((account.id, region, "AssumeRole"), 1 / STS_CALLS_PER_S, deadline_s, tally),
+                _Request(
+                    (account.id, region, "AssumeRole"),
+                    1 / STS_CALLS_PER_S,
+                    deadline_s,
+                    tally,
+                    secret=secret,
+                ),
                 access,
                 assume,
             )

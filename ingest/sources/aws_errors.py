@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 import aiohttp
 from botocore.exceptions import (
@@ -18,6 +19,7 @@ from botocore.exceptions import (
 )
 
 from ingest.errors import HeadgateError, Rejected, Transient
+from ingest.validate import without
 
 _THROTTLES = frozenset(
     {
@@ -66,13 +68,16 @@ class Denied(Rejected):
         super().__init__(where, "forbidden", what)
 
 
-def translate(error: Exception, where: str) -> HeadgateError:
-    """What a failure of botocore, aiohttp or the network means here."""
+def translate(error: Exception, where: str, secrets: Iterable[str] = ()) -> HeadgateError:
+    """What a failure of botocore, aiohttp or the network means here.
+
+    `secrets` were sent, and are in no error: AWS quotes the session token where a signature is wrong, and an ExternalId that it does not like.
+    """
     if isinstance(error, HeadgateError):
         return error
     if isinstance(error, ClientError):
         code = str(error.response.get("Error", {}).get("Code", ""))
-        message = str(error.response.get("Error", {}).get("Message", ""))[:300]
+        message = without(str(error.response.get("Error", {}).get("Message", "")), secrets)[:300]
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         what = f"{code}: {message}" if message else code
         if code in _THROTTLES or status == 429:
@@ -92,8 +97,9 @@ def translate(error: Exception, where: str) -> HeadgateError:
     # Connections refused, reset or timed out; answers that were cut off or do not parse. botocore wraps most of these, but
     # aiobotocore 3.10 reads the body outside the wrapper, so that aiohttp's own errors come through too.
     if isinstance(error, BotoCoreError | aiohttp.ClientError | OSError | TimeoutError | json.JSONDecodeError):
-        return Transient(where, f"{type(error).__name__}: {error}"[:300].rstrip(": "))
-    return Transient(where, f"the answer was not understood: {type(error).__name__}: {error}"[:300])
+        return Transient(where, without(f"{type(error).__name__}: {error}", secrets)[:300].rstrip(": "))
+    what = without(f"the answer was not understood: {type(error).__name__}: {error}", secrets)
+    return Transient(where, what[:300])
 
 
 def may_be_billed(error: BaseException) -> bool:

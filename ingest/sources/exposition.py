@@ -65,6 +65,9 @@ class Endpoint:
 
 def endpoint_of(url: str, labels: Iterable[tuple[str, str]] = ()) -> Endpoint:
     """An endpoint with its `instance`: host and port of the URL, unless the labels have one. Raises Rejected."""
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        # Not quoted: a URL stands in logs and in the ledger.
+        raise Rejected("exposition", "bad_endpoint", "a URL with credentials")
     where = f"exposition {url}"
     try:
         parts = urlsplit(url)
@@ -167,7 +170,8 @@ def parse(
             found[key] = float(sample.value)
             if len(found) > job.series_max:
                 raise Rejected(where, "too_many_series", f"more than series_max {job.series_max}")
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, ArithmeticError) as error:
+        # prometheus_client 0.26 raises what it stumbles over, as OverflowError for a timestamp of 400 digits.
         raise Rejected(where, "bad_exposition", f"does not parse: {error}") from error
     keys = tuple(found)
     exposed = last
