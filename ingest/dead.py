@@ -19,7 +19,6 @@ from datetime import datetime
 import asyncpg
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from ingest import letters, wire
@@ -216,20 +215,6 @@ async def _bounds(
         later = await client.offsets_for_times(dict.fromkeys(partitions, since_ms))
         first = {tp: at.offset if (at := later.get(tp)) else end[tp] for tp in partitions}
     return {tp: (first[tp], end[tp]) for tp in partitions if first[tp] < end[tp]}
-
-
-async def cluster_id(kafka: Kafka | str) -> str:
-    """The Kafka cluster's id: offsets mean something within one cluster only. Raises Transient."""
-    admin = AIOKafkaAdminClient(**client_options(kafka))
-    try:
-        async with asyncio.timeout(STALL_S):
-            await admin.start()
-            described = await admin.describe_cluster()
-    except (KafkaError, OSError, TimeoutError) as error:
-        raise Transient(f"kafka {bootstrap_of(kafka)}", f"{type(error).__name__} {error}".rstrip()) from error
-    finally:
-        await quietly(admin.close())
-    return str(described["cluster_id"] or "")
 
 
 # --- what was decided -------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import Protocol
 
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import (
     KafkaError,
     MessageSizeTooLargeError,
@@ -36,6 +37,9 @@ VALUE_BYTES_MAX = 1_000_000
 
 
 IN_FLIGHT_MAX = 200
+
+ANSWER_S = 30.0
+"""So long a broker has to say which cluster it is of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +169,20 @@ async def commit_start(
             await client.commit(missing)
     finally:
         await quietly(client.stop())
+
+
+async def cluster_id(kafka: Kafka | str) -> str:
+    """The Kafka cluster's id: offsets mean something within one cluster only. Raises Transient."""
+    admin = AIOKafkaAdminClient(**client_options(kafka))
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            await admin.start()
+            described = await admin.describe_cluster()
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise Transient(f"kafka {bootstrap_of(kafka)}", f"{type(error).__name__} {error}".rstrip()) from error
+    finally:
+        await quietly(admin.close())
+    return str(described["cluster_id"] or "")
 
 
 async def _close_producer(client: AIOKafkaProducer) -> None:

@@ -25,6 +25,8 @@ DAYS_KEPT = 35
 POINTS_MIN = 10_000
 """With fewer no proposal is made: one in a thousand of them is not many."""
 MINUTE_S = 60
+AGE_S_MAX = 2**31 // MINUTE_S * MINUTE_S - MINUTE_S
+"""What the column holds; only a source whose clock is mad is later."""
 LOOKS_BEFORE_MAX = 8
 """Looks before that are asked what they saw of a window; the last one that covers it counts."""
 
@@ -72,7 +74,7 @@ def seen_late(done: ReceiptItem, before: Mapping[int, tuple[int, int]]) -> dict[
     found: dict[tuple[date, int], Late] = defaultdict(Late)
     for window in done.item.windows():
         late_s = done.outcome.observed_at_ms / 1000 - window.end_s
-        age_s = max(0, -int(-late_s // MINUTE_S)) * MINUTE_S
+        age_s = min(AGE_S_MAX, max(0, -int(-late_s // MINUTE_S)) * MINUTE_S)
         now, last = seen.get(window.start_s, (0, 0)), before.get(window.start_s)
         if last is None:
             if late_s >= 2 * done.item.grid_s:

@@ -17,12 +17,11 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
 from ingest.clock import Clock, SystemClock
-from ingest.dead import cluster_id
 from ingest.errors import Fatal, Transient
 from ingest.group import Consumer
 from ingest.landing import Landing
 from ingest.ledger import Ledger
-from ingest.log import Producer
+from ingest.log import Producer, cluster_id
 from ingest.ports import Record
 from ingest.projection import Projection
 from ingest.schedule import grids_of

@@ -42,6 +42,7 @@ from shard_config.load import load
 from shard_config.model import Config
 from shard_config.units import Places, UnitPlan, plan_units
 from workers import local
+from workers.aside import Aside
 from workers.budgets import Budgeter
 from workers.healing import Healer, keep_pauses, read_pauses
 from workers.inventory import Refresher
@@ -303,7 +304,7 @@ async def serve(config: Config, lifecycle: Lifecycle, path: Path | None = None) 
         producer = Producer(config.kafka, "coordinator")
         stack.push_async_callback(producer.close)
         ledger = connection("coordinator")
-        board = Board(config.kafka, "coordinator")
+        board = Board(config.kafka, "coordinator", Aside(config.kafka, producer).put)
         stack.push_async_callback(board.close)
         await until_slots_fit(config, lifecycle)
         memory = await _remember(ledger, clock, lifecycle)

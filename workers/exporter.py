@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from ingest.turns import Turns
 from shard_config.load import load
 from shard_config.model import Config
 from workers import local
+from workers.aside import Aside
 from workers.lifecycle import Lifecycle, add_worker_arguments, run_worker
 from workers.members import Members
 from workers.names import exporter_group
@@ -95,12 +96,19 @@ class Exporter:
     consumer: Consumer
 
     def __init__(
-        self, collector: Collector, clock: Clock, tasks_in_flight: int, settings: Settings | None = None
+        self,
+        collector: Collector,
+        clock: Clock,
+        tasks_in_flight: int,
+        settings: Settings | None = None,
+        aside: Callable[[Record, Rejected], Awaitable[None]] | None = None,
     ) -> None:
-        """`settings` are asked for accounts and services that a task names and that are not known yet."""
+        """`settings` are asked for accounts and services that a task names and that are not known yet. `aside` is given what is no task;
+        None: that is logged."""
         self._collector = collector
         self._clock = clock
         self._settings = settings
+        self._aside = aside
         self._waited_for: set[Target] = set()
         """Targets that this configuration did not come to know in time."""
         self._taken_max = tasks_in_flight + WAITING_MAX
@@ -204,6 +212,8 @@ class Exporter:
         except Rejected as error:
             # Only the coordinator writes here. Whatever this is, its windows are not planned by it.
             _log.error("task_not_readable", partition=at.partition, offset=at.offset, error=str(error))
+            if self._aside is not None:
+                await self._until_written(partial(self._aside, record, error), partition=at.partition)
             tracker.done(at.offset)
             return
         started_s = self._clock.monotonic_s()
@@ -219,7 +229,12 @@ class Exporter:
                 self._begun.add(me)
                 IN_FLIGHT.set(len(self._begun))
                 answer = await self._answer(task, at)
-                await self._publish(answer)
+                receipt = answer.archived.receipt
+                await self._until_written(
+                    partial(self._collector.publish, answer),
+                    task=receipt.task_id,
+                    target=str(receipt.target),
+                )
         finally:
             del self._executing[task.task_id]
         tracker.done(at.offset)
@@ -240,16 +255,13 @@ class Exporter:
         self._remember(task.task_id)
         return await self._collector.answer(task, maybe_second_try=second)
 
-    async def _publish(self, answer: Answer) -> None:
+    async def _until_written(self, write: Callable[[], Awaitable[None]], **what: object) -> None:
         """However long it takes: until then the task is not finished, and its offset not committed."""
         while True:
             try:
-                return await self._collector.publish(answer)
+                return await write()
             except Transient as error:
-                receipt = answer.archived.receipt
-                _log.warning(
-                    "receipt_not_written", task=receipt.task_id, target=str(receipt.target), error=str(error)
-                )
+                _log.warning("receipt_not_written", **what, error=str(error))
                 await self._clock.sleep(error.retry_after_s)
 
     def _remember(self, task_id: str) -> None:
@@ -335,7 +347,8 @@ async def serve(config: Config, shard: str, lifecycle: Lifecycle, path: Path | N
                 deadline_s=config.task_deadline_s,
                 changed=Changed(settling_of(config), no_room=NO_ROOM.inc),
             )
-            exporter = Exporter(collector, clock, config.tasks_in_flight, settings)
+            aside = Aside(kafka, producer).put
+            exporter = Exporter(collector, clock, config.tasks_in_flight, settings, aside)
 
             async def apply(changed: Config) -> None:
                 cloudwatch.configure(changed)

@@ -23,12 +23,11 @@ from prometheus_client import REGISTRY
 
 from ingest.archive import open_archive
 from ingest.clock import Clock, SystemClock
-from ingest.dead import cluster_id
 from ingest.errors import Fatal, Transient
 from ingest.forwarded import Tally
 from ingest.forwarding import Forwarder, start_ms
 from ingest.group import Committable, Consumer
-from ingest.log import Producer
+from ingest.log import Producer, cluster_id
 from ingest.ports import Receiving, Record
 from ingest.resources import ResourceBook
 from ingest.sinks.remote_write import RemoteWrite

@@ -15,7 +15,7 @@ import os
 import secrets
 import socket
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,10 @@ from ingest.errors import Fatal, Rejected, Transient
 from ingest.group import Consumer
 from ingest.log import Outgoing, Sender, quietly
 from ingest.membership import GroupLook, ShardAssignor, look_at_group
+from ingest.model import RecordPosition
+from ingest.ports import Record
 from ingest.reassign import History, Planned, next_assignment
+from ingest.validate import Reason
 from shard_config.model import Kafka
 from workers.lifecycle import Lifecycle
 from workers.names import exporter_group
@@ -70,7 +73,13 @@ UNOWNED = Gauge("headgate_slots_unowned", "Slots that no live shard owns: what i
 class Board:
     """What stands on the topic `shards`: the newest assignment, and by shard its newest incarnation."""
 
-    def __init__(self, kafka: Kafka, client_id: str) -> None:
+    def __init__(
+        self,
+        kafka: Kafka,
+        client_id: str,
+        aside: Callable[[Record, Rejected], Awaitable[None]] | None = None,
+    ) -> None:
+        """`aside` is given what cannot be read; of all readers the coordinator has one."""
         self.assignment: Assignment | None = None
         self.incarnations: dict[str, Incarnation] = {}
         self.read = False
@@ -80,6 +89,7 @@ class Board:
         self._kafka = kafka
         self.topic = kafka.topic("shards")
         self._client_id = client_id
+        self._aside = aside
         self._client: AIOKafkaConsumer | None = None
 
     async def open(self) -> None:
@@ -102,7 +112,7 @@ class Board:
                 await client.seek_to_beginning(partition)
                 end = (await client.end_offsets([partition]))[partition]
                 while await client.position(partition) < end:
-                    self._take(await client.getmany(timeout_ms=500))
+                    await self._take(await client.getmany(timeout_ms=500))
         except (KafkaError, OSError, TimeoutError) as error:
             await quietly(client.stop())
             what = f"not read to its end: {type(error).__name__} {error}".rstrip()
@@ -120,7 +130,7 @@ class Board:
                 if self._client is None:
                     await self.open()
                     continue
-                self._take(await self._client.getmany(timeout_ms=500))
+                await self._take(await self._client.getmany(timeout_ms=500))
             except (Transient, KafkaError, OSError) as error:
                 _log.warning("shards_not_read", error=str(error))
                 await self.close()
@@ -131,7 +141,7 @@ class Board:
         if client is not None:
             await quietly(client.stop())
 
-    def _take(self, got: Mapping[TopicPartition, Sequence[Any]]) -> None:
+    async def _take(self, got: Mapping[TopicPartition, Sequence[Any]]) -> None:
         for records in got.values():
             for record in records:
                 try:
@@ -139,6 +149,10 @@ class Board:
                 except Rejected as error:
                     # Of a newer version, perhaps: what was known before holds.
                     _log.error("shards_record_not_readable", offset=record.offset, error=str(error))
+                    if self._aside is not None:
+                        at = RecordPosition(record.topic, record.partition, record.offset)
+                        value = Record(at, record.key or b"", record.value or b"", record.timestamp)
+                        await self._aside(value, error)
         if got:
             self.changed.set()
 
@@ -155,6 +169,8 @@ class Board:
             known = self.incarnations.get(one.shard)
             if known is None or one.order > known.order:
                 self.incarnations[one.shard] = one
+        else:
+            raise Rejected(f"topic {self.topic}", Reason.BAD_KEY, repr(key[:80]))
 
 
 # --- a shard --------------------------------------------------------------------------------------------------
