@@ -244,7 +244,7 @@ def test_no_worker_writes_what_another_is_answerable_for() -> None:
         "collect": {"coordinator"},
         "raw": {"exporter"},
         "ledger": {"coordinator", "exporter"},
-        "dead": {"consumer", "remote-writer"},
+        "dead": {"consumer", "remote-writer", "coordinator", "exporter"},
         "shards": {"coordinator", "exporter"},
     }
     assert readers["raw"] == {"setup", "consumer", "remote-writer", "operator", "viewer"}

@@ -52,19 +52,20 @@ _TOPICS: Final[Mapping[Part, Mapping[str, tuple[Operation, ...]]]] = {
         "dead": ("Create", "Describe"),
         "shards": ("Create", "Describe"),
     },
-    # raw and dead: the page says how much there is.
+    # raw: the page says how much there is. dead, here and below: what stands on collect and shards, and is not ours, is put aside.
     "coordinator": {
         "collect": ("Write",),
         "ledger": ("Write",),
         "shards": ("Read", "Write"),
         "raw": ("Describe",),
-        "dead": ("Describe",),
+        "dead": ("Write",),
     },
     "exporter": {
         "collect": ("Read",),
         "raw": ("Write",),
         "ledger": ("Write",),
         "shards": ("Read", "Write"),
+        "dead": ("Write",),
     },
     "consumer": {"raw": ("Read",), "ledger": ("Read",), "dead": ("Write",)},
     # ledger: which looks were complete, where missing points are sent as zeros.
