@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-docker test-k8s helm-docs sbom audit-deps check bench scale backfill down clean
+.PHONY: help setup run test faults test-docker test-k8s helm-docs sbom audit-deps check bench scale backfill down clean
 .SUFFIXES:
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 SHELL := /bin/bash
@@ -33,6 +33,11 @@ down: ## Stop what runs here, whatever state it is in
 
 test: setup .headgate/versitygw.complete .headgate/helm.complete ## Run the tests, two files at a time; ARGS goes to pytest
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+faults: setup ## Break everything, from seeds: SEEDS=n, MINUTES=m, SEED_BASE=s, ONLY=word, KIND=name, MUTANT=name, JSON=FILE, LIST=1
+	@$(BIN)/python -m tests.faults.campaign $(if $(SEEDS),--seeds $(SEEDS)) $(if $(MINUTES),--minutes $(MINUTES)) \
+	  $(if $(SEED_BASE),--seed-base $(SEED_BASE)) $(if $(ONLY),--only "$(ONLY)") $(if $(KIND),--kind "$(KIND)") \
+	  $(if $(MUTANT),--mutant "$(MUTANT)") $(if $(JSON),--json "$(JSON)") $(if $(LIST),--list) $(ARGS)
 
 test-docker: setup ## Build the image and run it, where a Docker engine answers: HEADGATE_TEST_BASE=image
 	@$(BIN)/python -c 'import docker; docker.from_env(timeout=5).ping()' 2>/dev/null || \

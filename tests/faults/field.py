@@ -236,7 +236,8 @@ class Field:
     def _in_flight(self, worker: str, pid: int) -> int:
         """What it has asked for without a receipt; also of one that is dead."""
         try:
-            return sum(struct.unpack("qq", (self.points / worker / f"{pid}.asked").read_bytes()[:16]))
+            asked: int = struct.unpack_from("q", (self.points / worker / f"{pid}.asked").read_bytes())[0]
+            return asked
         except (OSError, struct.error):
             return 0
 
@@ -288,6 +289,10 @@ class Field:
     def links(self, part: Part) -> list[Link]:
         """Of all workers to one server."""
         return [link for (_, to), link in self._links.items() if to == part]
+
+    def every_link(self) -> list[tuple[tuple[str, Part], Link]]:
+        """All of them, by worker and part."""
+        return list(self._links.items())
 
     @asynccontextmanager
     async def simulator_faults(self, **faults: Any) -> AsyncIterator[None]:

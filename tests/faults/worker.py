@@ -5,7 +5,8 @@ What is planted lies in the stack's home (`points/<worker>/`, see `tests.faults.
 * a file named after one of POINTS holds a signal's number: whoever reaches the point takes the file, notes `<point>.hit`, and sends itself that;
 * `clock` is the offset of the wall clock, in seconds;
 * `kafka.json` is the broker's port and the one to connect to instead; `headgate.yaml` stands for the configuration of the command line;
-* `<pid>.asked`, which is written here, is how many metrics were asked for by tasks that have no receipt yet, and by those that ended without one.
+* `<pid>.asked`, which is written here, is three numbers: how many metrics were asked for by tasks that have no receipt yet, by tasks that ended
+  without one, and in requests whose answer was lost.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ class Points:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._asked = (folder / f"{os.getpid()}.asked").open("w+b")
-        self._asked.truncate(16)
-        self._map = mmap.mmap(self._asked.fileno(), 16)  # outlives a SIGKILL
+        self._asked.truncate(24)
+        self._map = mmap.mmap(self._asked.fileno(), 24)  # outlives a SIGKILL
         self._by_task: Counter[str] = Counter()
         self._abandoned = 0
+        self._lost = 0
         self._offset_ms = 0
         self._read_s = 0.0
 
@@ -62,7 +64,7 @@ class Points:
             armed.unlink()
         except FileNotFoundError:
             return  # another one of this name was quicker
-        said = {"signal": number, "in_flight": sum(struct.unpack("qq", self._map[:16]))}
+        said = {"signal": number, "in_flight": struct.unpack_from("q", self._map)[0]}
         new = self.folder / f"{point}.new"
         new.write_text(json.dumps(said))
         new.replace(self.folder / f"{point}.hit")
@@ -72,10 +74,18 @@ class Points:
         self._by_task[task_id] += metrics
         self._write()
 
-    def answered(self, task_id: str, receipt: bool) -> None:
-        """The task has ended; without a receipt what it asked for stays in doubt."""
-        metrics = self._by_task.pop(task_id, 0)
-        self._abandoned += 0 if receipt else metrics
+    def refused(self, task_id: str, metrics: int) -> None:
+        """AWS said no: it bills nothing."""
+        self._by_task[task_id] -= metrics
+        self._write()
+
+    def ended(self, task_id: str, billed: int | None) -> None:
+        """The task is over; `billed` is what its receipt says was answered, None where it has none."""
+        asked = self._by_task.pop(task_id, 0)
+        if billed is None:
+            self._abandoned += asked
+        else:
+            self._lost += max(0, asked - billed)
         self._write()
 
     def offset_ms(self) -> int:
@@ -90,7 +100,7 @@ class Points:
         return self._offset_ms
 
     def _write(self) -> None:
-        self._map[:16] = struct.pack("qq", self._by_task.total(), self._abandoned)
+        self._map[:24] = struct.pack("qqq", self._by_task.total(), self._abandoned, self._lost)
 
 
 def around(
@@ -133,6 +143,8 @@ def of_commit(topic: str, point: str) -> Callable[..., str]:
 
 
 def plant_exporter(points: Points) -> None:
+    from botocore.exceptions import ClientError
+
     from ingest.archive import S3Archive
     from ingest.collect import Answer, Collector
     from ingest.group import Consumer
@@ -161,7 +173,7 @@ def plant_exporter(points: Points) -> None:
         try:
             return await answer(self, task, maybe_second_try=maybe_second_try)
         except BaseException:
-            points.answered(task.task_id, receipt=False)
+            points.ended(task.task_id, None)
             raise
 
     async def published(self: Collector, one: Answer) -> None:
@@ -169,13 +181,18 @@ def plant_exporter(points: Points) -> None:
         try:
             await publish(self, one)
         except asyncio.CancelledError:
-            points.answered(task_id, receipt=False)
+            points.ended(task_id, None)
             raise
-        points.answered(task_id, receipt=True)
+        points.ended(task_id, sum(item.outcome.metrics_billed for item in one.own.items) if one.own else 0)
 
     async def asking(self: Calls, access: Any, request: Mapping[str, Any]) -> Any:
-        points.asked(now.get(""), len(request["MetricDataQueries"]))
-        return await ask(self, access, request)
+        task_id, metrics = now.get(""), len(request["MetricDataQueries"])
+        points.asked(task_id, metrics)
+        try:
+            return await ask(self, access, request)
+        except ClientError:
+            points.refused(task_id, metrics)
+            raise
 
     setattr(Collector, "answer", answered)  # noqa: B010
     setattr(Collector, "publish", published)  # noqa: B010

@@ -1,0 +1,248 @@
+"""The fault campaign: a whole system at work, faults by a seed, then heal, drain, and check all invariants.
+
+    make faults SEEDS=3 MINUTES=2                        # seeds 1, 2, 3; two minutes of faults each
+    make faults SEEDS=1 SEED_BASE=17 ONLY=zombie         # one seed again, with the kinds whose names have the word
+
+A seed reproduces a run: which faults strike whom, when and for how long; not the machine's own timing. Exit code 1 where an invariant broke.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+
+from tests.faults.checks import Freshness, drain, judge, quiet
+from tests.faults.field import POLL_S, Field, open_field
+from tests.faults.kinds import ALONE_BOUND_S, BOUND_S, NEEDS, Kind, Struck
+from tests.faults.schedule import Planned, Schedule, schedule
+from tests.faults.table import Run, Strike, replaced, table
+
+MODULES = ("kinds_process", "kinds_servers", "kinds_source", "kinds_log")
+HOME = Path(".headgate/faults")
+WARM_UP_S = 90.0
+TURN_S = 10.0
+"""So long a strike waits for what another one still holds; then it is missed."""
+
+
+def all_kinds() -> tuple[Kind, ...]:
+    """Of all modules, in one order; a name stands for one kind."""
+    found: list[Kind] = []
+    for module in MODULES:
+        with suppress(ModuleNotFoundError):
+            found += importlib.import_module(f"tests.faults.{module}").KINDS
+    names = [kind.name for kind in found]
+    assert len(names) == len(set(names)), "two kinds have one name"
+    assert all(kind.needs <= NEEDS for kind in found)
+    return tuple(found)
+
+
+class Play:
+    """One run on a field."""
+
+    def __init__(self, field: Field, planned: Schedule, run: Run) -> None:
+        self.field = field
+        self.schedule = planned
+        self.run = run
+        self.freshness = Freshness(field)
+        self.struck: list[Struck] = []
+        self._made: list[tuple[Planned, Struck, float, float]] = []
+        self._turns = {need: asyncio.Lock() for need in NEEDS}
+
+    async def all(self) -> None:
+        """Warm up, strike, heal, drain, judge: what came of it is in `run`."""
+        started_s = time.monotonic()
+        watching = asyncio.create_task(self.freshness.run())
+        try:
+            first_s = time.time()
+
+            async def sealed() -> bool:
+                return await self.freshness.fresh_s() >= first_s
+
+            await self.field.until(sealed, "a first window is sealed", WARM_UP_S)
+            await self._half(self.schedule.first)
+            if self.schedule.alone is not None:
+                await self._strike(self.schedule.alone)
+            await self._half(self.schedule.second)
+            await make_whole(self.field)
+            until_s = int(time.time()) // POLL_S * POLL_S
+            await drain(self.field, self.freshness, until_s, self.run.verdict)
+        finally:
+            watching.cancel()
+            await asyncio.wait([watching])
+        self.run.strikes = [
+            Strike(
+                planned.kind.name,
+                struck.hit,
+                at_s - first_s,
+                healed_s - at_s,
+                struck.missed,
+                None if struck.missed else self.freshness.recovery_s(healed_s),
+            )
+            for planned, struck, at_s, healed_s in self._made
+        ]
+        async with self.field.down("coordinator"):
+            await quiet(self.field)
+            await judge(self.field, self.struck, until_s, self.run.verdict)
+        self.run.seconds = time.monotonic() - started_s
+
+    async def _half(self, strikes: Sequence[Planned]) -> None:
+        async def at_its_time(planned: Planned) -> None:
+            await asyncio.sleep(planned.at_s)
+            await self._strike(planned)
+
+        async with asyncio.TaskGroup() as group:
+            for planned in strikes:
+                group.create_task(at_its_time(planned))
+            group.create_task(asyncio.sleep(self.schedule.half_s))
+
+    async def _strike(self, planned: Planned) -> None:
+        kind, struck, began_s = planned.kind, Struck(missed=True), time.time()
+        held: list[asyncio.Lock] = []
+        try:
+            async with asyncio.timeout(TURN_S):
+                for need in sorted(kind.needs):
+                    await self._turns[need].acquire()
+                    held.append(self._turns[need])
+            bound_s = ALONE_BOUND_S if kind.alone else BOUND_S
+            began_s = time.time()
+            rng = random.Random(f"{self.field.seed} {planned.number} {kind.name}")
+            async with asyncio.timeout(2 * bound_s + planned.lasts_s), kind.strike(self.field, rng) as struck:
+                await asyncio.sleep(planned.lasts_s)
+        except TimeoutError as error:
+            if len(held) == len(kind.needs):
+                struck.complaints.append(f"{kind.name} at {struck.hit}: not within its time ({error})")
+        except Exception as error:
+            struck.complaints.append(f"{kind.name} at {struck.hit}: {type(error).__name__}: {error}")
+        finally:
+            for lock in held:
+                lock.release()
+        self.struck.append(struck)
+        self._made.append((planned, struck, began_s, time.time()))
+        say(
+            f"    {time.time() - began_s:4.0f} s  {kind.name}: {struck.hit}{' missed' if struck.missed else ''}"
+        )
+
+
+async def make_whole(field: Field) -> None:
+    """Whatever a kind has left: nothing is stopped, late, silent or refused after this, and all are ready."""
+    for worker in field.workers:
+        field.clock(worker, 0.0)
+        await field.cont(worker)
+    for _, link in field.every_link():
+        link.resume()
+    await field.aws("/faults", {})
+    for worker in field.workers:
+        await field.ready(worker, 120.0)
+
+
+async def play(seed: int, minutes: float, kinds: Sequence[Kind], home: Path, mutant: str) -> Run:
+    """One seed, from start to end."""
+    run, planned = Run(seed, minutes), schedule(seed, minutes, kinds)
+    say(f"seed {seed}:")
+    for line in planned.lines():
+        say(f"  {line}")
+    shutil.rmtree(home, ignore_errors=True)
+    try:
+        async with open_field(home, seed, mutant) as field:
+            await Play(field, planned, run).all()
+    except Exception as error:
+        run.verdict.complaints.append(f"the run ended: {type(error).__name__}: {error}")
+    if run.verdict.complaints:
+        shutil.rmtree(home / "run", ignore_errors=True)  # logs stay
+    else:
+        shutil.rmtree(home, ignore_errors=True)
+    return run
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def report(run: Run, again: str, logs: Path) -> None:
+    """One line of figures, and what broke, with how to have it again."""
+    v = run.verdict
+    say(
+        f"seed {run.seed}: {v.windows} windows, {v.records} records, {v.points} points; {v.lost} lost, {v.wrong} wrong, "
+        f"{v.invented} invented; paid twice {v.paid_twice} of {v.billed} ({v.may_twice} could be); sealed after {v.drain_s:.0f} s"
+    )
+    for complaint in v.complaints:
+        say(f"  BROKEN {complaint}")
+    if v.complaints:
+        say(f"  again: {again}\n  logs: {logs}")
+
+
+def machine() -> str:
+    """By its size."""
+    return f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.campaign", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--seeds", type=int, default=1, metavar="N", help="how many runs (default %(default)s)")
+    add("--seed-base", type=int, default=1, metavar="S", help="the first run's seed (default %(default)s)")
+    add("--minutes", type=float, default=2.0, metavar="M", help="of faults in a run (default %(default)s)")
+    add("--only", default="", metavar="WORD", help="kinds whose names, or rows, have the word")
+    add("--kind", action="append", default=[], metavar="NAME", help="this kind; may be given again")
+    add("--mutant", default="", metavar="NAME", help="plant a mistake: the campaign must find it")
+    add("--list", action="store_true", help="list the kinds, and end")
+    add("--json", type=Path, metavar="FILE", help="write the results there")
+    add("--write", type=Path, metavar="FILE", help="put the table between the markers of this document")
+    return parser
+
+
+def chosen(args: argparse.Namespace) -> list[Kind]:
+    """Raises SystemExit where a kind does not exist."""
+    kinds = all_kinds()
+    unknown = [name for name in args.kind if name not in {kind.name for kind in kinds}]
+    if unknown:
+        sys.exit(f"no kind is named {', '.join(unknown)}; --list names them")
+    return [k for k in kinds if (not args.kind or k.name in args.kind) and args.only in f"{k.name} {k.row}"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments().parse_args(argv)
+    kinds = chosen(args)
+    if args.list:
+        for kind in kinds:
+            say(f"{kind.name}{' (alone)' if kind.alone else ''}  ·  {kind.row}")
+        return 0
+    runs: list[Run] = []
+    try:
+        for seed in range(args.seed_base, args.seed_base + args.seeds):
+            home = (HOME / f"seed-{seed}").resolve()
+            runs.append(asyncio.run(play(seed, args.minutes, kinds, home, args.mutant)))
+            only = f' ONLY="{args.only}"' if args.only else "".join(f' KIND="{name}"' for name in args.kind)
+            again = f"make faults SEEDS=1 SEED_BASE={seed} MINUTES={args.minutes:g}{only}"
+            report(runs[-1], again, home / "logs")
+    except KeyboardInterrupt:
+        say("stopped; so far:")
+    text = table(runs, machine())
+    say(f"\n{text}")
+    if args.json:
+        args.json.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n")
+    if args.write:
+        args.write.write_text(replaced(args.write.read_text(), text))
+    broken = [run for run in runs if run.verdict.complaints]
+    if args.mutant:
+        say(f"the mutant {args.mutant!r} was {'caught' if broken else 'NOT caught'}")
+        return int(not broken)
+    return int(bool(broken) or not runs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,334 @@
+"""What must hold of a field when all faults are healed: the invariants, and what the run cost. Complaints are sentences; none is good.
+
+* I1 landed = the simulated AWS's truth: at each look what it showed then, and for what is sealed the final truth. I4 with it: the greatest version of `raw`.
+* I2 the dead letters are those of the bad records that were published, once by identity.
+* I3 no committed position is past what has landed.
+* I5 memory below the chart's limits.
+* I7 every window that configuration and time plan is sealed, or declared; and ledger ≤ bill ≤ ledger + in doubt.
+* *Paid twice*: what was billed beyond one run of each task and service that has a receipt is at most what was in flight at the
+  kills and pauses, what was handed back unfinished, and the answers that were lost on their way (which the workers themselves have noted).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import struct
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import asyncpg
+import yaml
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from ingest.batch import decode_batch
+from ingest.errors import Rejected
+from ingest.model import bytes_of, series_ids, version_of
+from ingest.sinks.connection import open_connection
+from shard_config.model import Config
+from tests.faults.field import ACCOUNTS, POLL_S, REGIONS, SERVICES, SETTLING_S, Field
+from tests.faults.kinds import Struck
+from tests.faults.oracle import Oracle, complaints_of_dead, complaints_of_landed
+from tests.faults.truth import Published, Truth
+from workers.stack import CHECKOUT
+from workers.verify import landed_points, verify
+from workers.world import SETTLED, Question
+
+DRAIN_S = 200.0
+QUIET_S = 3.0
+DUE_S = SETTLING_S + POLL_S + 10
+"""After its end a window is sealed within that, where nothing is wrong."""
+
+_FRESH = """SELECT target, service, extract(epoch FROM max(window_end))::bigint AS planned_s,
+    extract(epoch FROM min(window_end) FILTER (WHERE sealed_at IS NULL AND declared IS NULL))::bigint AS open_s
+FROM windows GROUP BY 1, 2"""
+_WINDOWS = """SELECT target, service, extract(epoch FROM window_start)::bigint AS start_s, sealed_at IS NOT NULL AS sealed,
+    declared, last_status, last_detail, unbalanced FROM windows WHERE window_end <= to_timestamp($1) ORDER BY 1, 2, 3"""
+_BUSY = """SELECT (SELECT count(*) FROM looks) AS looks, (SELECT sum(metrics_billed) FROM charges)::bigint AS billed,
+    (SELECT sum(next) FROM positions)::bigint AS positions, (SELECT count(*) FROM landed) AS landed"""
+_MONEY = (
+    "SELECT sum(metrics_billed)::bigint AS billed, sum(metrics_in_doubt)::bigint AS in_doubt FROM charges"
+)
+_ONCE = """SELECT coalesce(sum(least_billed), 0)::bigint FROM (SELECT min(metrics_billed) FILTER (WHERE metrics_billed > 0) AS least_billed
+FROM looks GROUP BY task_id, service) AS one"""
+
+
+@dataclass(slots=True)
+class Verdict:
+    """Of one run. Metrics are queries of GetMetricData, as they are billed."""
+
+    complaints: list[str] = field(default_factory=list)
+    windows: int = 0
+    declared: int = 0
+    records: int = 0
+    points: int = 0
+    lost: int = 0
+    wrong: int = 0
+    invented: int = 0
+    billed: int = 0
+    paid_twice: int = 0
+    may_twice: int = 0
+    """The most that may be paid twice: in flight, handed back, or lost on its way."""
+    drain_s: float = 0.0
+    memory_bytes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Freshness:
+    """Watches until when everything is sealed; what a fault's recovery is read from."""
+
+    watched: Field
+    seen: list[tuple[float, int]] = field(default_factory=list)
+    """(Unix time, everything that ended by then is closed)."""
+
+    async def fresh_s(self) -> int:
+        """Everything planned that ended by then is sealed or declared. Raises what asyncpg raises."""
+        rows = await self.watched.sql(_FRESH)
+        if len(rows) < targets() * len(SERVICES):
+            return 0
+        fresh_s: int = min(r["planned_s"] if r["open_s"] is None else r["open_s"] - POLL_S for r in rows)
+        return fresh_s
+
+    async def run(self) -> None:
+        """Until cancelled. While the store does not answer nothing is fresh."""
+        while True:
+            try:
+                async with asyncio.timeout(10):
+                    self.seen.append((time.time(), await self.fresh_s()))
+            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                pass
+            await asyncio.sleep(1.0)
+
+    def recovery_s(self, healed_at_s: float) -> float | None:
+        """From a heal until all that was due then is sealed; None where it never was."""
+        due_s = healed_at_s - DUE_S
+        return next(
+            (max(0.0, t - healed_at_s) for t, f in self.seen if t >= healed_at_s and f >= due_s), None
+        )
+
+
+def targets() -> int:
+    return ACCOUNTS * len(REGIONS)
+
+
+async def drain(field: Field, freshness: Freshness, until_s: int, verdict: Verdict) -> None:
+    """Wait until every window that ended by `until_s` is closed; after DRAIN_S that is a complaint (I6)."""
+    started_s = time.monotonic()
+
+    async def closed() -> bool:
+        return await freshness.fresh_s() >= until_s
+
+    try:
+        await field.until(closed, f"all is sealed that ended by {until_s}", DRAIN_S)
+    except AssertionError as error:
+        verdict.complaints.append(f"I6 not drained: {error}")
+    verdict.drain_s = time.monotonic() - started_s
+
+
+async def quiet(field: Field, timeout_s: float = 90.0) -> None:
+    """Wait until nothing lands, nothing is billed and no receipt comes for a while. The coordinator is down by now."""
+    last: object = None
+    since_s = time.monotonic()
+
+    async def still() -> bool:
+        nonlocal last, since_s
+        now = (await field.aws("/billing"), [tuple(r) for r in await field.sql(_BUSY)])
+        if now != last:
+            last, since_s = now, time.monotonic()
+        return time.monotonic() - since_s > QUIET_S
+
+    await field.until(still, "nothing is at work", timeout_s)
+
+
+async def judge(field: Field, struck: Iterable[Struck], until_s: int, verdict: Verdict) -> None:
+    """All invariants, over what ended by `until_s`. The field stands still; nothing of it is changed."""
+    config = field.config
+    verdict.complaints += [complaint for one in struck for complaint in one.complaints]
+    bad = {at: dead for one in struck for at, dead in one.bad.items()}
+    from_s = await _windows(field, until_s, verdict)
+    # Off this loop: the links live on it.
+    await asyncio.to_thread(asyncio.run, _data(field, config, bad, from_s, until_s, verdict))
+    await _money(field, verdict)
+    verdict.memory_bytes = dict(field.memory_bytes)
+    verdict.complaints += memory_complaints(field.memory_bytes)
+
+
+async def _windows(field: Field, until_s: int, verdict: Verdict) -> int:
+    """I7; returns when the first window starts."""
+    rows = await field.sql(_WINDOWS, until_s)
+    open_ones = [
+        f"{r['target']} {r['service']} {r['start_s']} {r['last_status']} {r['last_detail']} {r['unbalanced'] or ''}"
+        for r in rows
+        if not (r["sealed"] or r["declared"])
+    ]
+    if open_ones:
+        verdict.complaints.append(f"I7 {len(open_ones)} windows are open, as {open_ones[:3]}")
+    verdict.windows, verdict.declared = len(rows), sum(bool(r["declared"]) for r in rows)
+    if verdict.declared:
+        kinds = sorted({(r["declared"], r["last_detail"]) for r in rows if r["declared"]})
+        verdict.complaints.append(f"I7 {verdict.declared} windows were given up, as {kinds[:3]}")
+    from_s = min((r["start_s"] for r in rows), default=until_s)
+    starts: dict[tuple[str, str], set[int]] = {}
+    for r in rows:
+        starts.setdefault((r["target"], r["service"]), set()).add(r["start_s"])
+    planned = set(range(from_s, until_s // POLL_S * POLL_S, POLL_S))
+    missing = {of: sorted(planned - have) for of, have in starts.items() if planned - have}
+    if missing or len(starts) != targets() * len(SERVICES):
+        some = [(of, len(gone), gone[:3]) for of, gone in sorted(missing.items())][:3]
+        verdict.complaints.append(f"I7 windows were never planned, as {some}")
+    return from_s
+
+
+async def _data(
+    field: Field,
+    config: Config,
+    bad: Mapping[tuple[int, int], frozenset[tuple[str, bytes, str, bytes | int]]],
+    from_s: int,
+    until_s: int,
+    verdict: Verdict,
+) -> None:
+    connection = await open_connection(config.postgres, "campaign")
+    try:
+        as_shown = await verify(connection, field.truth, config, from_s, until_s)
+        verdict.points += as_shown.equal
+        verdict.lost += as_shown.missing
+        verdict.wrong += as_shown.wrong
+        verdict.invented += as_shown.invented
+        if not as_shown.good:
+            verdict.complaints.append(f"I1 as of the looks: {as_shown.examples[:3]}")
+        verdict.complaints += await _final(connection, field, config, from_s, until_s, verdict)
+    finally:
+        await connection.close()
+    published, complaints = await _published(config, bad)
+    verdict.records = len(published)
+    oracle = Oracle(config, Truth(0), published)
+    table = await oracle.table()
+    # A position may be past what came before a topic was made again, or its records deleted: only what is there is held against the store.
+    verdict.complaints += complaints
+    verdict.complaints += await oracle.positions()
+    verdict.complaints += [
+        c for c in complaints_of_landed(published.values(), table) if not c.startswith("I1 invented")
+    ]
+    verdict.complaints += complaints_of_dead(await oracle.dead_letters(), published)
+
+
+async def _final(
+    connection: asyncpg.Connection, field: Field, config: Config, from_s: int, until_s: int, verdict: Verdict
+) -> list[str]:
+    """What is landed against the final truth: all of it is settled by now."""
+    lost = wrong = invented = 0
+    examples: list[str] = []
+    for account in config.accounts:
+        for region in account.regions:
+            landed = await landed_points(connection, account.id, region, from_s, until_s)
+            for series, points in landed.items():
+                namespace, metric, dimensions, stat = series
+                question = Question(namespace, metric, dimensions, stat, POLL_S)
+                [(times_s, values)] = field.truth.answers(
+                    account.id, region, [question], from_s, until_s, SETTLED
+                )
+                final = dict(zip(times_s, values, strict=True))
+                have = {t: value for t, (value, _) in points.items()}
+                lost += len(final.keys() - have.keys())
+                invented += len(have.keys() - final.keys())
+                differ = [t for t in final.keys() & have.keys() if final[t] != have[t]]
+                wrong += len(differ)
+                if have != final and len(examples) < 3:
+                    one = min(t for t in final.keys() | have.keys() if final.get(t) != have.get(t))
+                    examples.append(
+                        f"{account.id}/{region} {series} at {one}: {have.get(one)}, finally {final.get(one)}"
+                    )
+    verdict.lost, verdict.wrong = max(verdict.lost, lost), max(verdict.wrong, wrong)
+    verdict.invented = max(verdict.invented, invented)
+    return [f"I1 finally: {lost} lost, {wrong} wrong, {invented} invented, as {examples}"] if examples else []
+
+
+async def _published(
+    config: Config, bad: Mapping[tuple[int, int], frozenset[tuple[str, bytes, str, bytes | int]]]
+) -> tuple[dict[tuple[int, int], Published], list[str]]:
+    """All of `raw` by (partition, offset), and what is there that nobody owned up to."""
+    found: dict[tuple[int, int], Published] = {}
+    complaints: list[str] = []
+    for at, value in (await read_raw(config)).items():
+        if at in bad:
+            found[at] = Published(value, (), bad[at])
+            continue
+        try:
+            batch = decode_batch(value, config.limits)
+        except Rejected as error:
+            complaints.append(f"I2 {at} of raw is bad, and nobody has put it there: {error}")
+            continue
+        version = version_of(batch.revision, batch.observed_at_ms)
+        ids = bytes_of(series_ids(batch.series))
+        owners = [sid for sid, n in zip(ids, batch.counts.tolist(), strict=True) for _ in range(n)]
+        rows = zip(owners, batch.timestamps_s.tolist(), batch.values.tolist(), strict=True)
+        found[at] = Published(value, tuple((sid, t, version, v + 0.0) for sid, t, v in rows))
+    return found, complaints
+
+
+async def read_raw(config: Config) -> dict[tuple[int, int], bytes]:
+    """The values of `raw` by (partition, offset), from its first record that is there to its end of now."""
+    asked = [TopicPartition(config.kafka.topic("raw"), p) for p in range(config.kafka.raw_partitions)]
+    client = AIOKafkaConsumer(bootstrap_servers=config.kafka.bootstrap, enable_auto_commit=False)
+    await client.start()
+    try:
+        client.assign(asked)
+        found: dict[tuple[int, int], bytes] = {}
+        starts, ends = await client.beginning_offsets(asked), await client.end_offsets(asked)
+        for tp in asked:
+            client.seek(tp, starts[tp])
+            while await client.position(tp) < ends[tp]:
+                got = await client.getmany(tp, timeout_ms=1000)
+                found |= {
+                    (tp.partition, r.offset): r.value or b"" for records in got.values() for r in records
+                }
+        return found
+    finally:
+        await client.stop()
+
+
+async def _money(field: Field, verdict: Verdict) -> None:
+    bill = (await field.aws("/billing"))["accounts"]
+    verdict.billed = sum(account["metrics_requested"] for account in bill.values())
+    [(billed, in_doubt)] = await field.sql(_MONEY)
+    if not billed <= verdict.billed <= billed + in_doubt:
+        verdict.complaints.append(
+            f"I7 the bill is {verdict.billed}, the ledger {billed} + {in_doubt} in doubt"
+        )
+    [(once,)] = await field.sql(_ONCE)
+    verdict.paid_twice = verdict.billed - once
+    verdict.may_twice = sum(one.in_flight for one in field.interruptions) + unanswered(field.points)
+    if verdict.paid_twice > verdict.may_twice:
+        verdict.complaints.append(
+            f"paid twice: {verdict.paid_twice} metrics, and only {verdict.may_twice} were in flight or lost"
+        )
+
+
+def unanswered(points: Path) -> int:
+    """Metrics asked for by tasks that were handed back, and in requests whose answer was lost; by all processes so far."""
+    found = 0
+    for path in points.glob("*/*.asked"):
+        _, abandoned, lost = struct.unpack("qqq", path.read_bytes()[:24])
+        found += abandoned + lost
+    return found
+
+
+def memory_complaints(seen: Mapping[str, int]) -> list[str]:
+    """I5, by the chart's limits."""
+    values = yaml.safe_load((Path(CHECKOUT) / "helm" / "headgate" / "values.yaml").read_text())
+    limits = {
+        "coordinator": values["coordinator"],
+        "exporter": values["exporter"],
+        "consumer": values["sinks"]["postgres"],
+    }
+    found = []
+    for worker, most in sorted(seen.items()):
+        of = limits.get(re.sub(r"-\d+$", "", worker))
+        if of is None:
+            continue
+        limit = int(of["resources"]["limits"]["memory"].removesuffix("Mi")) * 2**20
+        if most >= limit:
+            found.append(f"I5 {worker} had {most >> 20} MiB, the chart allows {limit >> 20}")
+    return found
