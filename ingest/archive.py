@@ -23,7 +23,7 @@ import aiohttp
 import structlog
 from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError
 
 from ingest.aws_session import new_session
 from ingest.clock import Clock, utc
@@ -38,6 +38,8 @@ DEADLINE_S = 60.0
 """Of one put or one get, with all their retries."""
 ATTEMPTS = 4
 """Of one request, by botocore's standard mode; and of a put that lost to something that then was not there."""
+READS = 3
+"""Of a task that came cut short or changed. botocore's attempts end with an answer's first bytes, and to ask the source again costs money."""
 
 _PREFIX = r"(?:[A-Za-z0-9][A-Za-z0-9._=-]*/)*"
 _KEY = re.compile(rf"{_PREFIX}v1/{SLUG}/{SLUG}/{SLUG}/\d{{4}}/\d\d/\d\d/(?P<tick>\d+)-[0-9a-f]{{32}}")
@@ -115,7 +117,7 @@ class S3Archive:
             for attempt in range(1, ATTEMPTS + 1):
                 if await self._put(key, body):
                     return task
-                if (archived := await read_task(key, self._read)) is not None:
+                if (archived := await self._read_task(key)) is not None:
                     self._log.info("archive_put_lost", key=key, task_id=archived.receipt.task_id)
                     return archived
                 # 409: the other put is under way, or has failed since.
@@ -126,7 +128,7 @@ class S3Archive:
         """What is archived, or None. Raises Transient; Rejected where it is spoilt or the key is bad."""
         checked_key(archive_key)
         async with self._translated(archive_key):
-            return await read_task(archive_key, self._read)
+            return await self._read_task(archive_key)
 
     async def receipt(self, archive_key: str) -> Receipt | None:
         """The receipt of what is archived, without its payloads where it fits TAIL_BYTES; None where there is nothing.
@@ -244,6 +246,16 @@ class S3Archive:
                 return False
             raise
         return True
+
+    async def _read_task(self, key: str) -> ArchivedTask | None:
+        """What is archived. What broke on its way is read again; what is spoilt where it lies stays Rejected."""
+        for attempt in range(1, READS):
+            try:
+                return await read_task(key, self._read)
+            except (aiohttp.ClientPayloadError, FlexibleChecksumError, Rejected) as error:
+                self._log.warning("archive_read_again", key=key, attempt=attempt, error=str(error))
+                await self._clock.sleep(0.2 * 2**attempt)
+        return await read_task(key, self._read)
 
     async def _read(self, key: str, bytes_max: int, part: str = "") -> bytes | None:
         ranged = {"Range": part} if part else {}

@@ -16,11 +16,11 @@ from pathlib import Path
 import structlog
 from aiobotocore.session import get_session
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
-from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.errors import KafkaConnectionError, KafkaError, TopicAlreadyExistsError, for_code
 from botocore.exceptions import BotoCoreError, ClientError
 
 from ingest import ledger
-from ingest.brokers import client_options
+from ingest.brokers import NOT_THERE, SEE_TO_IT, client_options, remedy_of, why_not
 from ingest.clock import SystemClock
 from ingest.errors import Fatal, Transient
 from ingest.forwarding import start_ms
@@ -40,6 +40,8 @@ COMPACTED = frozenset({"shards"})
 """Of these Kafka keeps the last record of each key, for ever."""
 MESSAGE_BYTES_MAX = 1_048_588
 """Of one record, in every topic."""
+REPLICATION_SAFE = 3
+"""Copies from which a broker may be away and two still have to have what is acknowledged."""
 
 
 def retention_ms(kafka: Kafka) -> dict[str, int]:
@@ -117,8 +119,12 @@ async def kafka_admin(kafka: Kafka) -> AsyncIterator[AIOKafkaAdminClient]:
     try:
         await admin.start()
         yield admin
+    except KafkaConnectionError as error:
+        what = f"{type(error).__name__} {error}"
+        raise Transient(f"kafka {kafka.bootstrap}", what, await why_not(kafka)) from error
     except (KafkaError, OSError) as error:
-        raise Transient(f"kafka {kafka.bootstrap}", f"{type(error).__name__} {error}") from error
+        what = f"{type(error).__name__} {error}"
+        raise Transient(f"kafka {kafka.bootstrap}", what, remedy_of(error)) from error
     finally:
         await admin.close()
 
@@ -138,7 +144,10 @@ async def _create_topic(
         topic,
         partitions,
         replication,
-        topic_configs=kept | {"max.message.bytes": str(MESSAGE_BYTES_MAX)},
+        topic_configs=kept
+        | {"max.message.bytes": str(MESSAGE_BYTES_MAX)}
+        # Kafka's default is 1: what the last broker that is left acknowledges would go with it.
+        | ({"min.insync.replicas": "2"} if replication >= REPLICATION_SAFE else {}),
     )
     try:
         answer = await admin.create_topics([new])
@@ -198,11 +207,11 @@ async def check_slots(config: Config) -> None:
         there = await _slots_there(admin, config)
     if there != config.slots:
         what = (
-            "is not there"
+            NOT_THERE
             if there is None
             else f"has {there} partitions, and {config.slots} slots are configured"
         )
-        raise Fatal(f"topic {config.kafka.topic('collect')}", what, "run `headgate setup`")
+        raise Fatal(f"topic {config.kafka.topic('collect')}", what, SEE_TO_IT)
 
 
 async def until_slots_fit(config: Config, lifecycle: Lifecycle) -> None:

@@ -255,7 +255,7 @@ class Stage:
 
 @asynccontextmanager
 async def staged(
-    truth: Truth, kafka_bootstrap: str, prefix: str, dsn: str, s3: S3, home: Path
+    truth: Truth, kafka_bootstrap: str, prefix: str, dsn: str, s3: S3, home: Path, *, replication: int = 1
 ) -> AsyncIterator[Stage]:
     """A stage with its topics, tables and positions."""
     config = Config(
@@ -267,6 +267,7 @@ async def staged(
             prefix=prefix,
             raw_partitions=4,
             ledger_partitions=1,
+            replication=replication,
         ),
         postgres=Postgres(dsn=dsn),
         s3=s3,
