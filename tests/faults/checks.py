@@ -15,7 +15,7 @@ import asyncio
 import re
 import struct
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -147,9 +147,10 @@ async def judge(field: Field, struck: Iterable[Struck], until_s: int, verdict: V
     config = field.config
     verdict.complaints += [complaint for one in struck for complaint in one.complaints]
     bad = {at: dead for one in struck for at, dead in one.bad.items()}
+    elsewhere = {at for one in struck for at in one.elsewhere}
     from_s = await _windows(field, until_s, verdict)
     # Off this loop: the links live on it.
-    await asyncio.to_thread(asyncio.run, _data(field, config, bad, from_s, until_s, verdict))
+    await asyncio.to_thread(asyncio.run, _data(field, config, bad, elsewhere, from_s, until_s, verdict))
     await _money(field, verdict)
     verdict.memory_bytes = dict(field.memory_bytes)
     verdict.complaints += memory_complaints(field.memory_bytes)
@@ -185,6 +186,7 @@ async def _data(
     field: Field,
     config: Config,
     bad: Mapping[tuple[int, int], frozenset[tuple[str, bytes, str, bytes | int]]],
+    elsewhere: Collection[tuple[str, int, int]],
     from_s: int,
     until_s: int,
     verdict: Verdict,
@@ -211,7 +213,14 @@ async def _data(
     verdict.complaints += [
         c for c in complaints_of_landed(published.values(), table) if not c.startswith("I1 invented")
     ]
-    verdict.complaints += complaints_of_dead(await oracle.dead_letters(), published)
+    letters = await oracle.dead_letters()
+    topics = (config.kafka.topic("raw"), "archive")
+    verdict.complaints += complaints_of_dead(
+        [one for one in letters if one.origin.topic in topics], published
+    )
+    others = [one.origin for one in letters if one.origin.topic not in topics]
+    if invented := {(at.topic, at.partition, at.offset) for at in others} - set(elsewhere):
+        verdict.complaints.append(f"I2 dead without a cause: {len(invented)}, as {sorted(invented)[0]}")
 
 
 async def _final(

@@ -44,6 +44,8 @@ class Struck:
     """What broke that only the kind can see; empty where all was well."""
     bad: dict[tuple[int, int], frozenset[Dead]] = field(default_factory=dict)
     """(partition, offset) of `raw` → the dead letters that must come of it. All else that is dead there counts as invented."""
+    elsewhere: dict[tuple[str, int, int], Dead] = field(default_factory=dict)
+    """The same of other topics, (topic, partition, offset) → the letter; whether it is there the kind itself judges."""
     notes: dict[str, float] = field(default_factory=dict)
     """Figures for the JSON, as {"targets_moved": 5}."""
 
