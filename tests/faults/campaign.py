@@ -69,7 +69,7 @@ class Play:
             first_s = time.time()
 
             async def sealed() -> bool:
-                return await self.freshness.fresh_s() >= first_s
+                return self.freshness.recovery_s(first_s) is not None
 
             await self.field.until(sealed, "a first window is sealed", WARM_UP_S)
             await self._half(self.schedule.first)
@@ -77,7 +77,7 @@ class Play:
                 await self._strike(self.schedule.alone)
             await self._half(self.schedule.second)
             await make_whole(self.field)
-            until_s = int(time.time()) // POLL_S * POLL_S
+            until_s = self.field.now_s() // POLL_S * POLL_S
             await drain(self.field, self.freshness, until_s, self.run.verdict)
         finally:
             watching.cancel()

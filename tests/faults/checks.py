@@ -21,7 +21,6 @@ from pathlib import Path
 
 import asyncpg
 import yaml
-from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from ingest.batch import decode_batch
 from ingest.errors import Rejected
@@ -30,6 +29,7 @@ from ingest.sinks.connection import open_connection
 from shard_config.model import Config
 from tests.faults.field import ACCOUNTS, POLL_S, REGIONS, SERVICES, SETTLING_S, Field
 from tests.faults.kinds import Struck
+from tests.faults.log import records_of
 from tests.faults.oracle import Oracle, complaints_of_dead, complaints_of_landed
 from tests.faults.truth import Published, Truth
 from workers.stack import CHECKOUT
@@ -80,8 +80,8 @@ class Freshness:
     """Watches until when everything is sealed; what a fault's recovery is read from."""
 
     watched: Field
-    seen: list[tuple[float, int]] = field(default_factory=list)
-    """(Unix time, everything that ended by then is closed)."""
+    seen: list[tuple[float, float]] = field(default_factory=list)
+    """(machine's time, everything that ended by then is closed); both without what the field's clocks were advanced by."""
 
     async def fresh_s(self) -> int:
         """Everything planned that ended by then is sealed or declared. Raises what asyncpg raises."""
@@ -96,7 +96,8 @@ class Freshness:
         while True:
             try:
                 async with asyncio.timeout(10):
-                    self.seen.append((time.time(), await self.fresh_s()))
+                    fresh_s = await self.fresh_s()
+                    self.seen.append((time.time(), fresh_s - self.watched.advanced_s))
             except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
                 pass
             await asyncio.sleep(1.0)
@@ -260,7 +261,7 @@ async def _published(
     """All of `raw` by (partition, offset), and what is there that nobody owned up to."""
     found: dict[tuple[int, int], Published] = {}
     complaints: list[str] = []
-    for at, value in (await read_raw(config)).items():
+    for at, value in (await records_of(config, "raw")).items():
         if at in bad:
             found[at] = Published(value, (), bad[at])
             continue
@@ -275,27 +276,6 @@ async def _published(
         rows = zip(owners, batch.timestamps_s.tolist(), batch.values.tolist(), strict=True)
         found[at] = Published(value, tuple((sid, t, version, v + 0.0) for sid, t, v in rows))
     return found, complaints
-
-
-async def read_raw(config: Config) -> dict[tuple[int, int], bytes]:
-    """The values of `raw` by (partition, offset), from its first record that is there to its end of now."""
-    asked = [TopicPartition(config.kafka.topic("raw"), p) for p in range(config.kafka.raw_partitions)]
-    client = AIOKafkaConsumer(bootstrap_servers=config.kafka.bootstrap, enable_auto_commit=False)
-    await client.start()
-    try:
-        client.assign(asked)
-        found: dict[tuple[int, int], bytes] = {}
-        starts, ends = await client.beginning_offsets(asked), await client.end_offsets(asked)
-        for tp in asked:
-            client.seek(tp, starts[tp])
-            while await client.position(tp) < ends[tp]:
-                got = await client.getmany(tp, timeout_ms=1000)
-                found |= {
-                    (tp.partition, r.offset): r.value or b"" for records in got.values() for r in records
-                }
-        return found
-    finally:
-        await client.stop()
 
 
 async def _money(field: Field, verdict: Verdict) -> None:

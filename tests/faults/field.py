@@ -31,6 +31,7 @@ import yaml
 from shard_config.load import load, shipped_services
 from shard_config.model import Config, ServiceProfile
 from tests.faults.proxy import Proxy
+from tests.faults.worker import CLOCK_READ_S
 from workers.local import LocalStack
 from workers.servers import LOOPBACK
 from workers.stack import CHECKOUT, Endpoints, StackSpec
@@ -113,6 +114,8 @@ class Field:
     """Kills and pauses so far: what was in flight then may be paid twice."""
     memory_bytes: dict[str, int] = field(default_factory=dict)
     """The most resident memory that each worker was seen with."""
+    advanced_s: float = 0.0
+    """How far the field's time is ahead of the machine's."""
     _links: dict[tuple[str, Part], Link] = field(default_factory=dict)
     _faults: list[Mapping[str, Any]] = field(default_factory=list)
     _seconds: int = 0
@@ -274,9 +277,23 @@ class Field:
         hit.unlink()
         return True
 
+    def now_s(self) -> int:
+        """By the clocks of the field, those apart that are wrong."""
+        return int(time.time() + self.advanced_s)
+
     def clock(self, worker: str, offset_s: float) -> None:
-        """Move a worker's wall clock against the machine's, within a quarter of a second and across restarts; 0: as it should be."""
-        path = self.points / worker / "clock"
+        """Have a worker's wall clock wrong by so much, within a quarter of a second and across restarts; 0: as it should be."""
+        self._write_clock(worker, offset_s + self.advanced_s)
+
+    async def advance(self, seconds: float) -> None:
+        """Move everybody's time on, the simulated AWS's too; returns when all have noticed."""
+        self.advanced_s += seconds
+        for name in ("simulator", *self.workers):
+            self._write_clock(name, self.advanced_s)
+        await asyncio.sleep(2 * CLOCK_READ_S)
+
+    def _write_clock(self, program: str, offset_s: float) -> None:
+        path = self.points / program / "clock"
         path.with_suffix(".new").write_text(repr(offset_s))
         path.with_suffix(".new").replace(path)
 
@@ -370,6 +387,7 @@ async def open_field(home: Path, seed: int, mutant: str = "") -> AsyncIterator[F
             (made.points / worker).mkdir(parents=True, exist_ok=True)
             for part in PARTS:
                 made._links[worker, part] = await exits.enter_async_context(Link())
+        (made.points / "simulator").mkdir(exist_ok=True)
         if mutant:
             (made.points / "mutant").write_text(mutant)
         exits.push_async_callback(made.stack.stop)

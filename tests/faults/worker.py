@@ -229,14 +229,18 @@ def plant_coordinator(points: Points) -> None:
         setattr(owner, name, value)
 
 
-def plant_all(points: Points) -> None:
-    """What every worker has: the clock that can be moved, and Kafka by its link."""
-    from aiokafka.conn import AIOKafkaConnection
-
+def plant_clock(points: Points) -> None:
+    """One that can be moved."""
     from ingest.clock import SystemClock
 
     now_ms = SystemClock.now_ms
     setattr(SystemClock, "now_ms", lambda self: now_ms(self) + points.offset_ms())  # noqa: B010
+
+
+def plant_kafka(points: Points) -> None:
+    """By its link: brokers tell clients where they are."""
+    from aiokafka.conn import AIOKafkaConnection
+
     broker, link = json.loads((points.folder / "kafka.json").read_text())
     init = AIOKafkaConnection.__init__
 
@@ -265,11 +269,13 @@ def main(argv: Sequence[str]) -> int:
     command, *rest = argv
     home = Path(os.environ[MARK]) / "points"
     if command == "simulate":
+        plant_clock(Points(home / "simulator"))
         plant_simulator()
     elif command in PLANT:
         name = rest[rest.index(NAMED[command]) + 1] if command in NAMED else command
         points = Points(home / name)
-        plant_all(points)
+        plant_clock(points)
+        plant_kafka(points)
         PLANT[command](points)
         if (mutant := home / "mutant").exists():
             importlib.import_module("tests.faults.mutants").plant(mutant.read_text())
