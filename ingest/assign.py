@@ -16,6 +16,7 @@ While nothing was ever published, slots weigh the same.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,13 +24,15 @@ from dataclasses import dataclass, field, replace
 from ingest import avro
 from ingest.errors import Rejected
 from ingest.validate import Reason
-from shard_config.plan import MARGIN, plan
+from shard_config.plan import MARGIN, WEIGHT_MAX, WEIGHT_MIN, plan
 
 SLOT_WEIGHT_MIN = 1.0
 """Of a slot without targets, so that those are spread, too: a new shard finds some, and is ready."""
 
 MEMBER_ASSIGNMENT_BYTES_MAX = 4096
 """A larger assignment does not travel with each member (Kafka keeps all members' metadata in one record): the leader reads its own copy."""
+
+_SLOT = re.compile("[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +206,13 @@ def decode_assignment(value: bytes) -> Assignment:
     together = datum["together"]
     if len(owners) != len(weights) or not all(0 <= i < len(shards) for i in owners):
         raise Rejected("read assignment", Reason.BAD_DATUM, "owners do not fit shards and weights")
-    if not all(slot.isdecimal() for slot in together):
+    if not all(_SLOT.fullmatch(slot) for slot in together):
         raise Rejected("read assignment", Reason.BAD_DATUM, "together is not by slot")
+    # Whoever leads the group plans with the weights, and an exporter divides by its share: neither may end a process.
+    if not all(weight == 0 or WEIGHT_MIN <= weight <= WEIGHT_MAX for weight in weights):
+        raise Rejected("read assignment", Reason.OUT_OF_RANGE, "a weight is none")
+    if not all(0 < share <= 1 for shards in datum["shares"].values() for share in shards.values()):
+        raise Rejected("read assignment", Reason.OUT_OF_RANGE, "a share is not in (0, 1]")
     return Assignment(
         datum["epoch"],
         datum["published_at_ms"],

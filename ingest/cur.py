@@ -206,13 +206,13 @@ class _Line:
         text = self.text(key)
         try:
             found = datetime.fromisoformat(text)
-        except ValueError as error:
+            return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+        except (ValueError, OverflowError) as error:
             raise BadReport(
                 self.where,
                 f"{text[:40]!r} in {(_COLUMNS | _OPTIONAL)[key]} is no time",
                 "times are as 2026-11-24T05:00:00Z",
             ) from error
-        return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def _line(bill: Bill, line: _Line, from_day: date | None, to_day: date | None) -> None:

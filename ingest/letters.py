@@ -134,7 +134,10 @@ def holds_record(letter: DeadLetter) -> bool:
 def account_of(letter: DeadLetter) -> str:
     """The account: of the labels, else of the record's key, else of the description; empty where none names one."""
     if letter.context:
-        return str(_json(letter.context).get("labels", {}).get("account", ""))
+        try:
+            return _text(_json(letter.context)["labels"]["account"])
+        except (KeyError, TypeError, ValueError):
+            return ""  # not ours: it is listed like any other, and refused by a replay
     pieces = letter.key.decode(errors="replace").split("/")
     if len(pieces) == 4:
         return pieces[1]
@@ -211,7 +214,7 @@ _LABELS = frozenset(labels_of(Series(SeriesKey("", "", "", "", (), "", 0))))
 def _look_and_series(context: Mapping[str, Any]) -> tuple[Look, Series]:
     look = Look(
         _text(context["task_id"]),
-        Target.parse(context["target"]),
+        Target.parse(_text(context["target"])),
         _text(context["service"]),
         _whole(context["observed_at_ms"]),
         _whole(context["revision"]),

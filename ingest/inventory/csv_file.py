@@ -13,7 +13,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TextIO
 
 import orjson
@@ -21,11 +21,13 @@ import orjson
 from ingest.clock import rfc3339
 from ingest.errors import HeadgateError
 from ingest.inventory.model import RESOURCES_MAX, Look, Resource, Role, State, by_scope
+from ingest.validate import TIMESTAMP_S_MAX
 
 SOURCE: Final = "csv"
 FILE_BYTES_MAX: Final = 512 * 1024 * 1024
 ERRORS_MAX: Final = 20
 
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _WORD: Final = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
@@ -34,7 +36,7 @@ class _Bad(ValueError):
 
 
 def _number(text: str) -> int:
-    if not re.fullmatch(r"\d{1,18}", text):
+    if not re.fullmatch("[0-9]{1,18}", text):
         raise _Bad("is no whole number ≥ 0")
     return int(text)
 
@@ -46,13 +48,14 @@ def _time(text: str) -> int:
         raise _Bad("is no time as 2026-11-24T05:00:00Z") from None
     if at.tzinfo is None:
         raise _Bad("has no time zone: write 2026-11-24T05:00:00Z")
-    if not (seconds := int(at.astimezone(UTC).timestamp())) >= 0:
-        raise _Bad("is before 1970")
+    # Not by way of UTC: the first hours of year 1 are not in it, and the last of year 9999 neither.
+    if not 0 <= (seconds := (at - _EPOCH) // timedelta(seconds=1)) <= TIMESTAMP_S_MAX:
+        raise _Bad("is before 1970" if seconds < 0 else "is after 9999")
     return seconds
 
 
 def _account(text: str) -> str:
-    if not re.fullmatch(r"\d{12}", text):
+    if not re.fullmatch("[0-9]{12}", text):
         raise _Bad("is no account: 12 digits, and no spreadsheet may take them for a number")
     return text
 
