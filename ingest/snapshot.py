@@ -21,7 +21,7 @@ version of it reads. Nothing here deletes: a lifecycle rule of the bucket does (
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from hashlib import blake2b
 from typing import Any, Final, Literal
 
@@ -73,6 +73,9 @@ _UNPROVED = (
     in_part = false, checked_at = NULL, unbalanced = NULL""",
 )
 _NEXT_LOOK = "SELECT setval(pg_get_serial_sequence('looks', 'look_id'), (SELECT coalesce(max(look_id), 0) + 1 FROM looks), false)"
+
+
+Then = Callable[[asyncpg.Connection], Awaitable[None]]
 
 
 class Part(BaseModel):
@@ -248,14 +251,19 @@ async def newest(archive: S3Archive) -> Snapshot | None:
 
 
 async def is_new(connection: asyncpg.Connection) -> bool:
-    """Whether a migrated ledger has never been used. Raises Transient, Fatal."""
-    rows = " OR ".join(f"EXISTS (SELECT FROM {table})" for table in LIVED)
+    """Whether a ledger has never been used; it need not be migrated. Raises Transient, Fatal."""
     with translated("ledger"):
-        return not await connection.fetchval(f"SELECT {rows}")  # constants
+        there = await connection.fetch(
+            "SELECT t FROM unnest($1::text[]) AS t WHERE to_regclass(t) IS NOT NULL", list(LIVED)
+        )
+        rows = " OR ".join(f"EXISTS (SELECT FROM {row['t']})" for row in there)
+        return not there or not await connection.fetchval(f"SELECT {rows}")
 
 
-async def load(connection: asyncpg.Connection, archive: S3Archive, snapshot: Snapshot) -> None:
-    """Load a snapshot into a new ledger, in one transaction.
+async def load(
+    connection: asyncpg.Connection, archive: S3Archive, snapshot: Snapshot, then: Then | None = None
+) -> None:
+    """Load a snapshot into a new ledger, in one transaction, at the end of which `then` is called.
 
     Raises Fatal where the ledger is in use, where the snapshot is spoilt or of a newer schema; Transient. Nothing is loaded then, and the connection
     is not to be used again.
@@ -273,6 +281,8 @@ async def load(connection: asyncpg.Connection, archive: S3Archive, snapshot: Sna
                     await _load_table(connection, archive, snapshot, name)
                 for statement in (*_UNPROVED, _NEXT_LOOK):
                     await connection.execute(statement)
+                if then is not None:
+                    await then(connection)
     except BaseException:
         connection.terminate()
         raise

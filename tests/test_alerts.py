@@ -128,11 +128,12 @@ def test_every_metric_that_an_alert_asks_for_is_on_a_running_worker() -> None:
 # --- runbooks -------------------------------------------------------------------------------------------------
 
 RUNBOOKS = sorted((ROOT / "docs/runbooks").glob("*.md"))
+OF_ALERTS = {path.stem for path in RUNBOOKS if path.stem.startswith("Headgate")}
 HEADINGS = ["What it means", "How bad it is", "Look", "Do", "Whom to wake", "Over when"]
 
 
 def test_each_alert_has_a_runbook_and_each_runbook_an_alert() -> None:
-    assert {path.stem for path in RUNBOOKS} == set(RULES)
+    assert set(RULES) == OF_ALERTS
 
 
 @pytest.mark.parametrize("path", RUNBOOKS, ids=lambda p: p.stem)

@@ -291,7 +291,7 @@ class Backfill:
         announcer = None
         if asked.into == LIVE:
             connection = await self._connect(open_things)
-            announcer = LedgerAnnouncer(connection, producer, config.kafka.topic("ledger"))
+            announcer = LedgerAnnouncer(connection, producer, config.kafka.topic("ledger"), config.revision)
             if asked.part[0] == 1:
                 done.receipts += await announcer.announce_all(plan.receipts)
         for means in (Means.KAFKA, Means.S3):

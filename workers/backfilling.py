@@ -27,6 +27,7 @@ from ingest.log import Outgoing, Sender
 from ingest.model import Receipt, Target
 from ingest.ports import Record, Sink
 from ingest.replay import Replay
+from ingest.restoring import task_of
 from ingest.sinks.connection import translated
 from workers.pace import Pace
 from workers.reading import slices
@@ -247,12 +248,18 @@ async def _land(records: Sequence[Record], landing: Landing, pace: Pace, done: D
 
 
 class LedgerAnnouncer:
-    """Puts receipts that the ledger does not know on its topic: a ledger that was lost, too, is rebuilt from the archive."""
+    """Puts receipts that the ledger does not know on its topic, each behind its task: a ledger that was lost, too, is rebuilt from the archive.
 
-    def __init__(self, connection: asyncpg.Connection, sender: Sender, topic: str) -> None:
+    `config_revision` is what tasks are recognized by (`ingest.restoring.task_of`).
+    """
+
+    def __init__(
+        self, connection: asyncpg.Connection, sender: Sender, topic: str, config_revision: str
+    ) -> None:
         self._connection = connection
         self._sender = sender
         self._topic = topic
+        self._config_revision = config_revision
 
     async def announce(self, source: ArchiveReplay) -> int:
         """Announce what the replay has met since; returns how many that were. Raises Transient."""
@@ -274,9 +281,12 @@ class LedgerAnnouncer:
             )
         unheard = {row["task_id"] for row in rows}
         new = [r for r in found if r.task_id in unheard]
-        await self._sender.send(
-            self._topic, [Outgoing(str(r.target).encode(), wire.encode_receipt(r)) for r in new]
-        )
+        values = [
+            (r.target, value)
+            for r in new
+            for value in (wire.encode_task(task_of(r, self._config_revision)), wire.encode_receipt(r))
+        ]
+        await self._sender.send(self._topic, [Outgoing(str(t).encode(), value) for t, value in values])
         return len(new)
 
 

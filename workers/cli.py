@@ -45,6 +45,7 @@ COMMANDS = {
     "setup": "setup",
     "positions": "positions",
     "snapshot": "snapshot",
+    "restore": "restore",
     "coordinator": "coordinator",
     "exporter": "exporter",
     "consumer": "consumer",

@@ -72,7 +72,8 @@ async def places(config: Config) -> list[Place]:
     try:
         with translated("positions"):
             rows = await connection.fetch(
-                "SELECT sink, topic, partition, next, last_value_id FROM positions ORDER BY topic, sink, partition"
+                # Who reads the archive has a position as well, which is no offset of Kafka's.
+                "SELECT sink, topic, partition, next, last_value_id FROM positions WHERE topic <> 'archive' ORDER BY topic, sink, partition"
             )
     finally:
         connection.terminate()
@@ -102,6 +103,13 @@ async def receivers_places(config: Config) -> list[Place]:
                     name = f"remote-write {receiver.name}"
                     found.append(Place(name, topic, tp.partition, stored, await log.bounds(tp), None))
     return found
+
+
+async def log_ends(kafka: Kafka, topic: str, partitions: int) -> dict[int, int]:
+    """Partition → the next offset to be written, of those that there are. Raises Transient."""
+    async with _Log(kafka) as log:
+        found = {p: await log.bounds(TopicPartition(topic, p)) for p in range(partitions)}
+    return {p: bounds[1] for p, bounds in found.items() if bounds is not None}
 
 
 async def move(config: Config, place: Place, to: str) -> str:
