@@ -24,7 +24,8 @@ from ingest.errors import Fatal
 from ingest.model import Batch, BatchId, Series, SeriesKey, Target, series_ids
 from ingest.ports import Landable
 from ingest.report import tables
-from ingest.report.assemble import Wanted
+from ingest.report.assemble import Wanted, assemble
+from ingest.report.connections import snapshot
 from ingest.report.model import Level, Report, ResourceKey, ResourceUse, VerdictKind
 from ingest.sinks.connection import open_connection
 from ingest.sinks.migrate import migrate
@@ -33,7 +34,7 @@ from ingest.sinks.rollup_store import Kept, Roller
 from shard_config.load import shipped_services
 from shard_config.model import Account, Budget, Config, Postgres
 from workers import cli
-from workers.report import last_week, make, put, range_of
+from workers.report import last_week, put, range_of
 from workers.traces import ACCOUNT, REGION, series_of
 
 TRACES = Path(__file__).resolve().parents[2] / "shared" / "data" / "cloudwatch-traces"
@@ -87,7 +88,7 @@ class Store:
 
     async def report(self, from_s: int, to_s: int, accounts: Sequence[str] | None = None) -> Report:
         wanted = Wanted(from_s, to_s, None if accounts is None else tuple(accounts))
-        return await make(self.config, wanted, to_s + DAY_S, lambda what, done, of: None)
+        return await assemble(self.config, wanted, to_s + DAY_S, lambda what, done, of: None)
 
 
 @pytest.fixture
@@ -323,6 +324,25 @@ async def test_a_machine_that_is_quiet_is_idle_only_with_network_and_disk_known(
     [use] = [use for use in report.resources if use.key.id == "i-idle"]
     assert (use.idle_hours, use.coverage) == (168, 1.0)
     assert cpu_of(use).peak.value == 2.0
+
+
+async def test_all_connections_of_a_report_see_one_moment(store: Store) -> None:
+    count = "SELECT count(*) FROM series"
+    await store.land({machine("i-1"): minutes(1, 40.0)}, TARGET)
+    async with snapshot(store.config.postgres, 2, 10) as (first, second):
+        await store.land({machine("i-2"): minutes(1, 40.0)}, TARGET)
+        assert [await one.fetchval(count) for one in (first, second, store.connection)] == [1, 1, 2]
+    assert first.is_closed()
+    assert second.is_closed()
+
+
+async def test_what_breaks_on_one_connection_ends_the_report_with_its_reason(
+    store: Store,
+) -> None:
+    await store.land({machine(f"i-{n}"): minutes(1, 40.0) for n in range(8)}, TARGET)
+    await store.connection.execute("UPDATE rollup_days SET sketches = '\\x00'")
+    with pytest.raises(Fatal, match="mark its day in rollup_marks"):
+        await store.report(MONDAY_S - WEEK_S, MONDAY_S)
 
 
 async def test_nothing_is_written_by_a_report(store: Store) -> None:

@@ -1,6 +1,6 @@
 """`headgate report`: what is used, what it costs, when it is full, as a page, CSV or JSON.
 
-Reads rollups, inventory and ledger on one connection, in one read-only snapshot. The file is there whole or not at all. Exit code 1 where there was
+Reads rollups, inventory and ledger in one read-only snapshot. The file is there whole or not at all. Exit code 1 where there was
 nothing to report on, 2 where the options do not fit.
 """
 
@@ -17,7 +17,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Final, TextIO
 
-import asyncpg
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -26,8 +25,6 @@ from ingest.report import html, tables
 from ingest.report.assemble import Wanted, assemble
 from ingest.report.model import Report
 from ingest.report.reading import Tell
-from ingest.sinks.connection import open_connection
-from shard_config.model import Config
 from workers import local
 from workers.arguments import parse_time
 
@@ -53,15 +50,6 @@ def range_of(from_s: float | None, to_s: float | None, now_s: int) -> tuple[int,
 
 
 # --- making it ------------------------------------------------------------------------------------------------------
-
-
-async def make(config: Config, wanted: Wanted, now_s: int, tell: Tell) -> Report:
-    """The report. Raises Transient and Fatal."""
-    connection: asyncpg.Connection = await open_connection(config.postgres, "headgate report")
-    try:
-        return await assemble(connection, config, wanted, now_s, tell)
-    finally:
-        connection.terminate()
 
 
 def put(report: Report, form: str, out: TextIO) -> None:
@@ -174,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     wanted = Wanted(from_s, to_s, tuple(sorted(set(args.accounts))) if args.accounts else None)
     with progress(console) as tell:
-        report = asyncio.run(make(config, wanted, now_s, tell))
+        report = asyncio.run(assemble(config, wanted, now_s, tell))
     if out is None:
         put(report, args.format, sys.stdout)
     else:

@@ -10,11 +10,11 @@ import asyncpg
 
 from ingest.clock import SystemClock, utc
 from ingest.errors import HeadgateError
-from ingest.report.assemble import Wanted
+from ingest.report.assemble import Wanted, assemble
 from ingest.sinks.connection import open_connection
 from ingest.sinks.rollup_store import Kept, Roller
 from shard_config.model import Config
-from workers.report import FORMATS, make, write
+from workers.report import FORMATS, write
 
 FIRST_S: Final = 60
 EACH_S: Final = 600
@@ -34,7 +34,7 @@ async def once(config: Config, from_s: int, to_s: int, now_s: int, folder: Path)
             pass
     finally:
         connection.terminate()
-    report = await make(config, Wanted(from_s, to_s), now_s, lambda what, done, of: None)
+    report = await assemble(config, Wanted(from_s, to_s), now_s, lambda what, done, of: None)
     for form in FORMATS:
         await asyncio.to_thread(write, report, form, folder / f"report.{form}")
     return folder / "report.html"

@@ -1,4 +1,4 @@
-"""The report, assembled: reads rollups, inventory and ledger on one connection in one read-only snapshot, and adds resource to resource.
+"""The report, assembled: reads rollups, inventory and ledger in one read-only snapshot, and adds resource to resource.
 
 Guarantees:
 
@@ -22,6 +22,7 @@ from ingest.inventory import store as inventory_store
 from ingest.inventory.model import Lived
 from ingest.report import ledger_side, reading
 from ingest.report.capacity import filling_of, used_of
+from ingest.report.connections import snapshot
 from ingest.report.model import (
     AccountCoverage,
     Figure,
@@ -54,6 +55,8 @@ from shard_config.report import ROLES
 
 DAY_S: Final = 86_400
 STATEMENT_S: Final = 300
+CONNECTIONS: Final = 3
+"""One sends while another's answer is worked on; more than two keep this process and two of the server's busy."""
 HISTORY_DAYS: Final = 28
 """So far before the range's end a trend looks back at least."""
 _WASTES: Final = (VerdictKind.IDLE, VerdictKind.OVERSIZED)
@@ -68,21 +71,19 @@ class Wanted:
     accounts: tuple[str, ...] | None = None
 
 
-async def assemble(
-    connection: asyncpg.Connection, config: Config, wanted: Wanted, now_s: int, tell: Tell
-) -> Report:
+async def assemble(config: Config, wanted: Wanted, now_s: int, tell: Tell) -> Report:
     """The report. `tell` is given progress. Raises Transient, and Fatal where the range or the schema does not allow one."""
     if wanted.from_s >= wanted.to_s or wanted.from_s % HOUR_S or wanted.to_s % HOUR_S:
         raise Fatal("report", "the range is empty, or not of whole hours", "give --from and --to in hours")
-    with translated("report"):
-        await connection.execute(f"SET statement_timeout = '{STATEMENT_S}s'")
-        async with connection.transaction(isolation="repeatable_read", readonly=True):
-            return await _assemble(connection, config, wanted, now_s, tell)
+    async with snapshot(config.postgres, CONNECTIONS, STATEMENT_S) as connections:
+        with translated("report"):
+            return await _assemble(connections, config, wanted, now_s, tell)
 
 
 async def _assemble(
-    connection: asyncpg.Connection, config: Config, wanted: Wanted, now_s: int, tell: Tell
+    connections: Sequence[asyncpg.Connection], config: Config, wanted: Wanted, now_s: int, tell: Tell
 ) -> Report:
+    connection = connections[0]
     back_s = max(HISTORY_DAYS, config.report.idle.days + 7) * DAY_S
     start_s = min(wanted.from_s, wanted.to_s - back_s)
     ranges = Ranges(Axis(start_s, (wanted.to_s - start_s) // HOUR_S), wanted.from_s, wanted.to_s)
@@ -99,7 +100,7 @@ async def _assemble(
     catalog = Catalog.of((one.last for one in lives.values()), pricing)
     rules = Rules(config.report, pricing, catalog, bool(firsts))
     whole = Assembly(ranges, rules, Lives(lives, config.report.owner_tag, min(firsts, default=None)))
-    async for seen in reading.observed(connection, ranges, series, lives, looked, tell):
+    async for seen in reading.observed(connections, ranges, series, lives, looked, tell):
         whole.add(seen)
     tell("putting it together", 1, 1)
     wholes = [one.whole_s for one in known if one.whole_s is not None]

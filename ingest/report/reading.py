@@ -3,7 +3,7 @@
 Guarantees:
 
 * memory is bounded: of no more than `CELLS_MAX` hours of series at once, whatever the range and the number of series;
-* a series is read once for its hours and once for its percentiles; each bucket of rollups once for each block;
+* a series is read once for its hours and once for its percentiles; each bucket of rollups once for each block, by whichever connection is free;
 * of two series that say the same of a resource (other periods of one metric) the finer one counts.
 
 A 95th percentile is merged from the days' sketches where the range is of whole UTC days; else who uses the hours takes the percentile of these.
@@ -11,9 +11,11 @@ A 95th percentile is merged from the days' sketches where the range is of whole 
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Final
 
 import asyncpg
@@ -22,9 +24,10 @@ import orjson
 from numpy.typing import NDArray
 
 from ingest.clock import utc
+from ingest.errors import HeadgateError
 from ingest.inventory import store as inventory_store
 from ingest.inventory.model import Lived
-from ingest.model import bytes_of, halves_of
+from ingest.model import SeriesIds, bytes_of, halves_of
 from ingest.report.model import ResourceKey
 from ingest.report.resources import Axis, Merged, Observed, Place, SeriesHours, place_of
 from ingest.report.utilization import WEEK_S, Ranges
@@ -128,33 +131,57 @@ async def unrolled_hours(connection: asyncpg.Connection, axis: Axis) -> int:
 
 
 async def observed(
-    connection: asyncpg.Connection,
+    connections: Sequence[asyncpg.Connection],
     ranges: Ranges,
     series: Mapping[ResourceKey, Sequence[Found]],
     lives: Mapping[ResourceKey, Lived],
     looked: Mapping[tuple[str, str, str], NDArray[np.float32]],
     tell: Tell,
 ) -> AsyncIterator[Observed]:
-    """All resources by account, region, service and id, but volumes after all instances. Inside a transaction of the caller's. Raises Transient."""
+    """All resources by account, region, service and id, but volumes after all instances. `connections` are those of a snapshot. Raises Transient."""
     keys = sorted(series.keys() | lives.keys(), key=lambda key: (key.service == "ebs", key))
     blocks = list(_blocks(keys, series, ranges.axis.hours))
     for number, block in enumerate(blocks):
         ones = [found for key in block for found in series.get(key, ())]
         table = _Table(ones, ranges.axis)
-        step = (number * rollup_read.BUCKETS, len(blocks) * rollup_read.BUCKETS)
-        await table.fill(
-            connection, lambda done, step=step: tell("reading hours", step[0] + done, step[1])  # type: ignore[misc]
-        )  # fmt: skip
-        percentiles = await _merged(connection, ranges, [f.id for f in ones if not f.maximum])
+        percentiles = await _fill(table, connections, ranges, lambda done, of, n=number: tell("reading hours", n * of + done, len(blocks) * of))  # type: ignore[misc]  # fmt: skip
         at = 0
         for key in block:
-            count = len(series.get(key, ()))
+            end = at + len(series.get(key, ()))
             hours = {
                 (ones[i].place.metric.role, ones[i].place.statistic): table.series(i, percentiles)
-                for i in range(at, at + count)
+                for i in range(at, end)
             }
-            at += count
+            at = end
             yield Observed(key, hours, lives.get(key), looked.get((key.account, key.region, key.service)))
+
+
+async def _fill(
+    table: _Table, connections: Sequence[asyncpg.Connection], ranges: Ranges, tell: Callable[[int, int], None]
+) -> dict[bytes, Merged]:
+    """Read the table's hours, and return the percentiles of its series, where the range is of whole days."""
+    buckets = table.buckets()
+    todo, done = iter(buckets), count(1)
+    percentiles: dict[bytes, Merged] = {}
+
+    async def work(connection: asyncpg.Connection) -> None:
+        with translated("rollups"):
+            for series in todo:
+                async for one in rollup_read.read(
+                    connection, HOUR_S, ranges.axis.start_s, ranges.axis.end_s, table.used, series
+                ):
+                    table.take(one)
+                if not ranges.from_s % DAY_S and not ranges.to_s % DAY_S:
+                    percentiles.update(await _merged(connection, ranges, table.of_levels(series)))
+                tell(next(done), len(buckets))
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for connection in connections:
+                group.create_task(work(connection))
+    except* HeadgateError as errors:
+        raise errors.exceptions[0] from None
+    return percentiles
 
 
 def _blocks(
@@ -200,25 +227,32 @@ class _Table:
             self._columns[name] = np.full((int(uses.sum()), axis.hours), empty, kind)
         self._nothing = np.broadcast_to(np.float32(np.nan), axis.hours)
 
-    async def fill(self, connection: asyncpg.Connection, tell: Callable[[int], None]) -> None:
-        """Read it. `tell` is given the buckets that are done."""
-        if not self._ids:
-            return
-        wanted = halves_of(sorted(self._ids))
-        start_s, end_s = self._axis.start_s, self._axis.end_s
-        # What no series of these uses is not read: PostgreSQL's sending of columns is most of the time.
-        used = tuple(name for name, column in self._columns.items() if len(column))
-        with translated("rollups"):
-            async for one in rollup_read.read(connection, HOUR_S, start_s, end_s, used, wanted):
-                rows = np.array([self._rows[id_] for id_ in bytes_of(one.ids)], np.int64)[one.index]
-                hours = (one.starts_s - start_s) // HOUR_S
-                for name, column in one.columns.items():
-                    slots = self._slots[name][rows]
-                    uses = slots >= 0
-                    # Past its range a count says only that there are many.
-                    values = np.minimum(column, 65_535) if name == "count" else column
-                    self._columns[name][slots[uses], hours[uses]] = values[uses]
-                tell(int(one.ids[0, 0] >> np.uint64(56)) + 1)
+    @property
+    def used(self) -> tuple[str, ...]:
+        """What some series uses. The others are not read: PostgreSQL's sending of columns is most of the time."""
+        return tuple(name for name, column in self._columns.items() if len(column))
+
+    def buckets(self) -> list[SeriesIds]:
+        """The series, sorted, by their bucket in the store."""
+        ids = halves_of(sorted(self._ids))
+        cuts = np.flatnonzero(np.diff(ids[:, 0] >> np.uint64(56))) + 1
+        return np.split(ids, cuts) if len(ids) else []
+
+    def of_levels(self, series: SeriesIds) -> SeriesIds:
+        """Those of the series whose percentile is asked for: a Maximum has none."""
+        slots = self._slots["sum"]
+        return series[[slots[self._rows[id_]] >= 0 for id_ in bytes_of(series)]]
+
+    def take(self, read: rollup_read.Slice) -> None:
+        """Put in what was read of some series."""
+        rows = np.array([self._rows[id_] for id_ in bytes_of(read.ids)], np.int64)[read.index]
+        hours = (read.starts_s - self._axis.start_s) // HOUR_S
+        for name, column in read.columns.items():
+            slots = self._slots[name][rows]
+            uses = slots >= 0
+            # Past its range a count says only that there are many.
+            values = np.minimum(column, 65_535) if name == "count" else column
+            self._columns[name][slots[uses], hours[uses]] = values[uses]
 
     def series(self, row: int, percentiles: Mapping[bytes, Merged]) -> SeriesHours:
         """The hours of the series that was given as number `row`."""
@@ -238,25 +272,17 @@ class _Table:
         )
 
 
-async def _merged(
-    connection: asyncpg.Connection, ranges: Ranges, ids: Sequence[bytes]
-) -> dict[bytes, Merged]:
-    """The 95th percentiles of series over the range, its last week, and the week before; none where these are not whole days."""
-    if not ids or ranges.from_s % DAY_S or ranges.to_s % DAY_S:
-        return {}
-    week_s, before_s, from_s, to_s = (
-        ranges.to_s - WEEK_S, ranges.to_s - 2 * WEEK_S, ranges.from_s, ranges.to_s,
-    )  # fmt: skip
+async def _merged(connection: asyncpg.Connection, ranges: Ranges, series: SeriesIds) -> dict[bytes, Merged]:
+    """The 95th percentiles over the range, its last week, and the week before, which are of whole days."""
+    from_s, to_s = ranges.from_s, ranges.to_s
+    week_s, before_s = to_s - WEEK_S, to_s - 2 * WEEK_S
     found: dict[bytes, Merged] = {}
-    with translated("rollups"):
-        async for days in rollup_read.read_sketches(
-            connection, min(from_s, before_s), to_s, halves_of(sorted(ids))
-        ):
-            spans = [
-                [n for n, (start_s, _) in enumerate(days) if first_s <= start_s < end_s]
-                for first_s, end_s in ((from_s, to_s), (week_s, to_s), (before_s, week_s))
-            ]
-            of, values = percentiles_of_spans([day for _, day in days], spans, (0.95,))
-            for id_, three in zip(bytes_of(of), values[:, :, 0].tolist(), strict=True):
-                found[id_] = Merged(*(None if np.isnan(one) else one for one in three))
+    async for days in rollup_read.read_sketches(connection, min(from_s, before_s), to_s, series):
+        spans = [
+            [n for n, (start_s, _) in enumerate(days) if first_s <= start_s < end_s]
+            for first_s, end_s in ((from_s, to_s), (week_s, to_s), (before_s, week_s))
+        ]
+        ids, values = percentiles_of_spans([day for _, day in days], spans, (0.95,))
+        for id_, three in zip(bytes_of(ids), values[:, :, 0].tolist(), strict=True):
+            found[id_] = Merged(*(None if np.isnan(one) else one for one in three))
     return found
