@@ -23,7 +23,17 @@ from typing import Final, NamedTuple, Protocol
 import numpy as np
 
 from shard_config.model import MetricProfile, ServiceProfile
-from workers.simulated.values import SETTLED, Answer, Columns, Floats, Ints, Kinds, answers_of, columns
+from workers.simulated.values import (
+    SETTLED,
+    UNBORN,
+    Answer,
+    Columns,
+    Floats,
+    Ints,
+    Kinds,
+    answers_of,
+    columns,
+)
 
 __all__ = ["SETTLED", "Answer", "Metric", "Question", "Truth", "World", "account_ids"]
 
@@ -253,6 +263,8 @@ class World(Truth):
         self._newborn_at_s = newborn_at_s
         self._plan = _plan(profiles, metrics_per_target)
         self._targets: OrderedDict[tuple[str, str], _Target] = OrderedDict()
+        self._births: list[int] = []
+        self._silences: list[tuple[str, int, int]] = []
         self._known = {(a, r) for a in self.accounts for r in self.regions}
 
     def add_account(self, account: str) -> None:
@@ -260,6 +272,15 @@ class World(Truth):
         if account not in self.accounts:
             self.accounts = (*self.accounts, account)
             self._known |= {(account, region) for region in self.regions}
+
+    def bear(self, at_s: int) -> None:
+        """Have a quarter of the metrics that are not born yet (`newborn_at_s=UNBORN`) come to be: the next one at each call."""
+        self._births.append(at_s)
+        self._targets.clear()
+
+    def silence(self, account: str, from_s: int, until_s: int) -> None:
+        """No metric of an account has a point in [from_s, until_s). Pure only where nothing of that time was seen yet."""
+        self._silences.append((account, from_s, until_s))
 
     def metrics(self, account: str, region: str) -> Sequence[Metric]:
         target = self._target(account, region)
@@ -306,6 +327,9 @@ class World(Truth):
             first_s = -(-start_s // period_s) * period_s
             last_s = min(-(-end_s // period_s) * period_s, asked_at_s - grid_s + 1)
             times_s = np.arange(-(-first_s // grid_s) * grid_s, last_s, grid_s, dtype=np.int64)
+            for silent, from_s, until_s in self._silences:
+                if silent == account:
+                    times_s = times_s[(times_s < from_s) | (times_s >= until_s)]
             step = max(1, self._CELLS_MAX // max(1, len(times_s)))
             for i in range(0, len(rows), step):
                 some = np.array(rows[i : i + step], dtype=np.int64)
@@ -339,14 +363,13 @@ class World(Truth):
             dimensions = ((dimension, name), *_BESIDE.get(profile.namespace, ()))
             metrics.append(Metric(profile.namespace, metric.name, dimensions, metric.unit or "None"))
             digests.append(blake2b(f"{of} {name} {metric.name}".encode(), digest_size=8).digest())
-        return _Target(
-            metrics=tuple(metrics),
-            rows={m[:3]: row for row, m in enumerate(metrics)},
-            series=columns(
-                self._plan.kinds,
-                b"".join(digests),
-                silent_share=self._silent_share,
-                newborn_share=self._newborn_share,
-                newborn_at_s=self._newborn_at_s,
-            ),
+        series = columns(
+            self._plan.kinds,
+            b"".join(digests),
+            silent_share=self._silent_share,
+            newborn_share=self._newborn_share,
+            newborn_at_s=self._newborn_at_s,
         )
+        for n, at_s in enumerate(self._births):
+            series.born_s[(series.born_s == UNBORN) & (series.hashes % 4 == n % 4)] = at_s
+        return _Target(tuple(metrics), {m[:3]: row for row, m in enumerate(metrics)}, series)

@@ -34,6 +34,7 @@ from tests.faults.proxy import Proxy
 from tests.faults.worker import CLOCK_READ_S
 from workers.local import LocalStack
 from workers.servers import LOOPBACK
+from workers.simulated.values import UNBORN
 from workers.stack import CHECKOUT, Endpoints, StackSpec
 from workers.supervise import Supervisor
 from workers.world import World, account_ids
@@ -42,6 +43,8 @@ Part = Literal["kafka", "postgres", "s3", "aws"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 ACCOUNTS, REGIONS, METRICS = 4, ("eu-west-1", "us-east-1"), 60
+UNBORN_SHARE = 0.2
+"""Of the metrics: there only once a fault has them come to be."""
 SERVICES = ("ec2", "sqs")
 PERIOD_S, POLL_S, SETTLING_S, DISCOVERY_S = 10, 10, 20, 60
 SESSION_S, DEADLINE_S, LOOKBACK_S = 6, 20, 60
@@ -370,7 +373,8 @@ class Field:
 @asynccontextmanager
 async def open_field(home: Path, seed: int, mutant: str = "") -> AsyncIterator[Field]:
     """Start a whole system, ready, and end it. `mutant` is planted in all workers (`tests.faults.mutants`)."""
-    truth = World(seed, account_ids(ACCOUNTS), REGIONS, METRICS, list(profiles().values()))
+    of = seed, account_ids(ACCOUNTS), REGIONS, METRICS, list(profiles().values())
+    truth = World(*of, newborn_share=UNBORN_SHARE, newborn_at_s=UNBORN)
     made = Field(home, seed, truth, LocalStack(home))
     spec = StackSpec(
         lambda endpoints: _wire(made, endpoints),

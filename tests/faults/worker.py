@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -251,11 +252,14 @@ def plant_kafka(points: Points) -> None:
 
 
 def plant_simulator() -> None:
-    """The simulated AWS has the field's services."""
-    from tests.faults.field import profiles
+    """The simulated AWS has the field's services, and metrics that can come to be."""
+    from tests.faults.field import UNBORN_SHARE, profiles
     from workers import simulator
+    from workers.simulated.values import UNBORN
+    from workers.world import World
 
     setattr(simulator, "shipped_services", profiles)  # noqa: B010
+    setattr(simulator, "World", partial(World, newborn_share=UNBORN_SHARE, newborn_at_s=UNBORN))  # noqa: B010
 
 
 PLANT = {"exporter": plant_exporter, "consumer": plant_consumer, "coordinator": plant_coordinator}

@@ -121,6 +121,8 @@ class Simulator:
         app.router.add_get("/faults", self._serve_faults)
         app.router.add_post("/faults", self._serve_faults)
         app.router.add_post("/accounts", self._serve_accounts)
+        app.router.add_post("/world", self._serve_world)
+        app.router.add_get("/received", self._serve_received)
         app.router.add_post("/", self._serve_root)
         for path in inventory.PATHS:
             app.router.add_get(path, self._serve_path)
@@ -165,6 +167,30 @@ class Simulator:
             return web.Response(status=400, text=f"{e}\n")
         log.info("simulator_accounts_added", accounts=added)
         return web.Response(body=orjson.dumps({"accounts": added}), content_type="application/json")
+
+    async def _serve_world(self, request: web.Request) -> web.Response:
+        """{"born_at_s": t} and {"silent": [account, from_s, until_s]}: `World.bear` and `World.silence`."""
+        try:
+            wanted = orjson.loads(await request.read())
+            born_at_s, silent = wanted.pop("born_at_s", None), wanted.pop("silent", None)
+            if wanted or not isinstance(self.truth, World):
+                raise ValueError("born_at_s and silent are known, of made-up metrics")
+            if silent is not None:
+                account, from_s, until_s = silent
+                self.truth.silence(str(account), int(from_s), int(until_s))
+            if born_at_s is not None:
+                self.truth.bear(int(born_at_s))
+        except (AttributeError, TypeError, ValueError) as e:
+            return web.Response(status=400, text=f"{e}\n")
+        log.info("simulator_world_changed", born_at_s=born_at_s, silent=silent)
+        return web.Response(body=b"{}", content_type="application/json")
+
+    async def _serve_received(self, _: web.Request) -> web.Response:
+        """Calls that came in, whatever became of them: {account: {API: n}}."""
+        counts: dict[str, dict[str, int]] = {}
+        for (account, operation), n in self.received.items():
+            counts.setdefault(account, {})[operation] = n
+        return web.Response(body=orjson.dumps(counts), content_type="application/json")
 
     # --- AWS ---
 

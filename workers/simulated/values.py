@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 SETTLED: Final = 1 << 40
 """A query time (in the year 36812) by which everything has settled."""
+UNBORN: Final = SETTLED - 1
+"""When a series is born that is not born yet: see `workers.world.World.bear`."""
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
