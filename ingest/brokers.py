@@ -2,6 +2,8 @@
 
 * Every client of the project is built with `client_options`, so that none is forgotten.
 * A password is taken out of its SecretStr here, and goes nowhere but into the client.
+* What aiokafka calls "unable to bootstrap" is told apart by a look of our own: no TLS there, TLS where none was meant, a certificate that is
+  not trusted or of another name, a password.
 * MSK's IAM is SASL/OAUTHBEARER with a token that is signed with the process's own AWS credentials. It is good for 15 minutes, and signed anew
   after five. aiokafka 0.14 does not authenticate again on a connection (KIP-368): the broker closes it in time, and the client comes again.
 """
@@ -14,7 +16,12 @@ from functools import cache
 from typing import Any, Final
 
 from aiokafka.abc import AbstractTokenProvider
-from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import (
+    ClusterAuthorizationFailedError,
+    GroupAuthorizationFailedError,
+    KafkaConnectionError,
+    TopicAuthorizationFailedError,
+)
 
 from ingest import inflate
 from ingest.errors import Fatal
@@ -23,6 +30,11 @@ from shard_config.model import Kafka
 TOKEN_KEPT_S: Final = 300.0
 SIGNING_TIMEOUT_S: Final = 10.0
 """Credentials may come from an endpoint."""
+LOOK_S: Final = 3.0
+
+NOT_THERE: Final = "is not there, or may not be seen"
+SEE_TO_IT: Final = "run `headgate setup`; where Kafka has ACLs, `headgate acls` prints what each part needs"
+"""What to do about a topic that a broker does not tell of."""
 
 
 def client_options(kafka: Kafka | str) -> dict[str, Any]:
@@ -53,6 +65,45 @@ def client_options(kafka: Kafka | str) -> dict[str, Any]:
 def bootstrap_of(kafka: Kafka | str) -> str:
     """For messages."""
     return kafka if isinstance(kafka, str) else kafka.bootstrap
+
+
+def remedy_of(error: BaseException) -> str:
+    """What to do about an error of Kafka's; empty where there is no more to say than it does itself."""
+    refused = TopicAuthorizationFailedError, GroupAuthorizationFailedError, ClusterAuthorizationFailedError
+    return "grant it: `headgate acls` prints what each part needs" if isinstance(error, refused) else ""
+
+
+async def why_not(kafka: Kafka) -> str:
+    """Why the first broker does not let us in, as far as a TLS handshake with it tells; empty where that says nothing. Sends nothing else."""
+    host, _, port = kafka.bootstrap.partition(",")[0].rpartition(":")
+    security = kafka.security
+    means_tls = security.protocol.endswith("SSL")
+    context = _ssl_context(security.ca_file) if means_tls else _anybody()
+    try:
+        async with asyncio.timeout(LOOK_S):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=context)
+    except ssl.SSLCertVerificationError as error:
+        return f"its certificate is not accepted: {error.verify_message}; see kafka.security.ca_file"
+    except (ConnectionRefusedError, TimeoutError):
+        return ""
+    except (ssl.SSLError, ConnectionError):
+        # Kafka takes a handshake for a request of its own, too long a one, and closes the connection.
+        return f"it speaks no TLS, and kafka.security.protocol is {security.protocol}" if means_tls else ""
+    except OSError:
+        return ""
+    writer.close()
+    if not means_tls:
+        return f"it speaks TLS, and kafka.security.protocol is {security.protocol}"
+    if security.mechanism is None:
+        return "its certificate is right; perhaps it asks for a user: see kafka.security.mechanism"
+    return f"its certificate is right, so it refuses {security.mechanism} or who we say we are"
+
+
+def _anybody() -> ssl.SSLContext:
+    """For a handshake that is not followed by anything."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 def _ssl_context(ca_file: str) -> ssl.SSLContext:

@@ -20,7 +20,7 @@ from aiokafka.coordinator.assignors.abstract import AbstractPartitionAssignor
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import CommitFailedError, KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 
-from ingest.brokers import client_options
+from ingest.brokers import NOT_THERE, SEE_TO_IT, client_options, remedy_of
 from ingest.clock import Clock
 from ingest.errors import Fatal, HeadgateError, Transient
 from ingest.log import quietly
@@ -105,14 +105,18 @@ class Consumer:
         self._started = False
 
     async def start(self) -> None:
-        """Join the group. Raises Transient where no broker answers."""
+        """Join the group. Raises Transient where no broker answers, and where there is no such topic or we may not read it."""
         client = AIOKafkaConsumer(**self._options)
         try:
             await client.start()
+            # aiokafka would wait for ever in a group without partitions. All topics are asked for: see `ingest.scan`.
+            if not (await client._client.fetch_all_metadata()).partitions_for_topic(self.topic):
+                raise Transient(f"topic {self.topic}", NOT_THERE, SEE_TO_IT)
             client.subscribe([self.topic], listener=_Listener(self))
         except (KafkaError, OSError) as error:
             await _close_consumer(client)
-            raise Transient(f"topic {self.topic}", f"cannot join group {self.group}: {error}") from error
+            what = f"cannot join group {self.group}: {error}"
+            raise Transient(f"topic {self.topic}", what, remedy_of(error)) from error
         except BaseException:
             await _close_consumer(client)
             raise
@@ -166,7 +170,7 @@ class Consumer:
         except KafkaError as error:
             await self._watch(client, failed=True)
             raise Transient(
-                f"group {self.group} on {self.topic}", f"{type(error).__name__} {error}"
+                f"group {self.group} on {self.topic}", f"{type(error).__name__} {error}", remedy_of(error)
             ) from error
         finally:
             if not records_max:

@@ -25,7 +25,7 @@ from aiokafka.errors import (
     MessageSizeTooLargeError,
 )
 
-from ingest.brokers import bootstrap_of, client_options
+from ingest.brokers import NOT_THERE, SEE_TO_IT, bootstrap_of, client_options, remedy_of
 from ingest.errors import Fatal, Transient
 from ingest.model import RecordPosition
 from shard_config.model import Kafka
@@ -103,7 +103,9 @@ class Producer:
             if client is not None:
                 self._drop(client)
             what = f"not acknowledged in {self._deadline_s:g} s: {type(error).__name__} {error}".rstrip()
-            raise Transient(f"topic {topic} on {bootstrap_of(self._kafka)}", what) from error
+            unknown = client is not None and topic not in client.client.cluster.topics()
+            remedy = remedy_of(error) or (f"it {NOT_THERE}: {SEE_TO_IT}" if unknown else "")
+            raise Transient(f"topic {topic} on {bootstrap_of(self._kafka)}", what, remedy) from error
         return [RecordPosition(topic, s.partition, s.offset) for s in sent]
 
     async def _ready(self) -> AIOKafkaProducer:
@@ -153,10 +155,11 @@ async def commit_start(
     """Commit where a group starts in each partition where it has committed nothing: a virgin install is not a lost offset.
 
     That is the first record of `since_ms` or later (milliseconds since the epoch), the log's end where there is none; 0: the log's start.
+    Raises Transient.
     """
     client = AIOKafkaConsumer(**client_options(kafka), group_id=group, enable_auto_commit=False)
-    await client.start()
     try:
+        await client.start()
         asked = [TopicPartition(topic, p) for p in range(partitions)]
         client.assign(asked)
         first = await client.beginning_offsets(asked)
@@ -167,6 +170,9 @@ async def commit_start(
         missing = {tp: first[tp] for tp in asked if await client.committed(tp) is None}
         if missing:
             await client.commit(missing)
+    except (KafkaError, OSError) as error:
+        what = f"no start committed: {type(error).__name__} {error}".rstrip()
+        raise Transient(f"group {group} on {topic}", what, remedy_of(error)) from error
     finally:
         await quietly(client.stop())
 

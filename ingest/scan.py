@@ -12,7 +12,7 @@ from aiokafka.errors import KafkaError
 from aiokafka.partitioner import DefaultPartitioner
 
 from ingest import wire
-from ingest.brokers import client_options
+from ingest.brokers import NOT_THERE, SEE_TO_IT, client_options, remedy_of
 from ingest.errors import Rejected, Transient
 from ingest.log import quietly
 from ingest.model import BatchId, DeadLetter, RecordPosition, Target
@@ -38,7 +38,8 @@ async def scan(
     """Hand the records of a topic to `take`, up to where it ends now, partition by partition, until `take` returns True.
 
     Records before `from_ms` are passed over, and a partition is left at its first record past `to_ms`; with `key` only the partition of
-    that key is read. Belongs to no group: commits nothing and moves nobody. Raises Transient, also past `RECORDS_READ_MAX`.
+    that key is read. Belongs to no group: commits nothing and moves nobody. Raises Transient, also past `RECORDS_READ_MAX`, and where there is no
+    such topic.
     """
     client = AIOKafkaConsumer(**client_options(kafka), enable_auto_commit=False, auto_offset_reset="none")
     try:
@@ -47,7 +48,9 @@ async def scan(
             # `topics()` of aiokafka 0.14 leaves out what nobody subscribed to.
             metadata = await client._client.fetch_all_metadata()
             numbers = sorted(metadata.partitions_for_topic(topic) or ())
-            if key is not None and numbers:
+            if not numbers:
+                raise Transient(f"topic {topic}", NOT_THERE, SEE_TO_IT)
+            if key is not None:
                 numbers = [DefaultPartitioner()(key, numbers, numbers)]
             left = RECORDS_READ_MAX
             for number in numbers:
@@ -55,7 +58,8 @@ async def scan(
                 if not left:
                     return
     except (KafkaError, OSError, TimeoutError) as error:
-        raise Transient(f"kafka {kafka.bootstrap}", f"{type(error).__name__} {error}".rstrip()) from error
+        what = f"{type(error).__name__} {error}".rstrip()
+        raise Transient(f"kafka {kafka.bootstrap}", what, remedy_of(error)) from error
     finally:
         await quietly(client.stop())
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,20 @@ from aiohttp.test_utils import TestServer
 from structlog.testing import capture_logs
 
 from ingest.clock import SystemClock
+from ingest.errors import Fatal, Transient
+from ingest.group import Consumer
+from ingest.log import Outgoing, Producer, commit_start
+from ingest.scan import scan
 from shard_config.load import load
 from shard_config.model import Config, Kafka, ServiceProfile
 from tests.conftest import eventually
 from tests.secure_servers import ADMIN, Asking, Authority, SecureKafka, grant
 from workers import consumer, coordinator, exporter, remote_writer, simulator
 from workers.acls import PARTS, Part, acls_of, principal_of
+from workers.cli import main
 from workers.lifecycle import Lifecycle
-from workers.setup import create_topics, kafka_admin, setup
+from workers.servers import LOOPBACK
+from workers.setup import check_slots, create_topics, kafka_admin, setup
 from workers.status import status
 from workers.world import World, account_ids
 
@@ -250,3 +257,145 @@ def test_no_worker_writes_what_another_is_answerable_for() -> None:
     assert readers["raw"] == {"setup", "consumer", "remote-writer", "operator", "viewer"}
     assert readers["dead"] == {"operator", "viewer"}
     assert {p for p, o, _ in may if o in ("Create", "Alter")} == {"setup"}
+
+
+# --- what is said where something is refused --------------------------------------------------------------------
+
+
+async def _list(kafka: Kafka) -> None:
+    async with kafka_admin(kafka) as admin:
+        await admin.list_topics()
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-512"])
+async def test_either_mechanism_gets_in_over_tls(
+    broker: SecureKafka, installed: Installation, mechanism: str
+) -> None:
+    security = broker.security("headgate-viewer", mechanism)
+    await _list(installed.config("viewer", security=security).kafka)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"bootstrap": "other"}, "is not accepted: .*not valid for '127.0.0.1'"),
+        ({"security": {"ca_file": "another"}}, "is not accepted: unable to get local issuer"),
+        ({"security": {"ca_file": ""}}, "is not accepted: unable to get local issuer"),
+        ({"security": {"password": "wrong"}}, "it refuses SCRAM-SHA-512 or who we say we are"),
+        ({"security": {"username": "nobody"}}, "it refuses SCRAM-SHA-512 or who we say we are"),
+        ({"plain": True}, "it speaks TLS, and kafka.security.protocol is PLAINTEXT"),
+        ({"tls_only": True}, "perhaps it asks for a user: see kafka.security.mechanism"),
+    ],
+    ids=["another-name", "unknown-ca", "the-systems-cas", "password", "user", "plaintext", "no-sasl"],
+)
+async def test_a_broker_that_is_not_who_it_should_be_is_refused_with_the_reason(
+    broker: SecureKafka,
+    installed: Installation,
+    tmp_path: Path,
+    change: dict[str, Any],
+    what: str,
+) -> None:
+    security = broker.security("headgate-viewer") | change.get("security", {})
+    if change.get("plain"):
+        security = {"protocol": "PLAINTEXT"}
+    if change.get("tls_only"):
+        security = {"protocol": "SSL", "ca_file": security["ca_file"]}
+    if security.get("ca_file") == "another":
+        security["ca_file"] = str(Authority(tmp_path).ca_file)
+    bootstrap = f"{LOOPBACK}:{broker.other_port}" if "bootstrap" in change else broker.bootstrap
+    with pytest.raises(Transient, match=what) as refused:
+        await _list(installed.config("viewer", security=security, bootstrap=bootstrap).kafka)
+    assert bootstrap in str(refused.value)
+    assert "wrong" not in str(refused.value)
+
+
+async def test_where_there_is_no_tls_that_is_said(kafka_bootstrap: str, installed: Installation) -> None:
+    with pytest.raises(Transient, match=r"it speaks no TLS, and kafka\.security.protocol is SASL_SSL"):
+        await _list(installed.config("viewer", bootstrap=kafka_bootstrap).kafka)
+
+
+async def test_a_topic_that_is_missing_stays_missing_and_is_named_with_the_remedy(
+    installed: Installation,
+) -> None:
+    """Not even who may do everything makes one by using it."""
+    config = installed.config(None, prefix="absent")
+    kafka = config.kafka
+    producer = Producer(kafka, "test", deadline_s=1.0)
+    with pytest.raises(Transient, match=r"absent\.raw .*run `headgate setup`"):
+        await producer.send(kafka.topic("raw"), [Outgoing(b"key", b"value")])
+    await producer.close()
+    with pytest.raises(Transient, match=r"absent\.raw: is not there.*run `headgate setup`"):
+        await member_of(kafka, "raw", "absent.postgres").start()
+    with pytest.raises(Transient, match=r"absent\.raw: is not there.*run `headgate setup`"):
+        await scan(kafka, kafka.topic("raw"), lambda _: False)
+    with pytest.raises(Fatal, match=r"absent\.collect: is not there.*run `headgate setup`"):
+        await check_slots(config)
+    async with kafka_admin(kafka) as admin:
+        assert [t for t in await admin.list_topics() if t.startswith("absent")] == []
+
+
+async def test_what_a_part_may_not_do_is_an_error_that_names_the_acls(installed: Installation) -> None:
+    """What each worker would say whose user lacks something."""
+    exporter_, consumer_ = (installed.config(part).kafka for part in ("exporter", "consumer"))
+    for kafka, topic in ((consumer_, "raw"), (consumer_, "collect"), (exporter_, "collect")):
+        producer = Producer(kafka, "test")
+        with pytest.raises(Transient, match=f"{topic} .*AuthorizationFailed.*headgate acls"):
+            await producer.send(kafka.topic(topic), [Outgoing(b"key", b"value")])  # type: ignore[arg-type]
+        await producer.close()
+    with pytest.raises(Transient, match=r"acl\.collect: .*may not be seen.*headgate acls"):
+        await member_of(consumer_, "collect", "acl.postgres").start()
+    member = member_of(consumer_, "raw", "acl.exporters")
+    await member.start()
+    with pytest.raises(Transient, match=r"acl\.exporters.*GroupAuthorizationFailed.*headgate acls"):
+        await member.poll(1, 5.0)
+    await member.stop()
+    with pytest.raises(Transient, match=r"no start committed: GroupAuthorizationFailed.*headgate acls"):
+        await commit_start(consumer_, "acl.raw", "acl.exporters", 1)
+    with pytest.raises(Transient, match=r"TopicAuthorizationFailed.*headgate acls"):
+        await create_topics(installed.config("exporter"))
+
+
+def member_of(kafka: Kafka, topic: str, group: str) -> Consumer:
+    async def assigned(partitions: Sequence[int]) -> dict[int, int]:
+        return dict.fromkeys(partitions, 0)
+
+    async def revoked(_: Sequence[int]) -> None: ...
+
+    return Consumer(
+        kafka,
+        f"{kafka.prefix}.{topic}",
+        group,
+        client_id="test",
+        clock=SystemClock(),
+        assigned=assigned,
+        revoked=revoked,
+    )
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_a_line_a_resource_for_the_named_principals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "headgate.yaml"
+    path.write_text(
+        'accounts: [{id: "123456789012", regions: [eu-west-1], services: [ec2]}]\nkafka: {prefix: "mine"}\n'
+    )
+    arguments = ["acls", "--config", str(path), "--part", "exporter"]
+    assert main([*arguments, "--principal", "exporter=User:CN=shard one"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "kafka-acls.sh --bootstrap-server BROKER:PORT --command-config admin.properties --add "
+        "--allow-principal 'User:CN=shard one' --operation Read --topic mine.collect"
+    )
+    assert len(lines) == 6
+    assert main([*arguments, "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(r["resource"], r["name"], r["pattern"], r["operations"]) for r in rows][-2:] == [
+        ("topic", "mine.dead", "literal", ["Write"]),
+        ("group", "mine.exporters", "literal", ["Read"]),
+    ]
+    assert {r["principal"] for r in rows} == {"User:headgate-exporter"}
+    assert main(["acls", "--config", str(path), "--principal", "shard=User:x"]) == 3
+    assert "is no PART=TYPE:NAME" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from ingest.trail import follow
 from tests.way import NAN, NOON_S, TARGET, Way, key_of, the_way
 from workers import cli
 from workers.samples import Filter
+from workers.setup import create_topics
 from workers.why import AmbiguousError, render, series_asked, to_json
 
 ACCOUNTS = tuple(f"3109876543{n:02}" for n in range(20))
@@ -169,6 +170,7 @@ async def test_what_was_archived_and_never_published_is_headgates(way: Way) -> N
     other = way.config.model_copy(
         update={"kafka": way.config.kafka.model_copy(update={"prefix": way.config.kafka.prefix + "-none"})}
     )
+    await create_topics(other)
     story = await follow(way.sql, way.archive, other, way.clock, key_of(0, target), NOON_S + 60)
     assert at_stage(story) == ("offset", Fault.HEADGATE)
     assert story.answered[0].archive_key == receipt.archive_key

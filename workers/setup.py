@@ -205,13 +205,11 @@ async def check_slots(config: Config) -> None:
     """Raise Fatal unless `collect` has a partition for each configured slot, and no more. Raises Transient."""
     async with kafka_admin(config.kafka) as admin:
         there = await _slots_there(admin, config)
+    if there is None:
+        raise Fatal(f"topic {config.kafka.topic('collect')}", NOT_THERE, SEE_TO_IT)
     if there != config.slots:
-        what = (
-            NOT_THERE
-            if there is None
-            else f"has {there} partitions, and {config.slots} slots are configured"
-        )
-        raise Fatal(f"topic {config.kafka.topic('collect')}", what, SEE_TO_IT)
+        what = f"has {there} partitions, and {config.slots} slots are configured"
+        raise Fatal(f"topic {config.kafka.topic('collect')}", what, "run `headgate setup`")
 
 
 async def until_slots_fit(config: Config, lifecycle: Lifecycle) -> None:

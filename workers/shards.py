@@ -34,7 +34,7 @@ from ingest.assign import (
     encode_incarnation,
     moves,
 )
-from ingest.brokers import client_options
+from ingest.brokers import NOT_THERE, SEE_TO_IT, client_options
 from ingest.clock import Clock, rfc3339
 from ingest.errors import Fatal, Rejected, Transient
 from ingest.group import Consumer
@@ -107,7 +107,7 @@ class Board:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 await client.start()
                 if self.topic not in await client.topics():
-                    raise Transient(f"topic {self.topic}", "is not there", "run `headgate setup`")
+                    raise Transient(f"topic {self.topic}", NOT_THERE, SEE_TO_IT)
                 client.assign([partition])
                 await client.seek_to_beginning(partition)
                 end = (await client.end_offsets([partition]))[partition]
