@@ -302,7 +302,7 @@ async def _grown(field: Field, topic: str) -> dict[int, int]:
         rows = await field.sql(
             "SELECT partition, next FROM positions WHERE topic = $1 AND sink = 'postgres'", topic
         )
-        ends = await _ends(field.config, topic)
+        ends = await log_ends(field.config, topic)
         grown.clear()
         grown.update({r["partition"]: ends[r["partition"]] for r in rows if ends[r["partition"]] > r["next"]})
         return bool(grown)
@@ -311,7 +311,7 @@ async def _grown(field: Field, topic: str) -> dict[int, int]:
     return grown
 
 
-async def _ends(config: Config, topic: str) -> dict[int, int]:
+async def log_ends(config: Config, topic: str) -> dict[int, int]:
     asked = [TopicPartition(topic, p) for p in range(config.kafka.raw_partitions)]
     client = AIOKafkaConsumer(bootstrap_servers=config.kafka.bootstrap, enable_auto_commit=False)
     await client.start()
@@ -377,7 +377,7 @@ async def _made_again(field: Field, _: random.Random) -> AsyncIterator[Struck]:
 
 
 async def _written(config: Config, topic: str) -> bool:
-    return any((await _ends(config, topic)).values())
+    return any((await log_ends(config, topic)).values())
 
 
 # --- replays, shards ------------------------------------------------------------------------------------------
