@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import random
+import shlex
 import shutil
 import sys
 import time
@@ -214,6 +215,15 @@ def chosen(args: argparse.Namespace) -> list[Kind]:
     return [k for k in kinds if (not args.kind or k.name in args.kind) and args.only in f"{k.name} {k.row}"]
 
 
+def again_options(args: argparse.Namespace) -> str:
+    """What chose the kinds, and the mutant, as words for `make faults`."""
+    options = [f'--kind "{name}"' for name in args.kind] + (
+        [f"--mutant {args.mutant}"] if args.mutant else []
+    )
+    only = f' ONLY="{args.only}"' if args.only else ""
+    return only + (f" ARGS={shlex.quote(' '.join(options))}" if options else "")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     kinds = chosen(args)
@@ -226,8 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in range(args.seed_base, args.seed_base + args.seeds):
             home = (HOME / f"seed-{seed}").resolve()
             runs.append(asyncio.run(play(seed, args.minutes, kinds, home, args.mutant)))
-            only = f' ONLY="{args.only}"' if args.only else "".join(f' KIND="{name}"' for name in args.kind)
-            again = f"make faults SEEDS=1 SEED_BASE={seed} MINUTES={args.minutes:g}{only}"
+            again = f"make faults SEEDS=1 SEED_BASE={seed} MINUTES={args.minutes:g}{again_options(args)}"
             report(runs[-1], again, home / "logs")
     except KeyboardInterrupt:
         say("stopped; so far:")

@@ -46,6 +46,8 @@ _FRESH = """SELECT target, service, extract(epoch FROM max(window_end))::bigint 
 FROM windows GROUP BY 1, 2"""
 _WINDOWS = """SELECT target, service, extract(epoch FROM window_start)::bigint AS start_s, sealed_at IS NOT NULL AS sealed,
     declared, last_status, last_detail, unbalanced FROM windows WHERE window_end <= to_timestamp($1) ORDER BY 1, 2, 3"""
+_FOLDED = """SELECT target, service, extract(epoch FROM lower(span))::bigint AS start_s, extract(epoch FROM upper(span))::bigint AS end_s
+FROM sealed_days, unnest(covered) AS span"""
 _BUSY = """SELECT (SELECT count(*) FROM looks) AS looks, (SELECT sum(metrics_billed) FROM charges)::bigint AS billed,
     (SELECT sum(next) FROM positions)::bigint AS positions, (SELECT count(*) FROM landed) AS landed"""
 _MONEY = (
@@ -167,14 +169,17 @@ async def _windows(field: Field, until_s: int, verdict: Verdict) -> int:
     ]
     if open_ones:
         verdict.complaints.append(f"I7 {len(open_ones)} windows are open, as {open_ones[:3]}")
-    verdict.windows, verdict.declared = len(rows), sum(bool(r["declared"]) for r in rows)
+    verdict.declared = sum(bool(r["declared"]) for r in rows)
     if verdict.declared:
         kinds = sorted({(r["declared"], r["last_detail"]) for r in rows if r["declared"]})
         verdict.complaints.append(f"I7 {verdict.declared} windows were given up, as {kinds[:3]}")
-    from_s = min((r["start_s"] for r in rows), default=until_s)
     starts: dict[tuple[str, str], set[int]] = {}
     for r in rows:
         starts.setdefault((r["target"], r["service"]), set()).add(r["start_s"])
+    for r in await field.sql(_FOLDED):
+        starts.setdefault((r["target"], r["service"]), set()).update(range(r["start_s"], r["end_s"], POLL_S))
+    verdict.windows = sum(map(len, starts.values()))
+    from_s = min((min(have) for have in starts.values()), default=until_s)
     planned = set(range(from_s, until_s // POLL_S * POLL_S, POLL_S))
     missing = {of: sorted(planned - have) for of, have in starts.items() if planned - have}
     if missing or len(starts) != targets() * len(SERVICES):
