@@ -41,7 +41,10 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def table(runs: Sequence[Run], machine: str) -> str:
-    """Markdown: what the campaign was and found, and its faults by kind."""
+    """Markdown: what the campaign was and found, and its faults by kind.
+
+    What could be paid twice was in flight at kills and pauses, was handed back, or its answer was lost on the way.
+    """
     verdicts = [run.verdict for run in runs]
     strikes = [strike for run in runs for strike in run.strikes]
     made = [s for s in strikes if not s.missed]
@@ -70,7 +73,7 @@ def table(runs: Sequence[Run], machine: str) -> str:
         (
             "paid twice",
             f"{sum(v.paid_twice for v in verdicts):,} of {sum(v.billed for v in verdicts):,} metrics; "
-            f"{sum(v.may_twice for v in verdicts):,} were in flight at kills and pauses, handed back, or lost on their way",
+            f"{sum(v.may_twice for v in verdicts):,} could be",
         ),
         ("recovery p50 / p99", f"{_s(quantile(recoveries, 0.5))} / {_s(quantile(recoveries, 0.99))}"),
         (
