@@ -34,10 +34,11 @@ down: ## Stop what runs here, whatever state it is in
 test: setup .headgate/versitygw.complete .headgate/helm.complete ## Run the tests, two files at a time; ARGS goes to pytest
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-faults: setup ## Break everything, from seeds: SEEDS=n, MINUTES=m, SEED_BASE=s, ONLY=word, KIND=name, MUTANT=name, JSON=FILE, LIST=1
+faults: setup ## Break everything, by seeds: SEEDS=n, MINUTES=m, SEED_BASE=s, ONLY=word, MUTANT=name, JSON=FILE, STANDSTILL=m, LIST=1
 	@$(BIN)/python -m tests.faults.campaign $(if $(SEEDS),--seeds $(SEEDS)) $(if $(MINUTES),--minutes $(MINUTES)) \
-	  $(if $(SEED_BASE),--seed-base $(SEED_BASE)) $(if $(ONLY),--only "$(ONLY)") $(if $(KIND),--kind "$(KIND)") \
-	  $(if $(MUTANT),--mutant "$(MUTANT)") $(if $(JSON),--json "$(JSON)") $(if $(LIST),--list) $(ARGS)
+	  $(if $(SEED_BASE),--seed-base $(SEED_BASE)) $(if $(ONLY),--only "$(ONLY)") $(if $(MUTANT),--mutant "$(MUTANT)") \
+	  $(if $(JSON),--json "$(JSON)") $(if $(STANDSTILL),--standstill $(STANDSTILL)) $(if $(LIST),--list) $(ARGS)
+	@$(if $(ONLY)$(MUTANT)$(STANDSTILL)$(LIST)$(ARGS),:,$(BIN)/python -m tests.faults.fuzz --seconds 60 --seed $(or $(SEED_BASE),1))
 
 test-docker: setup ## Build the image and run it, where a Docker engine answers: HEADGATE_TEST_BASE=image
 	@$(BIN)/python -c 'import docker; docker.from_env(timeout=5).ping()' 2>/dev/null || \

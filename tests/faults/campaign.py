@@ -25,6 +25,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.faults import standstill
 from tests.faults.checks import Freshness, drain, judge, quiet
 from tests.faults.field import POLL_S, Field, open_field
 from tests.faults.kinds import ALONE_BOUND_S, BOUND_S, NEEDS, Kind, Struck
@@ -200,6 +201,12 @@ def arguments() -> argparse.ArgumentParser:
     add("--only", default="", metavar="WORD", help="kinds whose names, or rows, have the word")
     add("--kind", action="append", default=[], metavar="NAME", help="this kind; may be given again")
     add("--mutant", default="", metavar="NAME", help="plant a mistake: the campaign must find it")
+    add(
+        "--standstill",
+        type=float,
+        metavar="M",
+        help="instead: everything that workers write to stands still for so many minutes",
+    )
     add("--list", action="store_true", help="list the kinds, and end")
     add("--json", type=Path, metavar="FILE", help="write the results there")
     add("--write", type=Path, metavar="FILE", help="put the table between the markers of this document")
@@ -226,6 +233,8 @@ def again_options(args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments().parse_args(argv)
+    if args.standstill:
+        return standstill.main(args.standstill, (HOME / "standstill").resolve(), args.seed_base)
     kinds = chosen(args)
     if args.list:
         for kind in kinds:
