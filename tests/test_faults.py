@@ -9,24 +9,27 @@ import re
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from ingest.log import Outgoing
-from ingest.ports import Advance, Record
-from ingest.sinks import postgres, statements
+from ingest.sinks import postgres
 from ingest.sinks.connection import open_connection
-from ingest.sinks.copy import Rows
-from ingest.sinks.postgres import PostgresSink
 from shard_config.model import S3, Postgres
 from tests.conftest import empty_bucket, empty_database
+from tests.faults.mutants import (
+    Mutant,
+    Patch,
+    commit_before_landing,
+    drop_every_10000th_row,
+    last_arrival_wins,
+    position_outside_the_transaction,
+)
 from tests.faults.oracle import complaints_of_landed
 from tests.faults.proxy import Proxy
 from tests.faults.replay import archive_all, replay_archive, replay_kafka
@@ -34,10 +37,8 @@ from tests.faults.stage import Stage, Victim, seed_of_run, staged
 from tests.faults.truth import Published, Truth
 from workers.consumer import serve
 from workers.lifecycle import Lifecycle
-from workers.reading import Reader
 from workers.servers import PostgresServer
 
-Mutant = Callable[[pytest.MonkeyPatch], None]
 SAFETY = "worker_stopped_for_safety"
 
 
@@ -367,45 +368,12 @@ async def backends_in_copy(stage: Stage) -> int:
 # --- the oracle itself ----------------------------------------------------------------------------------------
 
 
-def commit_before_landing(patch: pytest.MonkeyPatch) -> None:
-    once = Reader._once
-
-    async def patched(self: Reader, records: Sequence[Record], revocations: int) -> None:
-        await self.consumer.commit({r.position.partition: r.position.offset + 1 for r in records})
-        await once(self, records, revocations)
-
-    patch.setattr(Reader, "_once", patched)
-
-
-def drop_every_hundredth_row(patch: pytest.MonkeyPatch) -> None:
-    insert = postgres._insert_rows
-
-    async def patched(connection: object, rows: Rows, suspect: NDArray[np.bool_]) -> None:
-        kept = np.arange(len(rows)) % 100 != 99
-        await insert(connection, rows.select(kept), suspect[kept])
-
-    patch.setattr(postgres, "_insert_rows", patched)
-
-
-def last_arrival_wins(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(statements, "UPSERT", statements.UPSERT.partition("WHERE")[0])
-
-
-def position_outside_the_transaction(patch: pytest.MonkeyPatch) -> None:
-    advance = PostgresSink._advance
-
-    async def patched(self: PostgresSink, _: object, advances: Sequence[Advance]) -> None:
-        connection = await open_connection(self._postgres, "mutant")
-        try:
-            await advance(self, connection, advances)
-        finally:
-            await connection.close()
-
-    patch.setattr(PostgresSink, "_advance", patched)
-
-
-def nothing(_: pytest.MonkeyPatch) -> None:
+def nothing(_: Patch) -> None:
     """The control: what the oracle has to say of the same fault without a mutant."""
+
+
+def drop_a_row_of_a_hundred(patch: Patch) -> None:
+    drop_every_10000th_row(patch, 100)
 
 
 @pytest.mark.parametrize("truth", [{"targets": 2, "windows": 6}], ids=["small"], indirect=True)
@@ -414,7 +382,7 @@ def nothing(_: pytest.MonkeyPatch) -> None:
     [
         (nothing, None),
         (commit_before_landing, "I3 partition .: Kafka's group is at"),
-        (drop_every_hundredth_row, "I1 lost|I4 another version"),
+        (drop_a_row_of_a_hundred, "I1 lost|I4 another version"),
         (last_arrival_wins, "I4 another version"),
         (position_outside_the_transaction, "I3 partition .: the position"),
     ],
@@ -423,7 +391,7 @@ def nothing(_: pytest.MonkeyPatch) -> None:
 async def test_the_oracle_catches_it(
     stage: Stage, monkeypatch: pytest.MonkeyPatch, mutant: Mutant, complaint: str | None
 ) -> None:
-    mutant(monkeypatch)
+    mutant(monkeypatch.setattr)
     waves = stage.truth.waves(4)
     struck = asyncio.Event()
     with monkeypatch.context() as fault:

@@ -1,0 +1,135 @@
+"""What must hold while everything is at work, and not only in the end: what heals itself would hide that it was broken (I3, and an archive that is whole)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import asyncpg
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+
+from ingest import wire
+from ingest.archive import open_archive
+from ingest.aws_session import new_session
+from ingest.clock import SystemClock
+from ingest.errors import Rejected
+from shard_config.model import Config
+from tests.faults.field import Field
+from tests.faults.log import records_of
+from workers.names import landing_group
+from workers.servers import LOCAL_AWS_ENVIRONMENT
+
+WATCH_S = 2.0
+ASKED_S = 20.0
+"""Longer nobody waits for an answer: servers are down now and then."""
+
+_POSITIONS = "SELECT partition, next FROM positions WHERE sink = 'postgres' AND topic = $1"
+_LANDED = "SELECT batch_id FROM landed WHERE sink = 'postgres'"
+
+
+@dataclass
+class Positions:
+    """I3: no committed position, the store's or Kafka's, lies past data that has not landed."""
+
+    watched: Field
+    complaints: list[str] = field(default_factory=list)
+    """The first of each sort."""
+    looks: int = 0
+    held: bool = False
+    """While true nothing is looked at, and what was read is forgotten: an operator is at work on topic or positions."""
+    _raw: dict[tuple[int, int], bytes] = field(default_factory=dict)
+    """(partition, offset) → the record's id, where it is not known to have landed."""
+    _next: dict[int, int] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        """Until cancelled. What cannot be asked is asked again."""
+        while True:
+            if self.held:
+                self._raw.clear()
+                self._next.clear()
+            else:
+                try:
+                    async with asyncio.timeout(ASKED_S):
+                        await self.look()
+                except (
+                    KafkaError,
+                    OSError,
+                    TimeoutError,
+                    AssertionError,
+                    asyncpg.PostgresError,
+                    asyncpg.InterfaceError,
+                ):
+                    pass
+            await asyncio.sleep(WATCH_S)
+
+    async def look(self) -> None:
+        """Once. What is asked first is behind what is asked last, so this holds while all is at work."""
+        config = self.watched.config
+        committed = await _committed(config)
+        topic = config.kafka.topic("raw")
+        stored = {row["partition"]: row["next"] for row in await self.watched.sql(_POSITIONS, topic)}
+        landed = {bytes(row["batch_id"]) for row in await self.watched.sql(_LANDED)}
+        await self._read(config)
+        if self.held:
+            return
+        self._judge(committed, stored, landed)
+        self.looks += 1
+
+    async def _read(self, config: Config) -> None:
+        for at, value in (await records_of(config, "raw", self._next)).items():
+            self._next[at[0]] = max(at[1] + 1, self._next.get(at[0], 0))
+            try:
+                wire.decode_by_series(value, config.limits)
+            except Rejected:
+                continue  # it is dead, and lands nowhere
+            self._raw[at] = wire.batch_id_of(value)
+
+    def _judge(self, committed: Mapping[int, int], stored: Mapping[int, int], landed: set[bytes]) -> None:
+        for partition, next_ in sorted(committed.items()):
+            if next_ > stored.get(partition, 0):
+                self._say(
+                    f"I3 Kafka's group is past the store: partition {partition} at {next_}, {stored.get(partition, 0)}"
+                )
+        past = [
+            at
+            for at, batch_id in self._raw.items()
+            if at[1] < stored.get(at[0], 0) and batch_id not in landed
+        ]
+        if past:
+            self._say(f"I3 the store's position is past what has landed: {len(past)} records, as {min(past)}")
+        self._raw = {at: batch_id for at, batch_id in self._raw.items() if batch_id not in landed}
+
+    def _say(self, complaint: str) -> None:
+        if not any(one.partition(":")[0] == complaint.partition(":")[0] for one in self.complaints):
+            self.complaints.append(complaint)
+
+
+async def _committed(config: Config) -> dict[int, int]:
+    admin = AIOKafkaAdminClient(bootstrap_servers=config.kafka.bootstrap)
+    await admin.start()
+    try:
+        found = await admin.list_consumer_group_offsets(landing_group(config.kafka))
+    finally:
+        await admin.close()
+    topic = config.kafka.topic("raw")
+    return {tp.partition: at.offset for tp, at in found.items() if tp.topic == topic and at.offset >= 0}
+
+
+async def archive_complaints(config: Config, from_s: int, until_s: int) -> list[str]:
+    """Every task that is in the archive can be read, with all that it lists: what is announced exists. For an idle field."""
+    session = new_session()
+    session.set_credentials(
+        *(LOCAL_AWS_ENVIRONMENT[f"AWS_{name}"] for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"))
+    )
+    session.set_config_variable("region", "us-east-1")
+    spoilt: list[str] = []
+    async with open_archive(config.s3, SystemClock(), session) as archive:
+        for target in await archive.targets():
+            async for key in archive.keys(target, from_s, until_s):
+                try:
+                    await archive.get(key)
+                except Rejected as error:
+                    spoilt.append(str(error))
+    return [f"the archive is not whole: {len(spoilt)} tasks, as {min(spoilt)}"] if spoilt else []
