@@ -47,6 +47,7 @@ REFUSING = "headgate_archive_refusing_seconds"
 OPEN = "headgate_open_windows"
 FRESH = "headgate_target_freshness_seconds"
 LEDGER = "headgate_ledger_observed_timestamp_seconds"
+SNAPSHOT = "headgate_snapshot_timestamp_seconds"
 KEY = '{account="1",region="eu-west-1",api="GetMetricData"}'
 ASKED, THROTTLED = f"headgate_aws_requests_total{KEY}", f"headgate_aws_throttled_total{KEY}"
 STORE, CAPACITY = 'headgate_store_bytes{sink="postgres"}', 'headgate_store_capacity_bytes{sink="postgres"}'
@@ -152,6 +153,14 @@ SCENES = (
         "HeadgateLedgerNotObserved", {LEDGER: "0+60x10 600x30"}, 22, 23, says="No consumer reads the ledger"
     ),
     Scene("HeadgateLedgerNotObserved", {}, 9, 10),
+    Scene(
+        "HeadgateSnapshotOld",
+        {SNAPSHOT: "0x400"},
+        2940,
+        2970,
+        says="The ledger has had no snapshot for two days",
+        step_m=30,
+    ),
     Scene(
         "HeadgateWindowsOpenPastDeadline",
         {f'{OPEN}{{reason="failed"}}': "0x5 4x30", f'{OPEN}{{reason="in_time"}}': "9x40"},
@@ -350,6 +359,7 @@ QUIET = (
     Quiet("HeadgateDeadLetterShare", "nothing comes at all", {f'{DEAD}{{kind="record"}}': "5x60", f'{BATCHES}{{way="copied"}}': "100x60"}),
     Quiet("HeadgateLedgerNotObserved", "PostgreSQL is away for some minutes", {LEDGER: "0+60x10 600x9 1260+60x30"}),
     Quiet("HeadgateLedgerNotObserved", "one of two consumers hangs", {f'{LEDGER}{{instance="a"}}': "0+60x40", f'{LEDGER}{{instance="b"}}': "0+60x10 600x30"}),
+    Quiet("HeadgateSnapshotOld", "a day is missed", {SNAPSHOT: "0x94 169200x90"}, step_m=30),
     Quiet("HeadgateWindowsOpenPastDeadline", "healing closes them", {f'{OPEN}{{reason="failed"}}': "0x5 4x12 0x30"}),
     Quiet("HeadgateWindowsOpenPastDeadline", "they are in time, paused, or another alert's", {f'{OPEN}{{reason="{reason}"}}': "4x40" for reason in ("in_time", "paused", "unbalanced")}),
     Quiet("HeadgateWindowsUnbalanced", "a newer look lands", {f'{OPEN}{{reason="unbalanced"}}': "0x5 4x12 0x30"}),
