@@ -184,7 +184,7 @@ async def test_a_short_campaign_breaks_nothing(tmp_path: Path) -> None:
     wanted = ("exporter killed after S3 PUT", "consumer killed between the database's commit and Kafka's")
     kinds = [kind for kind in KINDS if kind.name in wanted]
 
-    run = await play(3, 0.35, kinds, tmp_path / "field", "")
+    run = await play(5, 0.35, kinds, tmp_path / "field", "")
 
     assert run.verdict.complaints == []
     assert {s.kind for s in run.strikes if not s.missed} == set(wanted)
