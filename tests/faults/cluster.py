@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +20,7 @@ broker.session.timeout.ms=3000
 replica.lag.time.max.ms=3000
 controller.quorum.election.timeout.ms=500
 controller.quorum.fetch.timeout.ms=1500
+controller.socket.timeout.ms=2000
 """
 
 
@@ -43,8 +46,18 @@ class Broker(KafkaServer):
         # Twenty-two letters of base64: another one of them is another id.
         meta.write_text(re.sub(r"(directory\.id=.{10}).", rf"\g<1>{self.node}", text))
 
+    def signal(self, number: signal.Signals) -> None:
+        assert self.pid is not None
+        os.killpg(self.pid, number)
+
+    def kill(self) -> None:
+        """With SIGKILL; `launch` starts it again."""
+        self.signal(signal.SIGKILL)
+        self.stop()
+
     def _java(self, *options: str) -> list[str]:
-        return super()._java("-Xmx256m", *options)
+        # C1 only: none of them lives long enough for C2 to pay.
+        return super()._java("-Xmx256m", "-XX:TieredStopAtLevel=1", *options)
 
     def _properties(self) -> str:
         # Of two lines with one key the last counts.

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -30,12 +31,14 @@ S3_ROW = "S3 409, 412, 503, truncated GET"
 
 PLACES: tuple[Part, ...] = ("kafka", "postgres", "s3", "aws")
 NARROW_BYTES_PER_S = 20_000
+RESET_EACH_S = 0.3
 DISK_BYTES = 2 * 1024**3
 """Before it fills; it takes as much memory as lies on it."""
 LEFT_BYTES = 64 * 1024
 SETTLED_S = 8.0
 FULL_S = 15.0
-IN_COPY_S = 20.0
+REACHED_S = 20.0
+"""Until somebody is where it is to be struck."""
 
 
 # --- Kafka, PostgreSQL ----------------------------------------------------------------------------------------
@@ -110,7 +113,7 @@ async def _copy_swallowed(field: Field, rng: random.Random) -> AsyncIterator[Str
     struck = Struck(consumer)
     try:
         with suppress(TimeoutError):
-            await asyncio.wait_for(link.fell_silent.wait(), IN_COPY_S)
+            await asyncio.wait_for(link.fell_silent.wait(), REACHED_S)
         struck.missed = not link.fell_silent.is_set()
         yield struck
     finally:
@@ -141,12 +144,15 @@ Hurt = Callable[[Link, random.Random], object]
 @asynccontextmanager
 async def _network(field: Field, rng: random.Random, part: Part, hurt: Hurt) -> AsyncIterator[Struck]:
     hit, links = _chosen(field, part, rng)
-    connections = sum(link.open for link in links)
+    before = sum(link.accepted for link in links)
+    struck = Struck(hit, notes={"connections": sum(link.open for link in links)})
     for link in links:
         hurt(link, rng)
     try:
-        yield Struck(hit, notes={"connections": connections})
+        yield struck
     finally:
+        struck.notes["new_connections"] = sum(link.accepted for link in links) - before
+        struck.missed = not any(struck.notes.values())
         for link in links:
             link.resume()
             link.bury()
@@ -160,8 +166,24 @@ def _lost(link: Link, rng: random.Random) -> None:
         link.down()
 
 
-def _reset(link: Link, _: random.Random) -> None:
-    link.reset()
+@asynccontextmanager
+async def _resets(field: Field, rng: random.Random, part: Part) -> AsyncIterator[Struck]:
+    """Connections end in the middle of whatever they are at, again and again."""
+    hit, links = _chosen(field, part, rng)
+    struck = Struck(hit, notes={"connections": 0})
+
+    async def again_and_again() -> None:
+        while True:
+            struck.notes["connections"] += sum(link.reset() for link in links)
+            await asyncio.sleep(RESET_EACH_S)
+
+    work = asyncio.create_task(again_and_again())
+    try:
+        yield struck
+    finally:
+        work.cancel()
+        await asyncio.wait([work])
+        struck.missed = not struck.notes["connections"]
 
 
 def _cut(link: Link, rng: random.Random) -> None:
@@ -219,7 +241,7 @@ Answer = Callable[[S3Proxy], None]
 
 @asynccontextmanager
 async def _s3(field: Field, rng: random.Random, answer: Answer, reads: bool) -> AsyncIterator[Struck]:
-    """All workers' S3 answers so for a while. Reads are rare: a killed exporter's successors make some."""
+    """All workers' S3 answers so for a while. Reads are rare: whoever follows an exporter that was killed after its put makes one."""
     port = urlsplit(field.endpoints.s3_url).port
     assert port
     links = field.links("s3")
@@ -231,7 +253,9 @@ async def _s3(field: Field, rng: random.Random, answer: Answer, reads: bool) -> 
         struck = Struck("s3")
         try:
             if reads:
-                await field.kill(rng.choice(field.exporters))
+                exporter = rng.choice(field.exporters)
+                field.arm(exporter, "after_put", signal.SIGKILL)
+                await field.reached(exporter, "after_put", REACHED_S)
             yield struck
         finally:
             proxy.heal()
@@ -267,12 +291,12 @@ def _reads_changed(proxy: S3Proxy) -> None:
 # --- all of them ----------------------------------------------------------------------------------------------
 
 
-def _of_networks(name: str, row: str, hurt: Hurt, places: Sequence[Part]) -> list[Kind]:
+def _of_networks(name: str, row: str, strike: Callable[..., Any], places: Sequence[Part]) -> list[Kind]:
     return [
         Kind(
             f"{name} {place}",
             row,
-            partial(_network, part=place, hurt=hurt),
+            partial(strike, part=place),
             lasts_s=(2, 12),
             needs=frozenset({place}),
             # An answer of AWS that was lost is asked for again; so is what an exporter had in hand that lost its session.
@@ -286,7 +310,7 @@ def _of_s3(name: str, answer: Answer, *, reads: bool = False) -> Kind:
     strike: Strike = partial(_s3, answer=answer, reads=reads)
     needs = frozenset({"s3", "exporter"}) if reads else frozenset({"s3"})
     # What cannot be archived is not published, and asked for again.
-    return Kind(name, S3_ROW, strike, lasts_s=(3, 10), needs=needs, may_pay_twice=True)
+    return Kind(name, S3_ROW, strike, lasts_s=(8, 12) if reads else (3, 10), needs=needs, may_pay_twice=True)
 
 
 def _of_postgres(name: str, strike: Strike, lasts_s: tuple[float, float] = (1, 5)) -> Kind:
@@ -296,11 +320,13 @@ def _of_postgres(name: str, strike: Strike, lasts_s: tuple[float, float] = (1, 5
 KINDS: tuple[Kind, ...] = (
     Kind("broker killed", BROKER, _broker_killed, (1, 5), frozenset({"kafka"}), may_pay_twice=True),
     Kind("broker paused", BROKER, _broker_paused, (2, 12), frozenset({"kafka"}), may_pay_twice=True),
-    *_of_networks("network lost before", NETWORK, _lost, PLACES),
-    *_of_networks("connections reset to", NETWORK, _reset, PLACES),
-    *_of_networks("network cut one way before", NETWORK, _cut, PLACES),
-    *_of_networks("slow network before", SLOW, _slow, ("kafka", "postgres")),
-    *_of_networks("half-open connections to", SLOW, _half_open, ("kafka", "postgres")),
+    *_of_networks("network lost before", NETWORK, partial(_network, hurt=_lost), PLACES),
+    *_of_networks("connections reset to", NETWORK, _resets, PLACES),
+    *_of_networks("network cut one way before", NETWORK, partial(_network, hurt=_cut), PLACES),
+    *_of_networks("slow network before", SLOW, partial(_network, hurt=_slow), ("kafka", "postgres")),
+    *_of_networks(
+        "half-open connections to", SLOW, partial(_network, hurt=_half_open), ("kafka", "postgres")
+    ),
     _of_postgres("PostgreSQL restarted", partial(_postgres_signalled, number=signal.SIGINT)),
     _of_postgres("PostgreSQL ended at once", partial(_postgres_signalled, number=signal.SIGQUIT)),
     _of_postgres("deadlock", _deadlock, (4, 10)),

@@ -33,6 +33,7 @@ class _Rule:
     share: float = 1.0
     status: int = 503
     code: str = "SlowDown"
+    checksums: bool = True
 
 
 class S3Proxy:
@@ -83,9 +84,9 @@ class S3Proxy:
         """Of what a GET gives send the first half, then break the connection."""
         self._rules.append(_Rule("truncate", frozenset({"GET"}), times, share))
 
-    def flip(self, *, times: int = 1_000_000, share: float = 1.0) -> None:
-        """Change one bit of what a GET gives."""
-        self._rules.append(_Rule("flip", frozenset({"GET"}), times, share))
+    def flip(self, *, times: int = 1_000_000, share: float = 1.0, checksums: bool = True) -> None:
+        """Change one bit of what a GET gives; without `checksums`, leave out S3's own, as an S3 does that has none."""
+        self._rules.append(_Rule("flip", frozenset({"GET"}), times, share, checksums=checksums))
 
     def heal(self) -> None:
         self._rules.clear()
@@ -99,7 +100,10 @@ class S3Proxy:
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         self.asked.append((request.method, request.path))
-        body = await request.read()
+        try:
+            body = await request.read()
+        except OSError:
+            return web.Response()  # whoever asked is gone
         rule = self._rule_for(request.method)
         if rule is not None and rule.fault == "refuse":
             self.struck[f"{rule.status}"] += 1
@@ -114,7 +118,10 @@ class S3Proxy:
             if rule.fault == "truncate":
                 return await _cut(request, answer, content)
             content = _flipped(content, self._rng)
-        return web.Response(status=answer.status, headers=_headers(answer), body=content)
+        headers = _headers(answer)
+        if rule is not None and not rule.checksums:
+            headers = {k: v for k, v in headers.items() if not k.lower().startswith("x-amz-checksum-")}
+        return web.Response(status=answer.status, headers=headers, body=content)
 
     async def _forward(self, request: web.Request, body: bytes) -> tuple[aiohttp.ClientResponse, bytes]:
         headers = {k: v for k, v in request.headers.items() if k.lower() not in _HOP_BY_HOP}

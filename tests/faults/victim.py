@@ -23,7 +23,7 @@ from ingest.sinks import connection, postgres
 from ingest.sinks.postgres import PostgresSink
 from shard_config.model import Config
 from workers import consumer, reading
-from workers.lifecycle import run_worker
+from workers.lifecycle import Lifecycle, run_worker
 
 _log = structlog.get_logger()
 
@@ -36,7 +36,7 @@ def before_commit(nth: int) -> None:
     reached = count(1)
     commit = Consumer.commit
 
-    async def patched(self: Consumer, next_offsets: Mapping[int, int]) -> None:
+    async def patched(self: Consumer, next_offsets: Mapping[int, group.Committable]) -> None:
         if self.topic.endswith(".raw") and next_offsets and next(reached) == nth:
             _log.warning("failpoint_reached")
             await asyncio.Event().wait()
@@ -68,11 +68,18 @@ def _stopped_before(function: Callable[..., Awaitable[Any]], nth: int) -> Callab
 
 
 def impatient(seconds: int) -> None:
-    """Not a point, but shorter times: so long for a landing and a connection, and until Kafka is asked for its topics again."""
+    """Not a point, but shorter times: so long for a landing and a connection, until Kafka is asked for its topics again, and until anything is
+    tried again."""
     assert PostgresSink.connect.__kwdefaults__ is not None
     PostgresSink.connect.__kwdefaults__["timeout_s"] = seconds
     connection.CONNECT_TIMEOUT_S = seconds
     group.METADATA_MAX_AGE_S = seconds
+    pause = Lifecycle.pause
+
+    async def patched(self: Lifecycle, wanted_s: float, *events: asyncio.Event) -> bool:
+        return await pause(self, min(wanted_s, seconds), *events)
+
+    setattr(Lifecycle, "pause", patched)  # noqa: B010
 
 
 def short_drain(seconds: int) -> None:
