@@ -33,6 +33,8 @@ class Role(StrEnum):
     LOCAL_READ_OPS = "local_read_ops"
     """Of instance stores."""
     LOCAL_WRITE_OPS = "local_write_ops"
+    LOCAL_READ_BYTES = "local_read_bytes"
+    LOCAL_WRITE_BYTES = "local_write_bytes"
     CONNECTIONS = "connections"
     REQUESTS = "requests"
     ERRORS = "errors"
@@ -52,13 +54,23 @@ class Activity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RoleMetric:
-    """A metric and what it says. A `rate` is a Sum, told a second; the others are Averages as they stand."""
+    """A metric and what it says. A `rate` is a Sum, told a second; the others are Averages as they stand.
+
+    Where only the Average of a `rate` is collected, that is told as it stands (`sample_unit`), and says nothing a second: nobody knows of how many samples
+    it is.
+    """
 
     role: Role
     name: str
     unit: str
     """As the report tells it."""
     rate: bool = False
+
+    @property
+    def sample_unit(self) -> str:
+        """Of one sample: bytes of bytes/s, count of 1/s."""
+        amount = self.unit.removesuffix("/s")
+        return "count" if amount == "1" else amount
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +116,7 @@ ROLES: Final[Mapping[str, ServiceRoles]] = {
             *_rates("1/s", disk_read_ops="EBSReadOps", disk_write_ops="EBSWriteOps"),
             *_rates("1/s", local_read_ops="DiskReadOps", local_write_ops="DiskWriteOps"),
             *_rates("bytes/s", disk_read_bytes="EBSReadBytes", disk_write_bytes="EBSWriteBytes"),
+            *_rates("bytes/s", local_read_bytes="DiskReadBytes", local_write_bytes="DiskWriteBytes"),
         ),
         {Activity.CPU: (Role.CPU,), Activity.NETWORK: _NETWORK, Activity.DISK: _DISK},
         beside=(Role.LOCAL_READ_OPS, Role.LOCAL_WRITE_OPS),

@@ -7,32 +7,22 @@ import csv
 import io
 import json
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ingest.clock import ManualClock, utc
+from ingest.clock import utc
 from ingest.errors import Fatal
-from ingest.model import Batch, BatchId, Series, SeriesKey, Target, series_ids
-from ingest.ports import Landable
+from ingest.model import Series, SeriesKey, Target
 from ingest.report import tables
-from ingest.report.assemble import Wanted, assemble
 from ingest.report.connections import snapshot
-from ingest.report.model import Level, Report, ResourceKey, ResourceUse, VerdictKind
-from ingest.sinks.connection import open_connection
-from ingest.sinks.migrate import migrate
-from ingest.sinks.postgres import PostgresSink
-from ingest.sinks.rollup_store import Kept, Roller
-from shard_config.load import shipped_services
-from shard_config.model import Account, Budget, Config, Postgres
+from ingest.report.model import Level, ResourceKey, ResourceUse, VerdictKind
+from tests.report_store import DAY_S, MONDAY_S, TARGET, WEEK_S, Store, machine, minutes, opened
 from workers import cli
 from workers.report import last_week, put, range_of
 from workers.traces import ACCOUNT, REGION, series_of
@@ -40,80 +30,11 @@ from workers.traces import ACCOUNT, REGION, series_of
 TRACES = Path(__file__).resolve().parents[2] / "shared" / "data" / "cloudwatch-traces"
 needs_traces = pytest.mark.skipif(not TRACES.is_dir(), reason="no ../shared/data/cloudwatch-traces")
 
-DAY_S = 86_400
-WEEK_S = 7 * DAY_S
-MONDAY_S = 1_795_392_000  # 2026-11-23, 00:00 UTC
-TARGET = Target("cloudwatch", "111122223333", "eu-west-1")
-_batches = count()
-
-
-@dataclass
-class Store:
-    """A store with the schema, and a configuration that knows it."""
-
-    config: Config
-    connection: asyncpg.Connection
-    sink: PostgresSink
-
-    async def land(
-        self, points: Mapping[Series, tuple[NDArray[np.int64], NDArray[np.float64]]], target: Target
-    ) -> None:
-        """Points of each series, a batch a series and 10,000 points; then everything is rolled up."""
-        for series, (times_s, values) in points.items():
-            for at in range(0, len(times_s), 10_000):
-                part = slice(at, at + 10_000)
-                batch = Batch(
-                    "task", target, "ec2", (int(times_s.max()) + 600) * 1000, 0, 300, (series,),
-                    np.array([len(times_s[part])], np.int32), times_s[part], values[part], series_ids((series,)),
-                )  # fmt: skip
-                await self.sink.land([], [Landable(BatchId(next(_batches).to_bytes(16)), batch, 0)])
-        roller = Roller(ManualClock(0))
-        end = utc(max(int(times_s.max()) for times_s, _ in points.values()) + 2 * DAY_S)
-        while await roller.roll(self.connection, end, Kept(), patient=False):
-            pass
-
-    async def windows(
-        self, from_s: int, number: int, *, target: Target = TARGET, service: str = "ec2", **more: Any
-    ) -> None:
-        """So many windows of five minutes; complete, where `more` says nothing else."""
-        given = {"landed_as_of": utc(from_s), "last_status": "complete", "declared": None} | more
-        await self.connection.executemany(
-            "INSERT INTO windows (target, service, window_start, window_end, settles_at, planned_at, landed_as_of, last_status, declared)"
-            " VALUES ($1, $2, $3, $4, $4, $3, $5, $6, $7)",
-            [
-                (str(target), service, utc(start_s), utc(start_s + 300), *given.values())
-                for start_s in range(from_s, from_s + 300 * number, 300)
-            ],
-        )
-
-    async def report(self, from_s: int, to_s: int, accounts: Sequence[str] | None = None) -> Report:
-        wanted = Wanted(from_s, to_s, None if accounts is None else tuple(accounts))
-        return await assemble(self.config, wanted, to_s + DAY_S, lambda what, done, of: None)
-
 
 @pytest.fixture
 async def store(database: str) -> AsyncIterator[Store]:
-    await migrate(database)
-    config = Config(
-        accounts=(
-            Account(id=ACCOUNT, regions=(REGION,), services=("ec2",)),
-            Account(id=TARGET.account, alias="shop", regions=(TARGET.region,), services=("ec2",), budget_usd_per_day=2),
-        ),
-        services=tuple(shipped_services().values()),
-        postgres=Postgres(dsn=database),
-        budget=Budget(usd_per_day=5),
-    )  # fmt: skip
-    sink = await PostgresSink.connect(config.postgres, clock=ManualClock(MONDAY_S))
-    connection = await open_connection(config.postgres, "test")
-    yield Store(config, connection, sink)
-    await connection.close()
-    await sink.close()
-
-
-def machine(name: str, metric: str = "CPUUtilization", stat: str = "Average") -> Series:
-    return Series(
-        SeriesKey(TARGET.account, TARGET.region, "AWS/EC2", metric, (("InstanceId", name),), stat, 60)
-    )
+    async with opened(database) as made:
+        yield made
 
 
 # --- the twelve real traces ---------------------------------------------------------------------------------------
@@ -142,6 +63,7 @@ async def test_each_figure_of_the_twelve_traces_is_what_numpy_says_of_their_file
     assert len(names) == 12
     points: dict[Series, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
     cpu: dict[ResourceKey, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
+    others: dict[tuple[ResourceKey, str], tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
     for name in names:
         metric, stat = series_of(name)
         key = SeriesKey(ACCOUNT, REGION, metric.namespace, metric.name, metric.dimensions, stat, 60)
@@ -149,30 +71,39 @@ async def test_each_figure_of_the_twelve_traces_is_what_numpy_says_of_their_file
         if metric.name == "CPUUtilization":
             service = "rds" if metric.namespace == "AWS/RDS" else "ec2"
             cpu[ResourceKey(ACCOUNT, REGION, service, metric.dimensions[0][1])] = trace(name)
+        else:
+            others[ResourceKey(ACCOUNT, REGION, "ec2", metric.dimensions[0][1]), metric.name] = trace(name)
     await store.land(points, Target("cloudwatch", ACCOUNT, REGION))
-    from_s = min(int(t.min()) for t, _ in cpu.values()) // DAY_S * DAY_S
-    to_s = -(-max(int(t.max()) for t, _ in cpu.values()) // DAY_S) * DAY_S
+    every = [times for times, _ in (*cpu.values(), *others.values())]
+    from_s = min(int(times.min()) for times in every) // DAY_S * DAY_S
+    to_s = -(-max(int(times.max()) for times in every) // DAY_S) * DAY_S
     report = await store.report(from_s, to_s)
 
     assert {use.key for use in report.resources if use.use("cpu")} == set(cpu)
-    heat_sums, heat_counts = np.zeros((2, (to_s - from_s) // 3600))
-    for use in report.resources:
-        if use.key not in cpu:
-            continue
-        times, values = cpu[use.key]
-        found = cpu_of(use)
+    told = {(use.key, m.metric): m for use in report.resources for m in use.metrics}
+    assert told.keys() == {(key, "CPUUtilization") for key in cpu} | others.keys()
+    # The Average of what is a Sum is told as it stands: a sample, not a second.
+    assert {told[key].average.unit for key in others} == {"bytes"}
+    assert {told[key].role for key in others} == {"network_in", "local_write_bytes"}
+    for (key, metric), (times, values) in {
+        **others,
+        **{(k, "CPUUtilization"): of for k, of in cpu.items()},
+    }.items():
+        found = told[key, metric]
         assert found.average.value == pytest.approx(values.mean(), rel=1e-6)
         # Sketches are within 1 % of the value at the rank.
         assert found.p95.value == pytest.approx(np.percentile(values, 95, method="lower"), rel=0.011)
         assert found.peak.value is None
-        assert "Maximum" in found.peak.unknown
+        assert found.peak.unknown
         hours = np.unique(times // 3600)
         assert found.hours == len(hours)
         for day, value in enumerate(found.daily):
             of_day = values[(times >= from_s + day * DAY_S) & (times < from_s + (day + 1) * DAY_S)]
             assert value is None if not len(of_day) else value == pytest.approx(of_day.mean(), rel=1e-6)
         assert len(found.daily) == report.days
-        for hour in hours.tolist():
+    heat_sums, heat_counts = np.zeros((2, (to_s - from_s) // 3600))
+    for times, values in cpu.values():
+        for hour in np.unique(times // 3600).tolist():
             at = hour - from_s // 3600
             heat_sums[at] += np.percentile(values[times // 3600 == hour], 95)
             heat_counts[at] += 1
@@ -272,6 +203,9 @@ async def test_the_busiest_hour_is_held_against_the_quotas(store: Store) -> None
     )
     report = await store.report(MONDAY_S - WEEK_S, MONDAY_S)
     found = {q.what: q for q in report.quotas}
+    # The ledger has the looks of the week's last two hours.
+    assert found["datapoints"].asked_per_s.coverage == pytest.approx(2 / 168)
+    assert found["datapoints"].asked_per_s.before is None
     # Two looks in one hour, of ten minutes at 60 s each.
     assert found["GetMetricData calls"].asked_per_s.value == pytest.approx(72 / 3600)
     assert found["datapoints"].asked_per_s.value == pytest.approx(36_000 * 10 / 3600)
@@ -279,12 +213,6 @@ async def test_the_busiest_hour_is_held_against_the_quotas(store: Store) -> None
 
 
 # --- resources ------------------------------------------------------------------------------------------------------
-
-
-def minutes(days: int, value: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """A point each five minutes of the days before MONDAY_S."""
-    times = np.arange(MONDAY_S - days * DAY_S, MONDAY_S, 300, np.int64)
-    return times, np.full(len(times), value)
 
 
 async def test_a_report_is_of_the_asked_accounts_and_says_what_rollups_lack(store: Store) -> None:

@@ -107,10 +107,11 @@ def test_scrapes_of_endpoints_cost_nothing_here() -> None:
 def test_quotas_are_held_against_the_busiest_hour_nearest_first() -> None:
     week = [Asked(ONE, "eu-west-1", 18_000, 36_000_000), Asked("333333333333", "eu-west-1", 1, 1)]
     before = [Asked(ONE, "eu-west-1", 9_000, 18_000_000)]
-    calls, datapoints = quotas_of(week, before, config())
+    calls, datapoints = quotas_of(week, before, config(), 0.25)
     assert (calls.what, calls.asked_per_s.value, calls.asked_per_s.before, calls.quota_per_s) == (
         "GetMetricData calls", 5.0, 2.5, 10,
     )  # fmt: skip
     assert calls.share == 0.5
+    assert calls.asked_per_s.coverage == 0.25
     assert datapoints.share == pytest.approx(10_000 / 180_000)
-    assert quotas_of(week, [], config())[0].asked_per_s.before is None
+    assert quotas_of(week, [], config(), 1.0)[0].asked_per_s.before is None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ingest.report.model import Figure, Level, ResourceKey, ResourceUse, Size, Verdict, VerdictKind
-from ingest.report.resources import Axis, Merged, Observed, SeriesHours, place_of
+from ingest.report.resources import A_SAMPLE, Axis, Merged, Observed, SeriesHours, place_of
 from ingest.report.sums import Sums
 from ingest.report.utilization import (
     HOURLY,
@@ -288,7 +288,8 @@ def test_an_hour_without_samples_is_none_in_the_heat_map() -> None:
         ("AWS/EC2", "CPUUtilization", [("InstanceId", "i-1")], "Average", ("ec2", "i-1", "cpu")),
         ("AWS/EC2", "CPUUtilization", [("AutoScalingGroupName", "web")], "Average", None),
         ("AWS/EC2", "CPUUtilization", [("InstanceId", "i-1")], "p99", None),
-        ("AWS/EC2", "NetworkIn", [("InstanceId", "i-1")], "Average", None),
+        ("AWS/EC2", "NetworkIn", [("InstanceId", "i-1")], "Average", ("ec2", "i-1", "network_in")),
+        ("AWS/EC2", "NetworkIn", [("InstanceId", "i-1")], "SampleCount", None),
         ("AWS/EC2", "CPUCreditBalance", [("InstanceId", "i-1")], "Average", None),
         ("AWS/RDS", "FreeStorageSpace", [("DBInstanceIdentifier", "d")], "Minimum", ("rds", "d", "storage_free")),
         ("AWS/RDS", "CPUUtilization", [("DBClusterIdentifier", "c"), ("Role", "WRITER")], "Average", None),
@@ -306,6 +307,21 @@ def test_a_series_is_one_resources_or_nones(
 ) -> None:
     place = place_of(namespace, metric, dimensions, statistic)
     assert (None if place is None else (place.service, place.id, place.metric.role)) == expected
+
+
+def test_the_average_of_a_rate_is_told_a_sample_and_says_nothing_of_how_busy_a_resource_is() -> None:
+    values = run_length([(AXIS.hours, 50.0)])
+    assert NETWORK is not None
+    alone = seen_of({(Role.NETWORK_IN, A_SAMPLE): series_of(values)})
+    use = metric_use(alone, NETWORK, RANGES, 1.0)
+    assert use is not None
+    assert (use.average.value, use.average.unit, use.p95.value) == (50.0, "bytes", 50.0)
+    assert alone.values(Role.NETWORK_IN) is None
+    # A Sum says more, and counts where both are there.
+    both = seen_of({**alone.series, (Role.NETWORK_IN, "Sum"): series_of(values, rate=True)})
+    use = metric_use(both, NETWORK, RANGES, 1.0)
+    assert use is not None
+    assert (use.average.value, use.average.unit) == (pytest.approx(50.0), "bytes/s")
 
 
 def test_roles_name_metrics_of_the_shipped_profiles_where_there_is_one() -> None:

@@ -242,6 +242,18 @@ def test_data_that_go_back_less_than_the_rule_say_not_enough() -> None:
         assert "go back" in verdict.rule
 
 
+def test_idle_is_told_since_the_last_hour_of_any_activity_and_oversized_since_it_was_looked_at() -> None:
+    cpu = run_length([[5 * 24, 40.0], [23 * 24, 1.0]])
+    verdict = verdict_of(machine(cpu, cpu))
+    assert (verdict.kind, verdict.since_s) == (VerdictKind.IDLE, AXIS.start_s + 5 * 86_400)
+    unknown_first = run_length([[3 * 24, None], [25 * 24, 1.0]])
+    verdict = verdict_of(machine(1.0, 1.0, known=~np.isnan(unknown_first)))
+    assert (verdict.kind, verdict.since_s) == (VerdictKind.IDLE, AXIS.start_s + 3 * 86_400)
+    verdict = verdict_of(machine(9.0, 20.0))
+    assert (verdict.kind, verdict.since_s) == (VerdictKind.OVERSIZED, TO_S - 14 * 86_400)
+    assert verdict_of(machine(60.0, 95.0)).since_s is None
+
+
 def test_a_week_before_its_birth_it_was_not_gone() -> None:
     lived = lived_of("ec2", [{"days": [26, 28], **BIG}], born_day=26)
     seen = Observed(ResourceKey(ACCOUNT, REGION, "ec2", "r-1"), {}, lived)

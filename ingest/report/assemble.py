@@ -137,8 +137,12 @@ async def _ledger(connection: asyncpg.Connection, config: Config, wanted: Wanted
     before = await ledger_side.tallies(connection, before_s, week_s, accounts)
     coverage, coverage_all = ledger_side.coverage_of(week, before, config, min(to_s, now_s))
     asked = await ledger_side.asked(connection, config, week_s, to_s)
-    asked_before = await ledger_side.asked(connection, config, before_s, week_s)
-    quotas = quotas_of(asked, asked_before, config)
+    since_s = await ledger_side.looks_since(connection)
+    whole_before = since_s is not None and since_s <= before_s
+    asked_before = await ledger_side.asked(connection, config, before_s, week_s) if whole_before else ()
+    quotas = quotas_of(
+        asked, asked_before, config, ledger_side.looks_cover(since_s, week_s, min(to_s, now_s))
+    )
     return Ledger(
         tuple(sorted(set(week) | set(accounts or ()))),
         spend,
@@ -321,11 +325,18 @@ class Assembly:
             Figure(None, "count", unknown=unknown) if oversized_unknown else Figure(float(len(found)), "count", float(len(before)), coverage),
             len(found) - len(wastes),
             tuple(
-                Finding(use.key, use.size, use.owner, use.verdict, use.coverage, float(self.rules.days))
+                Finding(use.key, use.size, use.owner, use.verdict, use.coverage, self._since_days(use.verdict))
                 for use in found
             ),
             "" if found else self._why_none(uses, unknown),
         )  # fmt: skip
+
+    def _since_days(self, verdict: Verdict) -> float:
+        return (
+            float(self.rules.days)
+            if verdict.since_s is None
+            else (self.ranges.to_s - verdict.since_s) / DAY_S
+        )
 
     def _why_none(self, uses: Sequence[ResourceUse], unknown: str) -> str:
         """Why there is no finding: what could not be judged, by its reason."""

@@ -171,6 +171,22 @@ def _spread(seconds: NDArray[np.float32], axis: Axis, from_s: float, to_s: float
     )
 
 
+async def looks_since(connection: asyncpg.Connection) -> int | None:
+    """When the oldest look that the ledger still has was begun; None: it has none. Raises Transient."""
+    with translated("the ledger's looks"):
+        found: datetime | None = await connection.fetchval(
+            "SELECT min(started_at) FROM looks WHERE target LIKE 'cloudwatch/%'"
+        )
+    return None if found is None else int(found.timestamp())
+
+
+def looks_cover(since_s: int | None, from_s: int, to_s: int) -> float:
+    """The share of [from_s, to_s), 0..1, of which the ledger still has the looks."""
+    if since_s is None or to_s <= from_s:
+        return 0.0
+    return max(0.0, to_s - max(since_s, from_s)) / (to_s - from_s)
+
+
 async def asked(connection: asyncpg.Connection, config: Config, from_s: int, to_s: int) -> list[Asked]:
     """What each account was asked in its busiest hour of [from_s, to_s), by the looks that the ledger still has; by way of a monitoring account
     it is that account's. Raises Transient.

@@ -72,7 +72,8 @@ class Figure:
 class MetricUse:
     """One role (`shard_config.report.Role`) of a resource over the range.
 
-    `average` and `p95` are of the Average statistic, or of a Sum, told a second; `peak` is of the Maximum statistic and of nothing else.
+    `average` and `p95` are of the Average statistic, or of a Sum, told a second; where of such a metric only the Average is collected, of that, as it stands
+    (their unit says so). `peak` is of the Maximum statistic and of nothing else.
     """
 
     role: str
@@ -162,6 +163,8 @@ class Verdict:
     """Of IDLE and OVERSIZED, where its price is configured."""
     waste_unknown: str = ""
     """Why there is no `waste`, and which key would give one."""
+    since_s: int | None = None
+    """Of IDLE and OVERSIZED: since when, as far as is known, what it says has been so. IDLE: since no activity reached its limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +294,7 @@ class Finding:
     verdict: Verdict
     coverage: float | None
     since_days: float
-    """For so many days before the range's end the verdict's data go back."""
+    """For so many days before the range's end it has been so, as far as is known: `Verdict.since_s`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,7 +433,7 @@ class Noted:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """10: within the week; untagged: at its end."""
+    """10: within the week, without members of auto-scaling groups and fleets, which come and go by themselves; untagged: at its end, with them."""
 
     new: tuple[Noted, ...]
     vanished: tuple[Noted, ...]

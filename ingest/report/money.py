@@ -221,8 +221,11 @@ class Asked:
     datapoints: int
 
 
-def quotas_of(week: Iterable[Asked], before: Iterable[Asked], config: Config) -> tuple[QuotaUse, ...]:
+def quotas_of(
+    week: Iterable[Asked], before: Iterable[Asked], config: Config, coverage: float
+) -> tuple[QuotaUse, ...]:
     """What is asked a second in the busiest hour, against each account's quota; nearest to it first. Accounts of no configuration have none.
+    `coverage`, 0..1: of so much of the week its looks are known.
 
     What is asked by way of a monitoring account has to be that account's already, for it is its quota.
     """
@@ -237,6 +240,6 @@ def quotas_of(week: Iterable[Asked], before: Iterable[Asked], config: Config) ->
             ("GetMetricData calls", one.calls, None if was is None else was.calls, account.calls_per_s),
             ("datapoints", one.datapoints, None if was is None else was.datapoints, account.datapoints_per_s),
         ):
-            figure = Figure(now / 3600, "1/s", None if then is None else then / 3600, 1.0)
+            figure = Figure(now / 3600, "1/s", None if then is None else then / 3600, coverage)
             found.append(QuotaUse(one.account, one.region, what, figure, quota))
     return tuple(sorted(found, key=lambda q: (-(q.share or 0), q.account, q.region, q.what)))

@@ -56,7 +56,8 @@ def place_of(
         return None
     if statistic not in _STATISTICS[found.rate]:
         return None
-    return Place(service, id_of(service, dimensions), found, statistic)
+    said = A_SAMPLE if found.rate and statistic == "Average" else statistic
+    return Place(service, id_of(service, dimensions), found, said)
 
 
 def id_of(service: str, dimensions: Sequence[tuple[str, str]]) -> str:
@@ -68,7 +69,9 @@ def id_of(service: str, dimensions: Sequence[tuple[str, str]]) -> str:
     return "/".join(reversed(values) if service == "msk" else values)
 
 
-_STATISTICS: Final = {True: ("Sum", "Maximum"), False: ("Average", "Maximum", "Minimum")}
+A_SAMPLE: Final = "Average a sample"
+"""What the Average of a rate's metric is called here: no level, for it says nothing a second."""
+_STATISTICS: Final = {True: ("Sum", "Maximum", "Average"), False: ("Average", "Maximum", "Minimum")}
 
 
 # --- by hour ----------------------------------------------------------------------------------------------------------
@@ -188,6 +191,10 @@ class Observed:
     def level(self, role: Role) -> SeriesHours | None:
         """The series that tells its level: Average, or Sum of a rate."""
         return self.series.get((role, "Average")) or self.series.get((role, "Sum"))
+
+    def a_sample(self, role: Role) -> SeriesHours | None:
+        """The Average of a rate's metric."""
+        return self.series.get((role, A_SAMPLE))
 
     def maximum(self, role: Role) -> SeriesHours | None:
         return self.series.get((role, "Maximum"))

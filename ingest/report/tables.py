@@ -115,7 +115,7 @@ def write_csv(of: Mapping[str, Plain], out: TextIO) -> None:
     """A document as CSV, COLUMNS first; row by row, so that it takes no memory besides."""
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows([_cell(row.get(column)) for column in COLUMNS] for row in rows(of))
+    writer.writerows([cell(row.get(column)) for column in COLUMNS] for row in rows(of))
 
 
 def rows(of: Mapping[str, Plain]) -> Iterator[dict[str, Plain]]:
@@ -164,6 +164,6 @@ def _rows(value: Plain, at: _Place) -> Iterator[dict[str, Plain]]:
         yield at.row(value=value)
 
 
-def _cell(value: Plain) -> Plain:
-    """Text from elsewhere is not a spreadsheet's formula (OWASP: CSV injection)."""
+def cell(value: Plain) -> Plain:
+    """A cell of a CSV for people: text from elsewhere is not a spreadsheet's formula (OWASP: CSV injection)."""
     return f"'{value}" if type(value) is str and value.startswith(_FORMULA) else value

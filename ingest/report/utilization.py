@@ -110,12 +110,14 @@ def metric_use(
     seen: Observed, metric: RoleMetric, ranges: Ranges, coverage: float | None
 ) -> MetricUse | None:
     """One role over the range; None where no series has a sample in the axis."""
-    series = seen.level(metric.role)
+    series, unit, rate = seen.level(metric.role), metric.unit, metric.rate
     top = seen.maximum(metric.role)
+    if rate and (series is None or not series.counts.any()) and seen.a_sample(metric.role) is not None:
+        series, unit, rate = seen.a_sample(metric.role), metric.sample_unit, False
     if (series is None or not series.counts.any()) and (top is None or not top.counts.any()):
         return None
     whole, week, before = ranges.whole, ranges.week, ranges.before
-    scale = 1.0 if series is None or not metric.rate else 1 / series.per_sample_s
+    scale = 1.0 if series is None or not rate else 1 / series.per_sample_s
     sums = None if series is None else np.where(series.known, series.sums, 0.0)
     averages = [
         None if series is None or sums is None else _average(sums[hours], series.counts[hours], scale)
@@ -129,8 +131,8 @@ def metric_use(
     return MetricUse(
         metric.role,
         metric.name,
-        figure_of(averages, metric.unit, coverage, "there are no samples of the Average statistic"),
-        figure_of(p95s, metric.unit, coverage, "there are no samples of the Average statistic"),
+        figure_of(averages, unit, coverage, "there are no samples of the Average statistic"),
+        figure_of(p95s, unit, coverage, "there are no samples of the Average statistic"),
         figure_of(peaks, metric.unit, coverage, "of a rate there is no peak" if metric.rate else NO_MAXIMUM),
         p95_of,
         0 if series is None else int(series.known[whole].sum()),

@@ -186,6 +186,7 @@ def _of_detached(facts: _Facts, lived: Lived, resource: Resource, rules: Rules) 
         Confidence.HIGH,
         waste=waste,
         waste_unknown=unknown,
+        since_s=since_s,
     )
 
 
@@ -256,7 +257,18 @@ def _of_idle(facts: _Facts, rules: Rules) -> Verdict | None:
         _idle_confidence(idle, facts, rules),
         waste=waste,
         waste_unknown=unknown,
+        since_s=_quiet_since(idle, facts, rules),
     )
+
+
+def _quiet_since(idle: IdleHours, facts: _Facts, rules: Rules) -> int:
+    """The first hour that is known after the last one in which any activity reached its limit, of the whole axis before `at_s`."""
+    busy = np.zeros(facts.hours.stop, np.bool_)
+    for activity, values in idle.activity.items():
+        busy |= values[: facts.hours.stop] >= rules.report.idle.limit(activity)
+    after = int(np.flatnonzero(busy)[-1]) + 1 if busy.any() else 0
+    first = after + int(idle.known[after : facts.hours.stop].argmax())
+    return facts.axis.start_s + first * HOUR_S
 
 
 def _busy_in(idle: IdleHours, hours: slice, rules: Rules) -> bool:
@@ -325,6 +337,8 @@ def _of_size(facts: _Facts, rules: Rules) -> Verdict | None:
         fit.size,
         waste,
         unknown,
+        # So far back was looked; a bigger load before that would have needed its size.
+        facts.axis.start_s + (facts.hours.start + int(facts.on.argmax())) * HOUR_S,
     )
 
 

@@ -48,7 +48,9 @@ class Lives:
     """Since when there is an inventory; None: there is none."""
 
     def changes(self, to_s: int) -> Changes:
-        """New and vanished within the 7 days before `to_s`, and untagged at that time; counts with those of a week before."""
+        """New and vanished within the 7 days before `to_s`, without members of auto-scaling groups and fleets, and untagged at that time; counts with those
+        of a week before.
+        """
         if self.first_s is None:
             none = Figure(None, "count", unknown=NO_INVENTORY)
             return Changes((), (), (), none, none, none, self.owner_tag, NO_INVENTORY)
@@ -65,9 +67,11 @@ class Lives:
         new, vanished, untagged = [], [], []
         for key, lived in self.of.items():
             there = lived.at(to_s - 1)
-            if lived.born_s is not None and to_s - WEEK_S <= lived.born_s < to_s:
+            # Groups make and end their members all day long: that is no news.
+            own = not lived.last.scaled
+            if own and lived.born_s is not None and to_s - WEEK_S <= lived.born_s < to_s:
                 new.append(self._noted(key, lived, lived.born_s))
-            if lived.gone_s is not None and to_s - WEEK_S <= lived.gone_s < to_s:
+            if own and lived.gone_s is not None and to_s - WEEK_S <= lived.gone_s < to_s:
                 vanished.append(self._noted(key, lived, lived.gone_s))
             if there is not None and not there.tags.get(self.owner_tag):
                 untagged.append(self._noted(key, lived, lived.born_s))
