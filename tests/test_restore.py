@@ -42,7 +42,7 @@ PAUSES = "SELECT * FROM pauses ORDER BY account, service"
 REASONS = "SELECT reason, sum(metrics_billed) AS metrics FROM charges GROUP BY reason ORDER BY reason"
 INVENTORY = "SELECT account, region, service, id, since, attributes FROM inventory ORDER BY 1, 2, 3, 4, 5"
 STATE = (SAMPLES, SERIES, WINDOWS, CHARGES, PAUSES, INVENTORY)
-WORKERS = {"headgate-coordinator": "coordinator", "headgate-consumer": "consumer-1"}
+WORKERS = {"headgate-coordinator": "coordinator", "headgate-consumer-postgres": "consumer-1"}
 
 
 @dataclass(frozen=True)
