@@ -46,7 +46,7 @@ async def test_who_ignores_partial_data_says_complete_of_half_the_points(
     async with scene() as found:
         found.sim.faults = Faults(seed=5, partial_share=0.5)
         receipt = await found.collect(BAD, item_of())
-        assert receipt.items[0].outcome.status is LookStatus.COMPLETE
+        assert receipt.items[0].outcome.status is LookStatus.COMPLETE, receipt.items[0].outcome.detail
         with pytest.raises(AssertionError):
             check_whole(found, receipt)
 

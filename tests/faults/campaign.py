@@ -26,11 +26,12 @@ from pathlib import Path
 import psutil
 
 from tests.faults import standstill
-from tests.faults.checks import Freshness, drain, judge, quiet
+from tests.faults.checks import Freshness, drain, first_window_s, judge, quiet
 from tests.faults.field import POLL_S, Field, open_field
 from tests.faults.kinds import ALONE_BOUND_S, BOUND_S, NEEDS, Kind, Struck
 from tests.faults.schedule import Planned, Schedule, schedule
 from tests.faults.table import Run, Strike, replaced, table
+from tests.faults.watch import Positions
 
 MODULES = ("kinds_process", "kinds_servers", "kinds_source", "kinds_log")
 HOME = Path(".headgate/faults")
@@ -59,6 +60,7 @@ class Play:
         self.schedule = planned
         self.run = run
         self.freshness = Freshness(field)
+        self.positions = Positions(field)
         self.struck: list[Struck] = []
         self._made: list[tuple[Planned, Struck, float, float]] = []
         self._turns = {need: asyncio.Lock() for need in NEEDS}
@@ -66,7 +68,7 @@ class Play:
     async def all(self) -> None:
         """Warm up, strike, heal, drain, judge: what came of it is in `run`."""
         started_s = time.monotonic()
-        watching = asyncio.create_task(self.freshness.run())
+        watching = [asyncio.create_task(one.run()) for one in (self.freshness, self.positions)]
         try:
             first_s = time.time()
 
@@ -74,16 +76,22 @@ class Play:
                 return self.freshness.recovery_s(first_s) is not None
 
             await self.field.until(sealed, "a first window is sealed", WARM_UP_S)
+            from_s = await first_window_s(self.field)
             await self._half(self.schedule.first)
             if self.schedule.alone is not None:
+                # It may delete records, and move positions.
+                self.positions.held = True
                 await self._strike(self.schedule.alone)
+                self.positions.held = False
             await self._half(self.schedule.second)
             await make_whole(self.field)
             until_s = self.field.now_s() // POLL_S * POLL_S
             await drain(self.field, self.freshness, until_s, self.run.verdict)
         finally:
-            watching.cancel()
-            await asyncio.wait([watching])
+            for task in watching:
+                task.cancel()
+            await asyncio.wait(watching)
+        self.run.verdict.complaints += self.positions.complaints
         self.run.strikes = [
             Strike(
                 planned.kind.name,
@@ -97,7 +105,7 @@ class Play:
         ]
         async with self.field.down("coordinator"):
             await quiet(self.field)
-            await judge(self.field, self.struck, until_s, self.run.verdict)
+            await judge(self.field, self.struck, from_s, until_s, self.run.verdict)
         self.run.seconds = time.monotonic() - started_s
 
     async def _half(self, strikes: Sequence[Planned]) -> None:

@@ -32,6 +32,7 @@ from tests.faults.kinds import Struck
 from tests.faults.log import records_of
 from tests.faults.oracle import Oracle, complaints_of_dead, complaints_of_landed
 from tests.faults.truth import Published, Truth
+from tests.faults.watch import archive_complaints
 from workers.stack import CHECKOUT
 from workers.verify import landed_points, verify
 from workers.world import SETTLED, Question
@@ -145,22 +146,31 @@ async def quiet(field: Field, timeout_s: float = 90.0) -> None:
     await field.until(still, "nothing is at work", timeout_s)
 
 
-async def judge(field: Field, struck: Iterable[Struck], until_s: int, verdict: Verdict) -> None:
-    """All invariants, over what ended by `until_s`. The field stands still; nothing of it is changed."""
+async def first_window_s(field: Field) -> int:
+    """When the first window of all starts. Asked before anything strikes: what is new is read back, and has windows before it."""
+    [(start_s,)] = await field.sql("SELECT extract(epoch FROM min(window_start))::bigint FROM windows")
+    return int(start_s)
+
+
+async def judge(field: Field, struck: Iterable[Struck], from_s: int, until_s: int, verdict: Verdict) -> None:
+    """All invariants, over what began from `from_s` on and ended by `until_s`. The field stands still; nothing of it is changed."""
     config = field.config
     verdict.complaints += [complaint for one in struck for complaint in one.complaints]
     bad = {at: dead for one in struck for at, dead in one.bad.items()}
     elsewhere = {at for one in struck for at in one.elsewhere}
-    from_s = await _windows(field, until_s, verdict)
+    await _windows(field, from_s, until_s, verdict)
     # Off this loop: the links live on it.
     await asyncio.to_thread(asyncio.run, _data(field, config, bad, elsewhere, from_s, until_s, verdict))
+    verdict.complaints += await asyncio.to_thread(
+        lambda: asyncio.run(archive_complaints(config, from_s - POLL_S, until_s))
+    )
     await _money(field, verdict)
     verdict.memory_bytes = dict(field.memory_bytes)
     verdict.complaints += memory_complaints(field.memory_bytes)
 
 
-async def _windows(field: Field, until_s: int, verdict: Verdict) -> int:
-    """I7; returns when the first window starts."""
+async def _windows(field: Field, from_s: int, until_s: int, verdict: Verdict) -> None:
+    """I7."""
     rows = await field.sql(_WINDOWS, until_s)
     open_ones = [
         f"{r['target']} {r['service']} {r['start_s']} {r['last_status']} {r['last_detail']} {r['unbalanced'] or ''}"
@@ -179,13 +189,11 @@ async def _windows(field: Field, until_s: int, verdict: Verdict) -> int:
     for r in await field.sql(_FOLDED):
         starts.setdefault((r["target"], r["service"]), set()).update(range(r["start_s"], r["end_s"], POLL_S))
     verdict.windows = sum(map(len, starts.values()))
-    from_s = min((min(have) for have in starts.values()), default=until_s)
     planned = set(range(from_s, until_s // POLL_S * POLL_S, POLL_S))
     missing = {of: sorted(planned - have) for of, have in starts.items() if planned - have}
     if missing or len(starts) != targets() * len(SERVICES):
         some = [(of, len(gone), gone[:3]) for of, gone in sorted(missing.items())][:3]
         verdict.complaints.append(f"I7 windows were never planned, as {some}")
-    return from_s
 
 
 async def _data(
