@@ -36,6 +36,7 @@ from tests.faults.watch import Positions
 MODULES = ("kinds_process", "kinds_servers", "kinds_source", "kinds_log")
 HOME = Path(".headgate/faults")
 WARM_UP_S = 90.0
+ENDED = "the run ended: "
 TURN_S = 10.0
 """So long a strike waits for what another one still holds; then it is missed."""
 
@@ -169,7 +170,7 @@ async def play(seed: int, minutes: float, kinds: Sequence[Kind], home: Path, mut
         async with open_field(home, seed, mutant) as field:
             await Play(field, planned, run).all()
     except Exception as error:
-        run.verdict.complaints.append(f"the run ended: {type(error).__name__}: {error}")
+        run.verdict.complaints.append(f"{ENDED}{type(error).__name__}: {error}")
     if run.verdict.complaints:
         shutil.rmtree(home / "run", ignore_errors=True)  # logs stay
     else:
@@ -265,8 +266,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.write.write_text(replaced(args.write.read_text(), text))
     broken = [run for run in runs if run.verdict.complaints]
     if args.mutant:
-        say(f"the mutant {args.mutant!r} was {'caught' if broken else 'NOT caught'}")
-        return int(not broken)
+        # A run that did not get to its end has judged nothing.
+        found = [c for run in broken for c in run.verdict.complaints if not c.startswith(ENDED)]
+        say(f"the mutant {args.mutant!r} was {'caught' if found else 'NOT caught'}")
+        return int(not found)
     return int(bool(broken) or not runs)
 
 

@@ -6,6 +6,7 @@ is the product's own code.
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +31,8 @@ Patch = Callable[[Any, str, Any], None]
 Mutant = Callable[[Patch], None]
 
 DROPPED_EVERY = 10_000
+GAP_S = 0.3
+"""Between a manifest and its parts, as if those were heavy: so that a fault finds it."""
 
 
 def commit_before_landing(patch: Patch) -> None:
@@ -101,7 +104,10 @@ def manifest_before_objects(patch: Patch) -> None:
 
     async def patched(self: S3Archive, key: str, body: bytes) -> bool:
         done = await put(self, key, body)
-        for part in held.pop(key, ()):
+        parts = held.pop(key, ())
+        if parts:
+            await asyncio.sleep(GAP_S)
+        for part in parts:
             await put(self, part_key(key, part.digest), part.body)
         return done
 
