@@ -52,6 +52,7 @@ KEY = '{account="1",region="eu-west-1",api="GetMetricData"}'
 ASKED, THROTTLED = f"headgate_aws_requests_total{KEY}", f"headgate_aws_throttled_total{KEY}"
 STORE, CAPACITY = 'headgate_store_bytes{sink="postgres"}', 'headgate_store_capacity_bytes{sink="postgres"}'
 DEAD, BATCHES, POINTS = "headgate_dead_total", "headgate_batches_landed_total", "headgate_points_landed_total"
+BEHIND, DIRTY = "headgate_rollup_behind_seconds", "headgate_rollup_dirty"
 STRETCH = "headgate_poll_stretch"
 SPEND, FORECAST = 'headgate_spend_usd_today{account="1"}', 'headgate_spend_forecast_usd_today{account="1"}'
 BUDGET = 'headgate_budget_usd{account="1"}'
@@ -197,6 +198,12 @@ SCENES = (
         16,
         {"target": "t1"},
         "Nothing of t1 has landed for 1h 10m 1s",
+    ),
+    Scene(
+        "HeadgateRollupsBehind",
+        {f'{BEHIND}{{instance="c1"}}': "0+60x450", f'{BEHIND}{{instance="c2"}}': "0x450", DIRTY: "5x450"},
+        390,
+        391,
     ),
     Scene(
         "HeadgateStoreNearFull",
@@ -369,6 +376,8 @@ QUIET = (
     Quiet("HeadgateWindowsDeclared", "the coordinator restarts", {'headgate_windows_declared_total{reason="abandoned"}': "3x10 0x60"}),
     Quiet("HeadgateTargetStale", "it lands again", {f'{FRESH}{{target="t1"}}': "60x5 3601x8 300x30"}),
     Quiet("HeadgateTargetStale", "the target is removed", {f'{FRESH}{{target="t1"}}': "3500+60x6 stale"}),
+    Quiet("HeadgateRollupsBehind", "a backfill is worked off", {BEHIND: "0+60x600", DIRTY: "2000-2x600"}),
+    Quiet("HeadgateRollupsBehind", "no consumer for some hours, and then one", {BEHIND: "0x5 _x300 18000+60x40 0x60", DIRTY: "0x5 _x300 300x40 0x60"}),
     Quiet("HeadgateStoreNearFull", "what it may have is not known", {STORE: "95x40"}),
     Quiet("HeadgateStoreNearFull", "room is made", {STORE: "95x12 60x30", CAPACITY: "100x50"}),
     Quiet("HeadgateStoreFilling", "it does not grow", {STORE: "60x200", CAPACITY: "100x200"}, 30),
