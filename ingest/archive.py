@@ -31,7 +31,7 @@ from ingest.errors import Rejected, Transient
 from ingest.model import Receipt, Target, Task
 from ingest.objects import TAIL_BYTES, pack, part_key, read_task, spoilt, unpack_tail
 from ingest.ports import ArchivedTask
-from ingest.validate import SLUG, Reason
+from ingest.validate import SLUG, TARGET, Reason, task_problem
 from shard_config.model import S3
 
 DEADLINE_S = 60.0
@@ -42,7 +42,7 @@ READS = 3
 """Of a task that came cut short or changed. botocore's attempts end with an answer's first bytes, and to ask the source again costs money."""
 
 _PREFIX = r"(?:[A-Za-z0-9][A-Za-z0-9._=-]*/)*"
-_KEY = re.compile(rf"{_PREFIX}v1/{SLUG}/{SLUG}/{SLUG}/\d{{4}}/\d\d/\d\d/(?P<tick>\d+)-[0-9a-f]{{32}}")
+_KEY = re.compile(rf"{_PREFIX}v1/{TARGET}/\d{{4}}/\d\d/\d\d/(?P<tick>\d+)-[0-9a-f]{{32}}")
 
 
 # --- keys -----------------------------------------------------------------------------------------------------
@@ -53,6 +53,9 @@ def archive_key(task: Task | Receipt, prefix: str = "") -> str:
 
     Raises Rejected(bad_key) where a piece is not a slug, an account's 12 digits, or hexadecimal.
     """
+    # The pieces before the whole: one with a slash in it could look like a prefix.
+    if task_problem(task):
+        raise Rejected("archive key", Reason.BAD_KEY, repr(str(task.target)[:200]))
     day = _day_prefix(task.target, _moment(task.tick_s), prefix)
     return checked_key(f"{day}{task.tick_s}-{task.task_id}")
 
@@ -282,7 +285,8 @@ class S3Archive:
                 yield
         except ClientError as error:
             what = f"{error.operation_name}: {error.response['Error'].get('Code')} ({_status(error)})"
-            raise Transient(where, what, _REMEDIES.get(_status(error), ""), retry_after_s=5.0) from error
+            # Without its cause, whose text is the server's and may repeat what signed the request.
+            raise Transient(where, what, _REMEDIES.get(_status(error), ""), retry_after_s=5.0) from None
         except TimeoutError as error:
             raise Transient(where, f"no answer within {self._deadline_s} s") from error
         except (BotoCoreError, aiohttp.ClientError, OSError) as error:

@@ -42,9 +42,11 @@ from ingest.model import (
 )
 from ingest.ports import Archive, ArchivedTask, Informed, Payload, Source
 from ingest.spool import Spool
+from ingest.validate import printable
 
 _log = structlog.get_logger()
 
+DETAIL_CHARACTERS_MAX = 4_000
 OVERTIME_S = 10.0
 """Past its deadline a source has this long to say so itself."""
 PUBLISHED_AT_ONCE = 100
@@ -237,7 +239,7 @@ class Collector:
             async with asyncio.timeout(max(0.0, deadline_s - self._clock.monotonic_s()) + OVERTIME_S):
                 async for answer in answers:
                     if isinstance(answer, Outcome):
-                        outcome = answer
+                        outcome = replace(answer, detail=_fit(answer.detail))
                     else:
                         # Sources know nothing of corrections: whose look it is decides which one wins.
                         found.add(replace(answer, revision=task.revision) if task.revision else answer)
@@ -307,7 +309,7 @@ class _Found:
         """There was no end to it: what came is not published, what it has cost by then is in the receipt."""
         self._published, self._held = [], []
         failed = _failed(item, LookStatus.FAILED, why)
-        return failed if cost is None else replace(failed, outcome=replace(cost, detail=why))
+        return failed if cost is None else replace(failed, outcome=replace(cost, detail=_fit(why)))
 
 
 def begun_before(items: Iterable[ReceiptItem], maybe: bool) -> tuple[ReceiptItem, ...]:
@@ -328,14 +330,19 @@ def _asked(outcome: Outcome) -> int:
 
 
 def _failed(item: TaskItem, status: LookStatus, detail: str) -> ReceiptItem:
-    return ReceiptItem(item, Outcome(status, detail, 0, 0, {}, 0), 0, (), ())
+    return ReceiptItem(item, Outcome(status, _fit(detail), 0, 0, {}, 0), 0, (), ())
+
+
+def _fit(detail: str) -> str:
+    """A source quotes what others said: without this a NUL of theirs would keep the receipt from being written, and the task from ever ending."""
+    return printable(detail, DETAIL_CHARACTERS_MAX)
 
 
 def _not_archived(receipt: Receipt, why: str) -> Receipt:
     """The receipt of a task whose answers could not be archived: nothing of it is published, what it cost stays."""
     items = tuple(
         ReceiptItem(
-            i.item, replace(i.outcome, status=LookStatus.FAILED, detail=f"not archived: {why}"), 0, (), ()
+            i.item, replace(i.outcome, status=LookStatus.FAILED, detail=_fit(f"not archived: {why}")), 0, (), ()
         )
         for i in receipt.items
     )

@@ -103,7 +103,9 @@ class Reason(StrEnum):
 # --- names ----------------------------------------------------------------------------------------------------
 
 SLUG = r"[a-z0-9][a-z0-9-]{0,62}"
-_TARGET = re.compile(f"{SLUG}/{SLUG}/{SLUG}")
+TARGET = rf"(?:cloudwatch/[0-9]{{12}}|(?!cloudwatch/){SLUG}/{SLUG})/{SLUG}"
+"""A target as text: slugs all, and of CloudWatch the account is one of AWS's."""
+_TARGET = re.compile(TARGET)
 _TASK_ID = re.compile("[0-9a-f]{32}")
 
 

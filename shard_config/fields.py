@@ -61,7 +61,12 @@ Pattern = Annotated[str, AfterValidator(is_a_pattern)]
 """A regular expression, Python's."""
 SLUG_PATTERN: Final = r"^[a-z0-9][a-z0-9-]{0,62}$"
 Slug = Annotated[str, StringConstraints(pattern=SLUG_PATTERN)]
-HttpUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#@]+([/?#]\S*)?$")]
+HttpUrl = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^https?://([^\s/?#@:\[\]]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[^\s?#@]*)?([?#]\S*)?$"
+    ),
+]
 """Kept as text, not taken apart: it becomes a label as it stands. So it holds no credentials: a URL stands in logs and in the ledger."""
 Statistic = Annotated[
     str,

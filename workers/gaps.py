@@ -19,6 +19,7 @@ from rich.text import Text
 
 from ingest.clock import SystemClock, utc
 from ingest.gaps import Filter, Gap, gaps, not_polled
+from ingest.report.tables import cell
 from ingest.schedule import grids_of
 from ingest.sinks.connection import open_connection
 from shard_config.model import Config
@@ -101,7 +102,7 @@ def write(found: Sequence[Gap], form: str, console: Console) -> None:
     if form == "csv":
         writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows_of(found))
+        writer.writerows({name: cell(value) for name, value in row.items()} for row in rows_of(found))
     elif form == "json":
         sys.stdout.write(json.dumps(rows_of(found), indent=2) + "\n")
     elif found:

@@ -28,6 +28,7 @@ from ingest.errors import HeadgateError
 from ingest.inventory import csv_file, store
 from ingest.inventory.model import Lived, Span
 from ingest.inventory.refresh import Outcome, import_file, refresh
+from ingest.report.tables import cell
 from ingest.sinks.connection import open_connection
 from shard_config.model import Config
 from workers import local
@@ -307,7 +308,7 @@ def _write(form: str, rows: Sequence[dict[str, Any]], title: str) -> None:
     if form == "csv":
         writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else csv_file.COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
     elif form == "json":
         sys.stdout.write(json.dumps(list(rows), indent=2) + "\n")
     elif not rows:

@@ -28,6 +28,7 @@ from ingest.clock import Clock
 from ingest.errors import HeadgateError, Transient
 from ingest.sources.aws_errors import Denied, Expired, Throttled, may_be_billed, translate
 from ingest.sources.limiter import Limiter
+from ingest.validate import without
 from shard_config.model import Account, Config
 
 log = structlog.get_logger()
@@ -215,13 +216,14 @@ class Aws:
                     request.tally.metrics_in_doubt += request.metrics
                 if not isinstance(error, Exception):
                     raise
-                used = access.credentials
-                failure = translate(error, request.where, (used.secret_key, used.token, request.secret))
+                secrets = access.credentials.secret_key, access.credentials.token, request.secret
+                failure = translate(error, request.where, secrets)
                 if isinstance(failure, Throttled):
                     self.limiter.throttled(request.key)
                 futile = isinstance(failure, Expired) or not isinstance(failure, Transient) or pause_s is None
                 if futile or self._clock.monotonic_s() + (pause_s or 0) >= request.deadline_s:
-                    raise failure from (error if "***" not in failure.what else None)
+                    told = without(str(error), secrets) != str(error)
+                    raise failure from (None if told else error)
             # No jitter: the limiter spaces what comes back at the same moment.
             await self._clock.sleep(pause_s or 0)
         raise AssertionError("the last attempt returns or raises")
