@@ -9,9 +9,9 @@ import pytest
 
 from tests.faults.campaign import again_options, all_kinds, arguments, play
 from tests.faults.checks import Verdict, memory_complaints
-from tests.faults.field import merged
 from tests.faults.kinds import Kind
 from tests.faults.schedule import HEALING_S, MIX_MAX, MIX_S, STRIKE_S, schedule
+from tests.faults.setting import merged
 from tests.faults.table import BEGIN, END, Run, Strike, quantile, replaced, table
 
 ROWS = (

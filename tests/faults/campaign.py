@@ -27,9 +27,10 @@ import psutil
 
 from tests.faults import standstill
 from tests.faults.checks import Freshness, drain, first_window_s, judge, quiet
-from tests.faults.field import POLL_S, Field, open_field
+from tests.faults.field import Field, open_field
 from tests.faults.kinds import ALONE_BOUND_S, BOUND_S, NEEDS, Kind, Struck
 from tests.faults.schedule import Planned, Schedule, schedule
+from tests.faults.setting import POLL_S
 from tests.faults.table import Run, Strike, replaced, table
 from tests.faults.watch import Positions
 

@@ -27,10 +27,11 @@ from ingest.errors import Rejected
 from ingest.model import bytes_of, series_ids, version_of
 from ingest.sinks.connection import open_connection
 from shard_config.model import Config
-from tests.faults.field import ACCOUNTS, POLL_S, REGIONS, SERVICES, SETTLING_S, Field
+from tests.faults.field import Field
 from tests.faults.kinds import Struck
 from tests.faults.log import records_of
 from tests.faults.oracle import Oracle, complaints_of_dead, complaints_of_landed
+from tests.faults.setting import ACCOUNTS, POLL_S, REGIONS, SERVICES, SETTLING_S
 from tests.faults.truth import Published, Truth
 from tests.faults.watch import archive_complaints
 from workers.stack import CHECKOUT

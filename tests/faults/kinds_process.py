@@ -13,9 +13,10 @@ from functools import partial
 from ingest import wire
 from ingest.errors import Rejected
 from ingest.model import TaskKind
-from tests.faults.field import SESSION_S, Field
+from tests.faults.field import Field
 from tests.faults.kinds import Kind, Strike, Struck
 from tests.faults.log import ends_of, records_of
+from tests.faults.setting import SESSION_S
 
 REACHED_S = 15.0
 """A poll comes every ten seconds, and every worker has its part in each."""

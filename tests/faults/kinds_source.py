@@ -15,9 +15,10 @@ from typing import Any
 from aiokafka.errors import KafkaError
 
 from ingest import wire
-from tests.faults.field import DEADLINE_S, METRICS, POLL_S, REGIONS, SERVICES, SETTLING_S, Field
+from tests.faults.field import Field
 from tests.faults.kinds import Kind, Struck
 from tests.faults.log import records_of
+from tests.faults.setting import DEADLINE_S, METRICS, POLL_S, REGIONS, SERVICES, SETTLING_S
 
 STORM = "throttle storm, 5xx, resets, slow answers"
 RESULTS = "PartialData, InternalError, Forbidden, an Id missing"

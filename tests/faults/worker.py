@@ -253,7 +253,7 @@ def plant_kafka(points: Points) -> None:
 
 def plant_simulator() -> None:
     """The simulated AWS has the field's services, and metrics that can come to be."""
-    from tests.faults.field import UNBORN_SHARE, profiles
+    from tests.faults.setting import UNBORN_SHARE, profiles
     from workers import simulator
     from workers.simulated.values import UNBORN
     from workers.world import World
