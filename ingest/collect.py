@@ -342,7 +342,11 @@ def _not_archived(receipt: Receipt, why: str) -> Receipt:
     """The receipt of a task whose answers could not be archived: nothing of it is published, what it cost stays."""
     items = tuple(
         ReceiptItem(
-            i.item, replace(i.outcome, status=LookStatus.FAILED, detail=_fit(f"not archived: {why}")), 0, (), ()
+            i.item,
+            replace(i.outcome, status=LookStatus.FAILED, detail=_fit(f"not archived: {why}")),
+            0,
+            (),
+            (),
         )
         for i in receipt.items
     )
