@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import importlib
 import json
+import logging
 import os
 import random
 import shlex
@@ -38,6 +39,7 @@ MODULES = ("kinds_process", "kinds_servers", "kinds_source", "kinds_log")
 HOME = Path(".headgate/faults")
 WARM_UP_S = 90.0
 ENDED = "the run ended: "
+REST_S = 120.0
 TURN_S = 10.0
 """So long a strike waits for what another one still holds; then it is missed."""
 
@@ -82,9 +84,11 @@ class Play:
             await self._half(self.schedule.first)
             if self.schedule.alone is not None:
                 # It may delete records, and move positions.
+                await self._fresh()
                 self.positions.held = True
                 await self._strike(self.schedule.alone)
                 self.positions.held = False
+                await self._fresh()
             await self._half(self.schedule.second)
             await make_whole(self.field)
             until_s = self.field.now_s() // POLL_S * POLL_S
@@ -109,6 +113,16 @@ class Play:
             await quiet(self.field)
             await judge(self.field, self.struck, from_s, until_s, self.run.verdict)
         self.run.seconds = time.monotonic() - started_s
+
+    async def _fresh(self) -> None:
+        """What strikes alone is not to be taken for what struck before or after. Where it lasts too long the end says so."""
+        now_s = time.time()
+
+        async def recovered() -> bool:
+            return self.freshness.recovery_s(now_s) is not None
+
+        with suppress(AssertionError):
+            await self.field.until(recovered, "everything is sealed", REST_S)
 
     async def _half(self, strikes: Sequence[Planned]) -> None:
         async def at_its_time(planned: Planned) -> None:
@@ -243,6 +257,7 @@ def again_options(args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments().parse_args(argv)
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # brokers that are away are what this is about
     if args.standstill:
         return standstill.main(args.standstill, (HOME / "standstill").resolve(), args.seed_base)
     kinds = chosen(args)
