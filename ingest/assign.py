@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 
 from ingest import avro
 from ingest.errors import Rejected
+from ingest.model import OBSERVED_AT_MS_MAX
 from ingest.validate import Reason
 from shard_config.plan import MARGIN, WEIGHT_MAX, WEIGHT_MIN, plan
 
@@ -31,6 +32,9 @@ SLOT_WEIGHT_MIN = 1.0
 
 MEMBER_ASSIGNMENT_BYTES_MAX = 4096
 """A larger assignment does not travel with each member (Kafka keeps all members' metadata in one record): the leader reads its own copy."""
+
+EPOCH_MAX = 2**62
+"""A greater one leaves no next one: who reads it could never publish again."""
 
 _SLOT = re.compile("[0-9]{1,9}")
 
@@ -213,6 +217,8 @@ def decode_assignment(value: bytes) -> Assignment:
         raise Rejected("read assignment", Reason.OUT_OF_RANGE, "a weight is none")
     if not all(0 < share <= 1 for shards in datum["shares"].values() for share in shards.values()):
         raise Rejected("read assignment", Reason.OUT_OF_RANGE, "a share is not in (0, 1]")
+    if not 0 <= datum["epoch"] <= EPOCH_MAX:
+        raise Rejected("read assignment", Reason.OUT_OF_RANGE, f"epoch {datum['epoch']}")
     return Assignment(
         datum["epoch"],
         datum["published_at_ms"],
@@ -233,7 +239,10 @@ def encode_incarnation(incarnation: Incarnation) -> bytes:
 
 def decode_incarnation(value: bytes) -> Incarnation:
     """The inverse of `encode_incarnation`. Raises Rejected."""
-    return Incarnation(**avro.read(value, ("incarnation",))[1])
+    found = Incarnation(**avro.read(value, ("incarnation",))[1])
+    if not 0 <= found.started_at_ms <= OBSERVED_AT_MS_MAX:
+        raise Rejected("read incarnation", Reason.OUT_OF_RANGE, f"started_at_ms {found.started_at_ms}")
+    return found
 
 
 def encode_member(member: Member) -> bytes:

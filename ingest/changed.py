@@ -77,6 +77,10 @@ class Changed:
         self._looks: WeakSet[Look] = WeakSet()
         self._newest: WeakValueDictionary[Pair, Look] = WeakValueDictionary()
 
+    @property
+    def entries_max(self) -> int:
+        return self._entries_max
+
     def look(self, task: Task, item: TaskItem) -> Look | None:
         """Begin a look; None where it is to publish everything. Either way nobody else compares with what was remembered for it."""
         pair = (str(task.target), item.service)

@@ -48,6 +48,8 @@ PLACES_MAX: Final = 4_096
 LABELS_MAX: Final = 500_000
 """Series whose labels are kept, about 1 kB each; those of more are made anew for each write."""
 FORGET_INTERVAL_S: Final = 60
+SAID_MAX: Final = 1_000
+"""Kinds of series without a name that the log is told of."""
 
 
 class Naming(Protocol):
@@ -158,6 +160,16 @@ class Forwarder:
     def full(self) -> bool:
         """Take nothing more until something was sent."""
         return self._holding.full
+
+    @property
+    def held_bytes(self) -> int:
+        """Of points that wait, or were sent lately; `full` above `bytes_max`."""
+        return self._holding.bytes_held
+
+    @property
+    def labelled(self) -> int:
+        """Series whose labels are kept, LABELS_MAX at most."""
+        return self._labelled
 
     def commits(self) -> dict[int, tuple[int, str]]:
         """What may be committed now and was not yet: partition → (offset, note). Said once."""
@@ -385,7 +397,8 @@ class Forwarder:
             labels = self._naming.labels_of(member.series, lane.service, member.target)
         except Rejected as error:
             labels = str(error.reason)
-            if (said := (lane.service, labels)) not in self._said:  # there may be thousands of one kind
+            said = lane.service, labels
+            if said not in self._said and len(self._said) < SAID_MAX:  # there may be thousands of one kind
                 self._said.add(said)
                 _log.warning("series_not_nameable", receiver=self._receiver, error=str(error))
         if self._labelled < LABELS_MAX:

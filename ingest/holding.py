@@ -196,6 +196,10 @@ class Holding:
         return lane
 
     @property
+    def bytes_held(self) -> int:
+        return self._bytes
+
+    @property
     def series(self) -> int:
         return sum(map(len, self._lanes.values()))
 

@@ -121,7 +121,10 @@ ON CONFLICT (target) DO UPDATE SET slot = excluded.slot, weight = excluded.weigh
 
 _UNANSWERED = """SELECT value FROM tasks t
 WHERE NOT EXISTS (SELECT FROM looks l WHERE l.task_id = t.task_id)
-ORDER BY planned_at LIMIT 100000"""
+ORDER BY planned_at LIMIT $1"""
+
+TASKS_MAX = 100_000
+"""Tasks that a coordinator which starts takes over, the oldest without a receipt first; and ids that it knows."""
 
 UNKNOWN_SETTLING_S = 4 * 86_400
 """Of a service that this process's configuration does not know (yet): the longest of all, so that nothing seals too early."""
@@ -219,8 +222,10 @@ class Ledger:
             planned = [row for query in _PLANNED_UNTIL for row in await connection.fetch(query, before)]
             kept = await _kept_plan(connection)
             series = await _series(connection, LEARNED_FROM)
-            known = await connection.fetch("SELECT task_id FROM tasks ORDER BY planned_at DESC LIMIT 100000")
-            unanswered = await connection.fetch(_UNANSWERED)
+            known = await connection.fetch(
+                "SELECT task_id FROM tasks ORDER BY planned_at DESC LIMIT $1", TASKS_MAX
+            )
+            unanswered = await connection.fetch(_UNANSWERED, TASKS_MAX)
         until: dict[str, dict[str, int]] = defaultdict(dict)
         for row in (row for row in planned if row["until_s"] is not None):
             services = until[row["target"]]

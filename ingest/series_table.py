@@ -57,6 +57,15 @@ class TableCache:
     def __len__(self) -> int:
         return len(self._tables)
 
+    @property
+    def bytes_used(self) -> int:
+        """Estimated."""
+        return self._bytes
+
+    @property
+    def bytes_max(self) -> int:
+        return self._bytes_max
+
     def _cost(self, table: Table) -> int:
         # Labels can be longer than usual: their bytes count twice, as text and encoded.
         return 2 * len(table.encoded) + self.SERIES_BYTES * len(table.series)
@@ -79,9 +88,9 @@ class TableCache:
                 self._bytes -= self._cost(dropped)
 
 
-_encoded = TableCache(bytes_max=48 * 1024 * 1024)
+WRITTEN = TableCache(bytes_max=48 * 1024 * 1024)
 """100,000 series, which whoever asks for them keeps as well (`ingest.sources.packed`)."""
-_decoded = TableCache()
+READ = TableCache()
 
 
 def encode(series: tuple[Series, ...], ids: SeriesIds, limits: Limits) -> bytes:
@@ -90,23 +99,23 @@ def encode(series: tuple[Series, ...], ids: SeriesIds, limits: Limits) -> bytes:
     `ids` only finds an earlier encoding, which is used where its series are equal. Raises Rejected where `decode` would.
     """
     key = (ids.tobytes(), _caps(limits))
-    known = _encoded.get(key)
+    known = WRITTEN.get(key)
     if known is not None and (known.series is series or known.series == series):
         return known.encoded
     encoded = _encode(series, limits)
-    _encoded.put(key, Table(encoded, series, ids))
+    WRITTEN.put(key, Table(encoded, series, ids))
     return encoded
 
 
 def decode(encoded: bytes, limits: Limits) -> Table:
     """Series and ids of a SeriesTable, and which of its series are bad. Raises Rejected where the table itself is."""
     key = (blake2b(encoded, digest_size=16).digest(), _caps(limits))
-    known = _decoded.get(key)
+    known = READ.get(key)
     if known is None:
         series, bad = _decode(encoded, limits)
         known = Table(encoded, series, series_ids(series), bad)
         known.ids.setflags(write=False)
-        _decoded.put(key, known)
+        READ.put(key, known)
     return known
 
 

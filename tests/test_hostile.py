@@ -15,6 +15,7 @@ from aiokafka.record.default_records import DefaultRecordBatch, DefaultRecordBat
 
 from ingest import avro, inflate, letters, projection, wire
 from ingest.aside import SHARE_RECORDS_MIN
+from ingest.assign import Assignment, Incarnation, encode_assignment, encode_incarnation
 from ingest.clock import ManualClock
 from ingest.errors import Fatal, Rejected
 from ingest.inflate import INFLATED_BYTES_MAX
@@ -401,7 +402,11 @@ async def test_rubbish_on_collect_is_put_aside_and_the_tasks_around_it_are_done(
 async def test_rubbish_on_shards_is_put_aside_and_what_was_known_holds() -> None:
     put = Put()
     board = Board(Kafka(), "t", put)
+    last = Assignment(2**63 - 1, 0, "", ("a",), ("a",), (1.0,))  # no epoch could follow
+    late = Incarnation("exporter-1", 2**63 - 1, 1, "h", 1)  # nor a later process
     rubbish = [
+        (KEY, encode_assignment(last)),
+        (b"shard:exporter-1", encode_incarnation(late)),
         (KEY, b""),
         (KEY, b"rubbish"),
         (b"shard:exporter-1", avro.MAGIC * 1000),

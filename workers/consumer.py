@@ -25,11 +25,12 @@ from ingest.log import Producer, cluster_id
 from ingest.ports import Record
 from ingest.projection import Projection
 from ingest.schedule import grids_of
-from ingest.sinks.postgres import PostgresSink
+from ingest.sinks.postgres import SERIES_REMEMBERED_MAX, PostgresSink
 from shard_config.load import load
 from shard_config.model import Config
 from workers import local
 from workers.aside import DEAD
+from workers.bounds import BOUNDS
 from workers.lifecycle import Lifecycle, add_worker_arguments, run_worker
 from workers.members import Members
 from workers.names import landing_group, ledger_group
@@ -177,6 +178,8 @@ async def serve(config: Config, name: str, lifecycle: Lifecycle, path: Path | No
             rolling.configure(changed)
 
         await apply(config)
+        BOUNDS.watch_tables()
+        BOUNDS.watch("series_remembered", lambda: sink.series_remembered, lambda: SERIES_REMEMBERED_MAX)
         async with asyncio.TaskGroup() as group:
             works = [
                 group.create_task(landing_reader(config, name, landing, sink, clock).run(lifecycle)),

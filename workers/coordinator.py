@@ -30,7 +30,7 @@ from ingest.budget import Polling
 from ingest.clock import Clock, SystemClock
 from ingest.errors import Transient
 from ingest.heal_store import HealStore
-from ingest.ledger import Ledger, PlannersMemory
+from ingest.ledger import TASKS_MAX, Ledger, PlannersMemory
 from ingest.log import Outgoing, Producer, Sender
 from ingest.model import Target, Task, TaskKind
 from ingest.pauses import Pauses, split
@@ -43,6 +43,7 @@ from shard_config.model import Config
 from shard_config.units import Places, UnitPlan, plan_units
 from workers import local
 from workers.aside import Aside
+from workers.bounds import BOUNDS
 from workers.budgets import Budgeter
 from workers.healing import Healer, keep_pauses, read_pauses
 from workers.inventory import Refresher
@@ -128,6 +129,11 @@ class Coordinator:
         for waiting in (self._to_ledger, self._to_collect, self._recalled, self._taken_over):
             waiting[:] = [task for task in waiting if task.target in self._grids]
         TARGETS.set(len(self._grids))
+
+    @property
+    def to_announce(self) -> int:
+        """Tasks that Kafka has not taken yet."""
+        return len(self._to_ledger) + len(self._to_collect)
 
     async def reconfigure(self, config: Config) -> None:
         """`configure` between two steps."""
@@ -311,6 +317,7 @@ async def serve(config: Config, lifecycle: Lifecycle, path: Path | None = None) 
         if lifecycle.stop.is_set():
             return
         coordinator = Coordinator(config, producer, clock, memory or NO_MEMORY)
+        BOUNDS.watch("tasks_to_announce", lambda: coordinator.to_announce, lambda: TASKS_MAX)
         # Before the first plan: what is paused is not asked for even once.
         pauses = HealStore(connection("coordinator's pauses"))
         await read_pauses(coordinator, pauses)

@@ -38,12 +38,14 @@ from ingest.model import LookStatus, RecordPosition, SourceName, Target, Task, T
 from ingest.offsets import OffsetTracker
 from ingest.ports import Record
 from ingest.sources.cloudwatch import CloudWatchSource
+from ingest.sources.discovery import LISTINGS_MAX
 from ingest.sources.exposition import ExpositionSource
 from ingest.turns import Turns
 from shard_config.load import load
 from shard_config.model import Config
 from workers import local
 from workers.aside import Aside
+from workers.bounds import BOUNDS
 from workers.lifecycle import Lifecycle, add_worker_arguments, run_worker
 from workers.members import Members
 from workers.names import exporter_group
@@ -111,7 +113,8 @@ class Exporter:
         self._aside = aside
         self._waited_for: set[Target] = set()
         """Targets that this configuration did not come to know in time."""
-        self._taken_max = tasks_in_flight + WAITING_MAX
+        self.taken_max = tasks_in_flight + WAITING_MAX
+        """Tasks that are taken up at most."""
         self._turns = Turns(tasks_in_flight)
         self._begun: set[asyncio.Task[None]] = set()
         """Of those running, the ones that have had their turn: the others have asked nobody yet."""
@@ -121,10 +124,15 @@ class Exporter:
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._executing: dict[str, asyncio.Task[None]] = {}
 
+    @property
+    def taken(self) -> int:
+        """Tasks taken up: those that run, and those that wait for their turn."""
+        return len(self._running)
+
     def configure(self, config: Config) -> None:
         """Go by this configuration from now on; tasks that have begun end as they began."""
         self._waited_for.clear()
-        self._taken_max = config.tasks_in_flight + WAITING_MAX
+        self.taken_max = config.tasks_in_flight + WAITING_MAX
         self._turns.resize(config.tasks_in_flight)
         self._collector.deadline_s = config.task_deadline_s
         self._collector.changed.settling_s = settling_of(config)
@@ -181,7 +189,7 @@ class Exporter:
 
     async def _step(self, group: asyncio.TaskGroup, lifecycle: Lifecycle) -> None:
         lifecycle.beat("tasks")
-        room = self._taken_max - len(self._running)
+        room = self.taken_max - len(self._running)
         if room <= 0:
             await asyncio.wait(self._running, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
         else:
@@ -247,7 +255,8 @@ class Exporter:
             return
         if not await self._settings.until(partial(knows, task), UNKNOWN_WAIT_S):
             # Once a target: a backlog of one that was removed goes by quickly.
-            self._waited_for.add(task.target)
+            if len(self._waited_for) < RECENT_TASKS_MAX:
+                self._waited_for.add(task.target)
             _log.warning("task_of_unknown_target", task=task.task_id, target=str(task.target))
 
     async def _answer(self, task: Task, at: RecordPosition) -> Answer:
@@ -349,6 +358,12 @@ async def serve(config: Config, shard: str, lifecycle: Lifecycle, path: Path | N
             )
             aside = Aside(kafka, producer).put
             exporter = Exporter(collector, clock, config.tasks_in_flight, settings, aside)
+            BOUNDS.watch_tables()
+            BOUNDS.watch("tasks_taken", lambda: exporter.taken, lambda: exporter.taken_max)
+            BOUNDS.watch(
+                "points_remembered", lambda: collector.changed.entries, lambda: collector.changed.entries_max
+            )
+            BOUNDS.watch("listings", lambda: cloudwatch.listings, lambda: LISTINGS_MAX)
 
             async def apply(changed: Config) -> None:
                 cloudwatch.configure(changed)

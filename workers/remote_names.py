@@ -10,6 +10,9 @@ from ingest.resources import Resource, ResourceBook
 from ingest.series_labels import Labels
 from shard_config.model import Config
 
+WANTED_MAX = 200_000
+"""Targets and services that are remembered as asked for: 20,000 accounts with ten."""
+
 
 class Names:
     """What series are called, for all receivers of a process (`ingest.forwarding.Naming`)."""
@@ -27,6 +30,10 @@ class Names:
 
     def known(self, target: Target, service: str) -> bool:
         self.wanted.setdefault((target, service), 0)
+        if (
+            len(self.wanted) > WANTED_MAX
+        ):  # whoever writes to `raw` names targets: these are asked for again where they are ours
+            del self.wanted[next(iter(self.wanted))]
         known = self._book.known(target, service)
         self.waits = self.waits or not known
         return known

@@ -25,7 +25,7 @@ from ingest.archive import open_archive
 from ingest.clock import Clock, SystemClock
 from ingest.errors import Fatal, Transient
 from ingest.forwarded import Tally
-from ingest.forwarding import Forwarder, start_ms
+from ingest.forwarding import LABELS_MAX, Forwarder, start_ms
 from ingest.group import Committable, Consumer
 from ingest.log import Producer, cluster_id
 from ingest.ports import Receiving, Record
@@ -37,6 +37,7 @@ from shard_config.load import load
 from shard_config.model import Config
 from shard_config.remote_write import Receiver
 from workers import local
+from workers.bounds import BOUNDS
 from workers.lifecycle import Lifecycle, add_worker_arguments, run_worker
 from workers.members import Members
 from workers.names import remote_write_group
@@ -285,6 +286,21 @@ class RemoteWriter:
         for name in sorted(new):
             self._start(config, receivers[name], self._names, len(receivers))
 
+    @property
+    def couriers(self) -> int:
+        """Receivers that this process writes to."""
+        return len(self._running)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of points that wait until they have settled, or were sent lately, for all receivers."""
+        return sum(courier.forwarder.held_bytes for _, courier, _, _ in self._running.values())
+
+    @property
+    def labelled(self) -> int:
+        """Series whose labels are kept, of all receivers."""
+        return sum(courier.forwarder.labelled for _, courier, _, _ in self._running.values())
+
     def besides(self) -> list[Beside]:
         """Of all receivers."""
         return [courier.beside for _, courier, _, _ in self._running.values()]
@@ -330,6 +346,11 @@ class RemoteWriter:
         await cancelled_after([task for *_, task in self._running.values()], DRAIN_S)
 
 
+def hold_bytes_max(config: Config) -> int:
+    """Of all receivers together."""
+    return config.remote_write.hold_bytes_max if config.remote_write else 0
+
+
 def served(config: Config, only: frozenset[str]) -> list[Receiver]:
     """The receivers that a process is for: all, or those that are named."""
     write = config.remote_write
@@ -349,6 +370,11 @@ async def serve(
     try:
         async with open_archive(config.s3, clock) as archive, asyncio.TaskGroup() as group:
             writer = RemoteWriter(name, only, producer, clock, tallies, archive, lifecycle, group)
+            BOUNDS.watch_tables()
+            BOUNDS.watch(
+                "points_held_bytes", lambda: writer.held_bytes, lambda: hold_bytes_max(settings.config)
+            )
+            BOUNDS.watch("labels_kept", lambda: writer.labelled, lambda: writer.couriers * LABELS_MAX)
             await writer.apply(config)
             group.create_task(settings.run(lifecycle, writer.apply))
             group.create_task(writer.run())

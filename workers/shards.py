@@ -56,6 +56,8 @@ READ_TIMEOUT_S = 30.0
 """For reading the topic to its end; it is compacted, and small."""
 LOOK_EVERY_S = 1.0
 MOVES_KEPT = 200
+SHARDS_MAX = 10_000
+"""Names of shards that are remembered: as many as there may be slots."""
 REST_S = 10.0
 
 EPOCH = Gauge("headgate_assignment_epoch", "Epoch of the newest assignment of slots to shards that was read.")
@@ -167,6 +169,8 @@ class Board:
         elif key.startswith(SHARD_KEY):
             one = decode_incarnation(value)
             known = self.incarnations.get(one.shard)
+            if known is None and len(self.incarnations) >= SHARDS_MAX:
+                raise Rejected(f"topic {self.topic}", Reason.OUT_OF_RANGE, f"more than {SHARDS_MAX} shards")
             if known is None or one.order > known.order:
                 self.incarnations[one.shard] = one
         else:

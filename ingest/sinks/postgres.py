@@ -119,6 +119,11 @@ class PostgresSink:
             await sink._connected()
         return sink
 
+    @property
+    def series_remembered(self) -> int:
+        """SERIES_REMEMBERED_MAX at most."""
+        return len(self._seen)
+
     async def close(self) -> None:
         """Close the connection; the sink reopens it when it is used again."""
         if self._connection is not None:

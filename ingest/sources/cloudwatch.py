@@ -165,6 +165,11 @@ class CloudWatchSource:
             for account, _, region in [quota.partition("/")]
         }
 
+    @property
+    def listings(self) -> int:
+        """Listings in memory: see `Discovery.listings`."""
+        return self._discovery.listings
+
     def configure(self, config: Config) -> None:
         """Take another configuration: looks in flight go on with theirs, listings that depend on nothing else are kept."""
         self._asking = self._asking.succeeded_by(config)

@@ -140,6 +140,11 @@ class Discovery:
         self._shared = Shared(cache, self._clock)
         self.resources.share(cache)
 
+    @property
+    def listings(self) -> int:
+        """Kept in memory, LISTINGS_MAX at most."""
+        return len(self._listings)
+
     def configure(self, limits: Limits, *, resources: bool = False) -> None:
         """Other limits from the next listing on. Listings are kept: each knows what of its profile it depends on."""
         if limits != self._limits:

@@ -174,11 +174,11 @@ def run(report: Report) -> None:
     plain = plain_encode(batch)
 
     def encode_cold() -> None:
-        series_table._encoded = series_table.TableCache()
+        series_table.WRITTEN = series_table.TableCache()
         wire.encode_batch(batch)
 
     def decode_cold() -> None:
-        series_table._decoded = series_table.TableCache()
+        series_table.READ = series_table.TableCache()
         wire.decode_batch(payload.value, LIMITS)
 
     encode_plain, decode_plain = (
