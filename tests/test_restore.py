@@ -83,6 +83,13 @@ class Running:
         rows = await self.fetch("SELECT sealed_at FROM windows")
         return len(rows) == expected_windows(self.config) and all(r["sealed_at"] for r in rows)
 
+    @property
+    def span(self) -> list[str]:
+        """All that is collected, as options."""
+        assert self.config.run.horizon_s is not None
+        from_s, to_s = self.config.run.horizon_s
+        return ["--from", str(from_s), "--to", str(to_s)]
+
     async def archived(self) -> int:
         """How many tasks the archive has."""
         async with open_archive(self.config.s3, SystemClock()) as archive:
@@ -159,27 +166,16 @@ class Running:
         return said
 
     def _kubectl(self, words: list[str]) -> None:
-        named = [WORKERS[w.partition("/")[2]] for w in words if w.startswith("deploy/")]
-        if words[1:3] == ["rollout", "restart"]:
-            self.stop("exporter-1")
-            self.start("exporter-1")
-        elif words[-1] == "--replicas=0":
-            self.stop(*named)
+        names = [WORKERS[w.partition("/")[2]] for w in words if w.startswith("deploy/")]
+        names = names or ["coordinator", "consumer-1", "exporter-1"]
+        assert words[1] == "scale"
+        if words[-1] == "--replicas=0":
+            self.stop(*names)
         else:
-            self.start(*named)
+            self.start(*names)
 
 
-CORRECTION = (
-    "--from",
-    "2014-02-14",
-    "--to",
-    "2014-02-15T12:00:00Z",
-    "--yes",
-    "--via",
-    "cloudwatch",
-    "--revision",
-    "7",
-)
+CORRECTION = ("--yes", "--via", "cloudwatch", "--revision", "7")
 
 
 @contextlib.contextmanager
@@ -223,17 +219,11 @@ async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Run
     assert left_behind(home) == []
 
 
-def audit_words(running: Running, *more: str) -> list[str]:
-    assert running.config.run.horizon_s is not None
-    from_s, to_s = running.config.run.horizon_s
-    return ["audit", "--from", str(from_s), "--to", str(to_s), *more]
-
-
 async def test_a_new_postgresql_is_what_the_old_one_was(running: Running) -> None:
     account = running.config.accounts[0].id
     for words in (
         ["pause", "--account", account, "--service", "traces-elb", "--reason", "x"],
-        audit_words(running, "--recheck", "20%", "--seed", "1"),
+        ["audit", *running.span, "--recheck", "20%", "--seed", "1"],
         ["snapshot"],
     ):
         assert (await running.type(*words)).code == 0, words
@@ -255,7 +245,7 @@ async def test_what_only_kafka_held_comes_back_from_the_archive(running: Running
     before = await running.state()
     archived = await running.archived()
     running.stop("consumer-1")
-    with headgate_process(running, "backfill", *CORRECTION):
+    with headgate_process(running, "backfill", *running.span, *CORRECTION):
 
         async def all_is_archived() -> bool:
             earlier = await running.archived()

@@ -30,7 +30,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="after Kafka, PostgreSQL or both were lost: bring back what is missing",
         description="Finds out what is missing and brings it back, in order: schema and topics; the ledger, from its newest snapshot, into an empty PostgreSQL; "
         "what Kafka alone held, from the archive's receipts and the configuration; positions that Kafka's log does not fit any more; the samples, from the archive. "
-        "Stop coordinator and consumers first; exporters and remote writers may go on. Ctrl-C stops it; the same command goes on where it was. docs/runbooks has a "
+        "Stop coordinator and consumers first, and all other workers where Kafka was lost. Ctrl-C stops it; the same command goes on where it was. docs/runbooks has a "
         "page for each loss.",
     )
     parser.add_argument(

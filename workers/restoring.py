@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import asyncpg
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
 
 from ingest import snapshot
 from ingest.archive import S3Archive, open_archive
@@ -28,7 +30,7 @@ from ingest.clock import Clock
 from ingest.errors import HeadgateError, Rejected, Transient
 from ingest.ledger import Ledger
 from ingest.log import Outgoing, Producer
-from ingest.membership import remove_members
+from ingest.membership import look_at_group, remove_members
 from ingest.model import Receipt, Target
 from ingest.projection import Projection
 from ingest.replay import Scope
@@ -43,7 +45,7 @@ from workers.backfill_plan import LIVE, Ask, Tell, opened
 from workers.backfilling import Done, LedgerAnnouncer
 from workers.consumer import ledger_reader, settling_of
 from workers.lifecycle import Lifecycle
-from workers.names import ledger_group
+from workers.names import exporter_group, landing_group, ledger_group, remote_write_group
 from workers.positions import GONE, Place, log_ends, move, places
 from workers.setup import create_topics, kafka_admin, setup
 
@@ -138,7 +140,7 @@ class Restore:
         """Steps 1 to 5: afterwards the ledger is what it was, and workers may run."""
         for name in await migrate(self._config.postgres):
             self._say(f"migration {name}")
-        for line in await create_topics(self._config):
+        for line in (created := await create_topics(self._config)):
             self._say(line)
         begun_s = await self._begun()
         if found.is_new and begun_s:
@@ -149,6 +151,8 @@ class Restore:
             await self._tell_again(begun_s, emptied=found.is_new)
         for place in wrong:
             self._say(await move(self._config, place, "start"))
+        if created:
+            await self._until_alone()
         for line in await setup(self._config):
             self._say(line)
         await self._unmark(_KAFKA)
@@ -164,6 +168,23 @@ class Restore:
             if self._clock.monotonic_s() > deadline_s:
                 raise Transient("kafka", f"its topics are not there {TOPICS_S:g} s after they were created")
             await self._clock.sleep(POLL_S)
+
+    async def _until_alone(self) -> None:
+        """Wait for the end of sessions: nobody but a member can say where a group starts that has members."""
+        kafka, write = self._config.kafka, self._config.remote_write
+        groups = [exporter_group(kafka), landing_group(kafka), ledger_group(kafka)]
+        groups += [remote_write_group(kafka, r.name) for r in (write.receivers if write else ())]
+        deadline_s = self._clock.monotonic_s() + kafka.session_timeout_s + TOPICS_S
+        async with kafka_admin(kafka) as admin:
+            while busy := [g for g in groups if await _has_members(admin, g)]:
+                if self._clock.monotonic_s() > deadline_s:
+                    remedy = (
+                        "stop all workers that read from Kafka; the same command goes on where this one was"
+                    )
+                    raise Transient(
+                        f"groups {', '.join(busy)}", "have members, on topics that are new", remedy
+                    )
+                await self._clock.sleep(POLL_S)
 
     async def _begun(self) -> dict[Target, int]:
         """The oldest archived tick of each target that has one."""
@@ -316,6 +337,16 @@ class Restore:
             done = await backfill.execute(plan, tell) if not plan.empty else Done()
         await self._unmark(_SAMPLES)
         return span, done
+
+
+async def _has_members(admin: AIOKafkaAdminClient, group: str) -> bool:
+    """A broker that does not know yet, as a new one does not at first, says neither: then it may have some."""
+    try:
+        return bool((await look_at_group(admin, group)).members)
+    except KafkaError as error:
+        if error.retriable:
+            return True
+        raise
 
 
 async def _mark(connection: asyncpg.Connection, kind: int, from_s: int, until_s: int) -> None:
