@@ -69,6 +69,7 @@ settings.load_profile("headgate")
 
 LONGEST_FIRST = (
     "test_faults.py",
+    "test_restore.py",
     "test_backfill_end_to_end.py",
     "test_end_to_end.py",
     "test_healing_end_to_end.py",
