@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
+import os
+import shutil
 import socket
 import ssl
 import struct
+import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlencode
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import (
@@ -29,7 +33,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from workers.acls import Acl, Part
-from workers.servers import LOOPBACK, KafkaServer, free_ports
+from workers.servers import LOOPBACK, KafkaServer, PostgresServer, free_ports
 
 ADMIN, ADMIN_PASSWORD = "admin", "of-a-test-0815"
 """The broker's super user, and itself."""
@@ -252,3 +256,63 @@ class Asking:
         answer = await self._admin.create_topics([NewTopic(topic, 1, 1)], validate_only=True)
         [(_, code, *_)] = answer.topic_errors
         return int(code) not in (TopicAuthorizationFailedError.errno, ClusterAuthorizationFailedError.errno)
+
+
+# --- PostgreSQL -------------------------------------------------------------------------------------------------
+
+
+def tls_programs() -> Path | None:
+    """The newest PostgreSQL of the system that can speak TLS: what pgserver brings cannot. None: there is none."""
+    for found in sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=_version, reverse=True):
+        said = subprocess.run(
+            [found.with_name("pg_config"), "--configure"], capture_output=True, text=True, timeout=10
+        )
+        if "--with-openssl" in said.stdout or "--with-ssl=openssl" in said.stdout:
+            return found.parent
+    return None
+
+
+def _version(path: Path) -> int:
+    name = path.parts[-3]
+    return int(name) if name.isdecimal() else 0
+
+
+class SecurePostgres(PostgresServer):
+    """A PostgreSQL that lets in over TLS only, users by password. Where the system has none that can: without TLS, by password all the same."""
+
+    def __init__(self, home: Path, authority: Authority) -> None:
+        super().__init__(home, durable=False)
+        self._authority = authority
+        self._tls = tls_programs()
+
+    @property
+    def tls(self) -> bool:
+        return self._tls is not None
+
+    def dsn(self, database: str = "postgres", user: str = "headgate", **options: str) -> str:
+        """With certificate and name checked; the superuser needs no password, other users do."""
+        checked = {"sslmode": "verify-full", "sslrootcert": str(self._authority.ca_file)} if self._tls else {}
+        query = urlencode({**checked, **options})
+        return f"postgresql://{user}@{LOOPBACK}:{self.port}/{database}" + (f"?{query}" if query else "")
+
+    def prepare(self) -> None:
+        super().prepare()
+        data = self.dir / "data"
+        kind = "hostssl" if self._tls else "host"
+        lines = (f"{kind} all headgate {LOOPBACK}/32 trust", f"{kind} all all {LOOPBACK}/32 scram-sha-256")
+        (data / "pg_hba.conf").write_text("\n".join((*lines, "")))
+        for source, name in zip(self._authority.issue("postgres", HERE), _PAIR, strict=True):
+            target = data / name
+            shutil.copyfile(source, target)
+            target.chmod(0o600)
+            os.chown(target, data.stat().st_uid, data.stat().st_gid)
+
+    def _programs(self) -> Path:
+        return self._tls or super()._programs()
+
+    def _settings(self) -> dict[str, str]:
+        tls = {"ssl": "on", "ssl_cert_file": _PAIR[0], "ssl_key_file": _PAIR[1]} if self._tls else {}
+        return {**super()._settings(), **tls}
+
+
+_PAIR = ("server.crt", "server.key")

@@ -236,12 +236,25 @@ class PostgresServer(Server):
         options = ["-U", "headgate", "-E", "UTF8", "--locale=C", "-A", "trust", "--auth-local=reject", "-N"]
         _run(
             self.name,
-            [*_as_ordinary_user(), str(_pg_bin() / "initdb"), "-D", str(data), *options],
+            [*_as_ordinary_user(), str(self._programs() / "initdb"), "-D", str(data), *options],
             cwd=self.dir,
             remedy=remedy,
         )
 
     def command(self) -> Sequence[str]:
+        options = [word for name, value in self._settings().items() for word in ("-c", f"{name}={value}")]
+        return [
+            *_as_ordinary_user(),
+            str(self._programs() / "postgres"),
+            "-D",
+            str(self.dir / "data"),
+            *options,
+        ]
+
+    def _programs(self) -> Path:
+        return _pg_bin()
+
+    def _settings(self) -> dict[str, str]:
         settings = {
             "listen_addresses": LOOPBACK,
             "port": str(self.port),
@@ -255,18 +268,17 @@ class PostgresServer(Server):
         }
         if not self.durable:
             settings |= {"fsync": "off", "full_page_writes": "off"}
-        options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
-        return [*_as_ordinary_user(), str(_pg_bin() / "postgres"), "-D", str(self.dir / "data"), *options]
+        return settings
 
     def ready(self) -> bool:
         """pg_isready says that connections are accepted."""
-        check = [str(_pg_bin() / "pg_isready"), "-q", "-t", "1", "-d", self.dsn()]
+        check = [str(self._programs() / "pg_isready"), "-q", "-t", "1", "-d", self.dsn()]
         return subprocess.run(check, check=False, stdin=subprocess.DEVNULL).returncode == 0
 
     def create_database(self, database: str) -> str:
         """Create an empty database in the running server and return its DSN. Raises Fatal."""
         where = ["-h", LOOPBACK, "-p", str(self.port), "-U", "headgate"]
-        _run(self.name, [str(_pg_bin() / "createdb"), *where, database], cwd=self.dir)
+        _run(self.name, [str(self._programs() / "createdb"), *where, database], cwd=self.dir)
         return self.dsn(database)
 
 

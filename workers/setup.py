@@ -28,6 +28,7 @@ from ingest.log import commit_start
 from ingest.membership import look_at_group
 from ingest.sinks.migrate import is_behind, migrate
 from ingest.sinks.postgres import PostgresSink
+from ingest.sinks.roles import grant
 from shard_config.model import S3, Config, Kafka
 from workers import local
 from workers.lifecycle import Lifecycle
@@ -72,6 +73,8 @@ async def setup(config: Config) -> list[str]:
     if await is_behind(config.postgres):
         done += await before_upgrade(config, clock)
     done += [f"migration {name}" for name in await migrate(config.postgres)]
+    if await grant(config.postgres):
+        _log.info("roles_granted")
     done += await create_topics(config)
     kafka = config.kafka
     await commit_start(kafka, kafka.topic("collect"), exporter_group(kafka), config.slots)

@@ -107,7 +107,7 @@ def translate(where: str, error: Exception) -> HeadgateError:
         case asyncpg.InvalidAuthorizationSpecificationError() | asyncpg.InvalidCatalogNameError():
             return Fatal(where, what, "check postgres.dsn and its password")
         case asyncpg.InsufficientPrivilegeError():
-            return Fatal(where, what, "grant the role what the migrations create")
+            return Fatal(where, what, "`headgate setup` grants what each role needs: docs/postgres-roles.sql")
         case asyncpg.DiskFullError():
             return Transient(where, what, "the server's disk is full", retry_after_s=10.0)
         case (

@@ -123,6 +123,9 @@ async def drop_partitions(
     return dropped
 
 
+_OTHER_OWNER = "SELECT relowner::regrole::text FROM pg_class WHERE oid = $1::text::regclass AND relowner <> current_user::regrole"
+
+
 async def _create(connection: asyncpg.Connection, day: int, of: Partitioned) -> None:
     name = name_of(day, of)
     async with connection.transaction():
@@ -137,3 +140,7 @@ async def _create(connection: asyncpg.Connection, day: int, of: Partitioned) -> 
             f"CREATE TABLE {name} (LIKE {of.table} INCLUDING ALL) WITH (fillfactor = {FILLFACTOR});"
             f"ALTER TABLE {of.table} ATTACH PARTITION {name} FOR VALUES FROM ('{start}') TO ('{end}')"
         )
+        # Where users share a table by a role that owns it, what one of them has made is the others' to drop.
+        owner = await connection.fetchval(_OTHER_OWNER, of.table)
+        if owner is not None:
+            await connection.execute(f"ALTER TABLE {name} OWNER TO {owner}")
