@@ -437,12 +437,12 @@ def _on(topic: Topic) -> Strike:
 
 
 KINDS: tuple[Kind, ...] = (
-    Kind("rubbish and bombs on raw", BOMB, _on("raw"), (0.5, 2.0)),
-    Kind("rubbish and bombs on ledger", BOMB, _on("ledger"), (0.5, 2.0)),
-    Kind("rubbish and bombs on collect", BOMB, _on("collect"), (0.5, 2.0)),
-    Kind("rubbish and bombs on shards", BOMB, _on("shards"), (0.5, 2.0)),
+    Kind("rubbish and bombs on raw", BOMB, _on("raw"), (0.5, 2.0), frozenset({"kafka"})),
+    Kind("rubbish and bombs on ledger", BOMB, _on("ledger"), (0.5, 2.0), frozenset({"kafka"})),
+    Kind("rubbish and bombs on collect", BOMB, _on("collect"), (0.5, 2.0), frozenset({"kafka"})),
+    Kind("rubbish and bombs on shards", BOMB, _on("shards"), (0.5, 2.0), frozenset({"kafka"})),
     Kind("a bomb that Kafka compressed", BOMB, _broker_bomb, (0.5, 2.0), frozenset({"kafka"})),
-    Kind("a batch with too many series or points", LABELS, _crowd, (0.5, 2.0)),
+    Kind("a batch with too many series or points", LABELS, _crowd, (0.5, 2.0), frozenset({"kafka"})),
     Kind("retention passed the position", RETENTION, _retention, (0.0, 0.0), alone=True),
     Kind("raw deleted and made again", RETENTION, _made_again, (0.0, 0.0), alone=True),
     Kind("replays of Kafka and S3 beside living data", REPLAYS, _replays, (0.0, 0.0), alone=True),

@@ -183,7 +183,7 @@ KINDS: tuple[Kind, ...] = (
         (4.0, 8.0),
         may_pay_twice=True,
     ),
-    _kind("two coordinators", "two coordinators", two_coordinators, "coordinator", (8.0, 15.0)),
+    _kind("two coordinators", "two coordinators", two_coordinators, "coordinator kafka", (8.0, 15.0)),
     _kind(
         "coordinator killed between ledger and collect",
         "two coordinators",
