@@ -113,3 +113,9 @@ def test_the_hashes_are_made_without_anything_of_this_machine() -> None:
     assert {k for k, v in options.items() if v is True} >= {
         "generate-hashes", "no-emit-index-url", "no-emit-find-links"
     }  # fmt: skip
+
+
+def test_every_test_that_the_security_policy_names_is_there() -> None:
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "SECURITY.md").read_text())
+    assert [f"{f}::{t}" for f, t in named if f"def {t}(" not in (ROOT / "tests" / f).read_text()] == []
+    assert len(named) >= 13
