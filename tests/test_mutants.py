@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from ingest import wire
 from ingest.archive import open_archive
 from ingest.clock import SystemClock
 from ingest.errors import Transient
-from ingest.model import LookStatus
+from ingest.model import Batch, LookStatus, bytes_of
 from ingest.sinks import postgres
-from shard_config.model import S3, Config, Postgres
+from shard_config.model import S3, Config, Limits, Postgres
 from tests.faults import mutants
+from tests.faults import watch as watching
 from tests.faults.truth import Truth
 from tests.faults.watch import Positions, archive_complaints
 from tests.simulated_modes import BAD
@@ -119,28 +122,60 @@ async def test_an_archive_whose_manifests_come_first_is_not_whole_where_a_put_wa
 # --- what is watched while all is at work -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("next_", "landed", "stored_rows", "complaints"),
+    [
+        (2, {b"0", b"1"}, False, []),
+        (1, {b"0"}, False, []),
+        (2, {b"0"}, True, []),
+        (2, {b"0"}, False, ["I3 the store's position is past what has landed"]),
+        (1, {b"0", b"1"}, False, ["I3 Kafka's group is past the store"]),
+    ],
+    ids=["all landed", "behind", "taken back", "past the rows", "past the store"],
+)
+async def test_a_position_past_what_has_landed_is_said_once(
+    next_: int, landed: set[bytes], stored_rows: bool, complaints: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two records stand in `raw`, and Kafka's group is past both where both have landed."""
+    batches = [
+        wire.decode_batch(look.published.value, Limits()) for look in Truth(1, targets=1, windows=2).looks[:2]
+    ]
+    watch = Positions(Store(next_, landed, batches if stored_rows else batches[:1]))  # type: ignore[arg-type]  # what it asks of a field
+    watch._raw = {(0, n): batch for n, batch in enumerate(batches)}
+    watch._ids = {(0, n): b"%d" % n for n in range(2)}
+
+    async def committed(_: object) -> dict[int, int]:
+        return {0: len(landed)}
+
+    async def nothing_new(_: object, __: object) -> None: ...
+
+    monkeypatch.setattr(watching, "_committed", committed)
+    monkeypatch.setattr(Positions, "_read", nothing_new)
+    for _ in range(2):
+        await watch.look()
+    assert [one.partition(":")[0] for one in watch.complaints] == complaints
+
+
 @dataclass
-class _Watched:
+class Store:
+    """What a field's store answers: a position, what has landed, and the rows of some batches."""
+
+    next_: int
+    landed: set[bytes]
+    batches: list[Batch]
     config: Config = field(
         default_factory=lambda: Config(postgres=Postgres(dsn="postgresql://x@127.0.0.1/x"))
     )
 
-
-@pytest.mark.parametrize(
-    ("committed", "stored", "landed", "complaints"),
-    [
-        ({0: 2}, {0: 2}, {b"a", b"b"}, []),
-        ({0: 1}, {0: 2}, {b"a", b"b", b"c"}, []),
-        ({0: 3}, {0: 2}, {b"a", b"b"}, ["I3 Kafka's group is past the store"]),
-        ({0: 2}, {0: 2}, {b"a"}, ["I3 the store's position is past what has landed"]),
-        ({}, {}, set(), []),
-    ],
-)
-def test_a_position_past_what_has_landed_is_said_once(
-    committed: dict[int, int], stored: dict[int, int], landed: set[bytes], complaints: list[str]
-) -> None:
-    watch = Positions(_Watched())  # type: ignore[arg-type]  # only its configuration is asked for
-    watch._raw = {(0, 0): b"a", (0, 1): b"b", (0, 2): b"c"}
-    for _ in range(2):
-        watch._judge(committed, stored, landed)
-    assert [one.partition(":")[0] for one in watch.complaints] == complaints
+    async def sql(self, query: str, *args: Any) -> list[dict[str, Any]]:
+        if "FROM positions" in query:
+            return [{"partition": 0, "next": self.next_}]
+        if "FROM landed" in query:
+            return [{"batch_id": one} for one in self.landed]
+        _, version = args
+        return [
+            {"series": UUID(bytes=sid), "at_s": at_s}
+            for batch in self.batches
+            if batch.version >= version
+            for sid, at_s in zip(bytes_of(batch.point_ids()), batch.timestamps_s.tolist(), strict=True)
+        ]

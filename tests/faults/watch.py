@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from uuid import UUID
 
 import asyncpg
+import numpy as np
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from ingest import wire
 from ingest.archive import open_archive
 from ingest.aws_session import new_session
+from ingest.batch import without_series
 from ingest.clock import SystemClock
 from ingest.errors import Rejected
+from ingest.model import Batch, bytes_of
 from shard_config.model import Config
 from tests.faults.field import Field
 from tests.faults.log import records_of
@@ -27,6 +32,7 @@ ASKED_S = 20.0
 
 _POSITIONS = "SELECT partition, next FROM positions WHERE sink = 'postgres' AND topic = $1"
 _LANDED = "SELECT batch_id FROM landed WHERE sink = 'postgres'"
+_ROWS = "SELECT series, extract(epoch FROM ts)::bigint AS at_s FROM samples WHERE series = ANY($1::uuid[]) AND version >= $2"
 
 
 @dataclass
@@ -39,8 +45,9 @@ class Positions:
     looks: int = 0
     held: bool = False
     """While true nothing is looked at, and what was read is forgotten: an operator is at work on topic or positions."""
-    _raw: dict[tuple[int, int], bytes] = field(default_factory=dict)
-    """(partition, offset) → the record's id, where it is not known to have landed."""
+    _raw: dict[tuple[int, int], Batch] = field(default_factory=dict)
+    """(partition, offset) → what stands there, where it is not known to have landed."""
+    _ids: dict[tuple[int, int], bytes] = field(default_factory=dict)
     _next: dict[int, int] = field(default_factory=dict)
 
     async def run(self) -> None:
@@ -48,6 +55,7 @@ class Positions:
         while True:
             if self.held:
                 self._raw.clear()
+                self._ids.clear()
                 self._next.clear()
             else:
                 try:
@@ -74,32 +82,43 @@ class Positions:
         await self._read(config)
         if self.held:
             return
-        self._judge(committed, stored, landed)
+        self._past_the_store(committed, stored)
+        self._forget(landed)
+        past = {at: batch for at, batch in self._raw.items() if at[1] < stored.get(at[0], 0)}
+        # Healing takes back what a batch's entry says, and not its rows.
+        if missing := [at for at, batch in past.items() if not await self._has_rows(batch)]:
+            self._say(
+                f"I3 the store's position is past what has landed: {len(missing)} records, as {min(missing)}"
+            )
         self.looks += 1
 
     async def _read(self, config: Config) -> None:
         for at, value in (await records_of(config, "raw", self._next)).items():
             self._next[at[0]] = max(at[1] + 1, self._next.get(at[0], 0))
             try:
-                wire.decode_by_series(value, config.limits)
+                decoded = wire.decode_by_series(value, config.limits)
             except Rejected:
                 continue  # it is dead, and lands nowhere
-            self._raw[at] = wire.batch_id_of(value)
+            self._raw[at] = without_series(decoded.batch, decoded.bad)
+            self._ids[at] = wire.batch_id_of(value)
 
-    def _judge(self, committed: Mapping[int, int], stored: Mapping[int, int], landed: set[bytes]) -> None:
+    def _past_the_store(self, committed: Mapping[int, int], stored: Mapping[int, int]) -> None:
         for partition, next_ in sorted(committed.items()):
-            if next_ > stored.get(partition, 0):
-                self._say(
-                    f"I3 Kafka's group is past the store: partition {partition} at {next_}, {stored.get(partition, 0)}"
-                )
-        past = [
-            at
-            for at, batch_id in self._raw.items()
-            if at[1] < stored.get(at[0], 0) and batch_id not in landed
-        ]
-        if past:
-            self._say(f"I3 the store's position is past what has landed: {len(past)} records, as {min(past)}")
-        self._raw = {at: batch_id for at, batch_id in self._raw.items() if batch_id not in landed}
+            if next_ > (at := stored.get(partition, 0)):
+                self._say(f"I3 Kafka's group is past the store: partition {partition} at {next_}, {at}")
+
+    def _forget(self, landed: Collection[bytes]) -> None:
+        for at in [at for at, batch_id in self._ids.items() if batch_id in landed]:
+            del self._raw[at], self._ids[at]
+
+    async def _has_rows(self, batch: Batch) -> bool:
+        """Whether each finite point of a batch is in the store, in its version or a later one."""
+        ids = [UUID(bytes=one) for one in bytes_of(batch.ids)]
+        owners = np.repeat(np.arange(len(ids)), batch.counts).tolist()
+        points = zip(owners, batch.timestamps_s.tolist(), batch.values.tolist(), strict=True)
+        wanted = {(ids[owner].bytes, at_s) for owner, at_s, value in points if math.isfinite(value)}
+        rows = await self.watched.sql(_ROWS, ids, batch.version)
+        return wanted <= {(row["series"].bytes, row["at_s"]) for row in rows}
 
     def _say(self, complaint: str) -> None:
         if not any(one.partition(":")[0] == complaint.partition(":")[0] for one in self.complaints):
