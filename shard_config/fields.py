@@ -56,7 +56,7 @@ def repeated(values: tuple[str, ...]) -> str | None:
     return next((value for i, value in enumerate(values) if value in values[:i]), None)
 
 
-AccountId = Annotated[str, StringConstraints(pattern=r"^\d{12}$")]
+AccountId = Annotated[str, StringConstraints(pattern=r"^[0-9]{12}$")]
 Pattern = Annotated[str, AfterValidator(is_a_pattern)]
 """A regular expression, Python's."""
 SLUG_PATTERN: Final = r"^[a-z0-9][a-z0-9-]{0,62}$"

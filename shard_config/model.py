@@ -156,7 +156,7 @@ class Account(Strict):
     alias: str = ""
     regions: tuple[str, ...] = Field(min_length=1)
     services: tuple[Slug, ...] = Field(min_length=1)
-    role_arn: Annotated[str, StringConstraints(pattern=r"^(arn:[a-z-]+:iam::\d{12}:role/.+)?$")] = ""
+    role_arn: Annotated[str, StringConstraints(pattern=r"^(arn:[a-z-]+:iam::[0-9]{12}:role/.+)?$")] = ""
     """Role to assume; empty: the role template of `aws`, or the ambient credentials where that is empty too."""
     external_id: SecretStr | None = None
     via: AccountId | Literal[""] = ""
@@ -360,7 +360,7 @@ class Budget(Strict):
 class Organization(Strict):
     """Accounts that AWS Organizations knows: each is collected as if it stood in `accounts`, unless it does."""
 
-    role_arn: Annotated[str, StringConstraints(pattern=r"^(arn:[a-z-]+:iam::\d{12}:role/.+)?$")] = ""
+    role_arn: Annotated[str, StringConstraints(pattern=r"^(arn:[a-z-]+:iam::[0-9]{12}:role/.+)?$")] = ""
     """Of the management account or a delegated administrator, to list accounts; empty: the ambient credentials."""
     external_id: SecretStr | None = None
     """For that role, and for those of the accounts."""

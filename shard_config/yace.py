@@ -24,7 +24,7 @@ from shard_config.yace_jobs import Job, Note, Pick, Reading, Role, Wanted
 PERIOD_S: Final = 300
 LENGTH_S: Final = 300
 
-_ROLE: Final = re.compile(r"arn:aws[a-z-]*:iam::(\d{12}):role/.+")
+_ROLE: Final = re.compile(r"arn:aws[a-z-]*:iam::([0-9]{12}):role/.+")
 _STATISTIC: Final = TypeAdapter(Statistic)
 
 

@@ -17,6 +17,8 @@ from ingest.errors import HeadgateError, Rejected
 from ingest.inventory import csv_file
 from ingest.model import BatchId, DeadLetter, RecordPosition
 from ingest.sources.exposition import Exposed, endpoint_of, parse
+from shard_config.document import ConfigErrors
+from shard_config.load import loads
 from shard_config.model import ExpositionJob, Limits
 from tests.faults import fuzz
 from tests.faults.fuzz_surfaces import CUR, INVENTORY, Surface, golden, surfaces
@@ -189,3 +191,12 @@ def test_an_endpoint_with_a_timestamp_beyond_any_float_is_refused() -> None:
     )
     with pytest.raises(Rejected, match="bad_exposition"):
         parse(body, False, job, endpoint_of("http://127.0.0.1:9100/metrics"), 0, 0, Exposed(), Limits())
+
+
+@pytest.mark.parametrize("account", ["١٢٣٤٥٦٧٨٩٠١٢", "12345678901²", "0123456789012"])
+def test_an_account_is_twelve_digits_that_fit_a_key(account: str) -> None:
+    with pytest.raises(ConfigErrors, match="an account id is 12 digits"):
+        loads(f'accounts:\n  - {{id: "{account}", regions: [eu-west-1], services: [ec2]}}\n', "x", {})
+    text = INVENTORY[1].decode().replace("123456789012", account)
+    with pytest.raises(HeadgateError, match="is no account"):
+        csv_file.read(text, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -101,7 +102,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.account and not (len(args.account) == 12 and args.account.isdecimal()):
+    if args.account and not re.fullmatch("[0-9]{12}", args.account):
         raise ConfigErrors(
             [ConfigError("--account", 0, "", f'"{args.account}" is not right', "an account id is 12 digits")]
         )
