@@ -4,7 +4,8 @@
 * SIGTERM and SIGINT set `stop`; a worker then drains and returns. A second signal ends it at once. SIGHUP sets `hangup`: read
   the configuration again (`workers.reload`).
 * `/healthz` answers while the event loop turns, and says 503 where one of the worker's own loops has stood still for STILL_S; `/readyz` when the worker has what it needs; a worker may have pages of its own (`pages`, `views`).
-  Nothing else is served, and nothing changes state.
+  Nothing else is served, and nothing changes state. Connections are bounded: for one too many the oldest is closed, so that whoever holds them
+  open keeps nobody out for long, a probe least of all.
 * An unexpected error ends the process with its traceback in the log and exit code 1; the process manager starts it again.
 """
 
@@ -16,7 +17,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,19 @@ STILL_S = 600.0
 """A loop that has not come round for so long hangs: no outage or drain takes it, and by then Kafka's group has given its partitions to others
 (`max_poll_interval_ms`). Much less would restart workers for an outage of Kafka, which helps nobody.
 """
+
+
+CONNECTIONS_MAX = 64
+KEEP_ALIVE_S = 75.0
+"""Above what Prometheus and probes rest between two requests; aiohttp's own is an hour."""
+_LIMITS: Mapping[str, Any] = {
+    "keepalive_timeout": KEEP_ALIVE_S,
+    "max_line_size": 4096,
+    "max_field_size": 4096,
+    "max_headers": 64,
+    # A body that nobody asked for is not waited for.
+    "lingering_time": 1.0,
+}
 
 
 class Lifecycle:
@@ -126,16 +140,33 @@ async def _serve(main: Callable[[Lifecycle], Awaitable[None]], host: str, metric
     for sig in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sig, on_signal)
     loop.add_signal_handler(signal.SIGHUP, lifecycle.hangup.set)
-    runner = web.AppRunner(_application(lifecycle), access_log=None)
+    runner = web.AppRunner(_application(lifecycle), access_log=None, **_LIMITS)
     await runner.setup()
+    listening: asyncio.Server | None = None
     try:
         if metrics_port:
-            await web.TCPSite(runner, host, metrics_port).start()
+            listening = await listen(runner, host, metrics_port)
         _log.info("worker_started", metrics_port=metrics_port)
         await main(lifecycle)
         _log.info("worker_stopped")
     finally:
+        if listening is not None:
+            listening.close()
         await runner.cleanup()
+
+
+async def listen(runner: web.AppRunner, host: str, port: int) -> asyncio.Server:
+    """Serve a runner that was set up, with CONNECTIONS_MAX connections at most. Raises OSError where the address cannot be had."""
+    server = runner.server
+    assert server is not None  # noqa: S101  # it was set up
+
+    def connected() -> asyncio.Protocol:
+        for oldest in server.connections[: 1 - CONNECTIONS_MAX]:
+            if (transport := oldest.transport) is not None:
+                transport.abort()
+        return server()
+
+    return await asyncio.get_running_loop().create_server(connected, host, port, backlog=128)
 
 
 def _application(lifecycle: Lifecycle) -> web.Application:
