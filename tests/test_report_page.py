@@ -396,3 +396,41 @@ async def test_on_paper_neither_cards_nor_rows_are_cut_and_everything_is_there(
     await browser.send("Emulation.setEmulatedMedia", media="")
     pdf = await browser.send("Page.printToPDF", printBackground=True, preferCSSPageSize=True)
     assert len(pdf["data"]) > 50_000
+
+
+def crowded() -> Report:
+    """The example with more in each of the ten things than the first page shows, and with data that are thin."""
+    found = example()
+
+    def times(rows: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (rows * 30)[:30]
+
+    return replace(
+        found,
+        movers=times(found.movers),
+        idle=replace(found.idle, findings=times(found.idle.findings)),
+        oversized=replace(found.oversized, findings=times(found.oversized.findings)),
+        realised=replace(found.realised, realised=times(found.realised.realised)),
+        quotas=times(found.quotas),
+        filling=replace(found.filling, fillings=times(found.filling.fillings)),
+        coverage=times(found.coverage),
+    )
+
+
+@needs_chromium
+@pytest.mark.parametrize(("width_mm", "height_mm"), [(210.0, 297.0), (215.9, 279.4)], ids=["A4", "Letter"])
+async def test_the_ten_things_fit_the_first_sheet_and_the_tables_begin_on_the_next(
+    browser: Tab, tmp_path: Path, width_mm: float, height_mm: float
+) -> None:
+    margin_mm, pixels = 8.0, 96 / 25.4
+    thin = replace(crowded(), coverage_all=replace(crowded().coverage_all, value=0.5))
+    for report in (crowded(), thin, example(), empty_example()):
+        await show(browser, tmp_path, report)
+        await browser.resize(int((width_mm - 2 * margin_mm) * pixels), 900)
+        await browser.send("Emulation.setEmulatedMedia", media="print")
+        bottom = await browser.run("document.querySelector('main').getBoundingClientRect().bottom")
+        assert bottom <= (height_mm - 2 * margin_mm) * pixels
+        assert await browser.run("document.querySelectorAll('main .card').length") == 10
+        assert await browser.run("getComputedStyle(document.querySelector('.details')).breakBefore") == "page"
+        assert await browser.run("document.body.scrollWidth <= innerWidth")
+        await browser.send("Emulation.setEmulatedMedia", media="")
