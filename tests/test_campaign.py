@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.campaign import again_options, all_kinds, arguments, play
+from tests.faults.campaign import Play, again_options, all_kinds, arguments
 from tests.faults.checks import Verdict, memory_complaints
+from tests.faults.field import open_field
 from tests.faults.kinds import Kind
-from tests.faults.schedule import HEALING_S, MIX_MAX, MIX_S, STRIKE_S, schedule
+from tests.faults.schedule import HEALING_S, MIX_MAX, MIX_S, STRIKE_S, Planned, Schedule, schedule
 from tests.faults.setting import merged
 from tests.faults.table import BEGIN, END, Run, Strike, quantile, replaced, table
 
@@ -182,9 +183,11 @@ def test_a_worker_above_the_charts_limit_is_a_complaint() -> None:
 
 async def test_a_short_campaign_breaks_nothing(tmp_path: Path) -> None:
     wanted = ("exporter killed after S3 PUT", "consumer killed between the database's commit and Kafka's")
-    kinds = [kind for kind in KINDS if kind.name in wanted]
+    strikes = tuple(Planned(i, 0.0, 1.0, kind) for i, kind in enumerate(KINDS) if kind.name in wanted)
+    run = Run(5, 0.0)
 
-    run = await play(5, 0.35, kinds, tmp_path / "field", "")
+    async with open_field(tmp_path / "field", run.seed) as field:
+        await Play(field, Schedule(1.0, strikes, None, ()), run).all()
 
     assert run.verdict.complaints == []
     assert {s.kind for s in run.strikes if not s.missed} == set(wanted)
