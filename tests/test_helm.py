@@ -133,7 +133,8 @@ def test_the_configuration_that_is_mounted_is_one_that_headgate_takes(
     text = texts.pop().replace("/etc/headgate-secrets", str(tmp_path))
     (tmp_path / "external-id").write_text("of-a-test")
     named = next(iter(worker_pods(found).values()))["spec"]["containers"][0].get("env", [])
-    config = loads(text, "headgate.yaml", {one["name"]: "of-a-test" for one in named})
+    dsn = {"HEADGATE_POSTGRES_DSN": "postgresql://of-a-test@postgres/headgate"}
+    config = loads(text, "headgate.yaml", {one["name"]: "of-a-test" for one in named} | dsn)
     given = yaml.safe_load(scenario.read_text())["config"]
     assert config.slots == 64
     assert config.samples_retention_days == 7
@@ -633,3 +634,45 @@ def test_the_archives_rule_makes_it_colder_and_never_shorter() -> None:
     assert not any("Expiration" in key for rule in rules for key in rule)
     # Listings and locks beside the archive are read all the time.
     assert {rule["Filter"]["And"]["Prefix"] for rule in rules} == {"v1/"}
+
+
+# --- a user for each part ---------------------------------------------------------------------------------------
+
+
+@needs_helm
+def test_a_part_gets_its_own_users_and_no_others(rendered: Render) -> None:
+    found = rendered("least-privilege")
+    secrets: dict[str, set[str]] = {}
+    for pod in pods(found).values():
+        [container] = pod["spec"]["containers"]
+        given = {one["name"]: one.get("valueFrom", {}).get("secretKeyRef") for one in container["env"]}
+        env = {name: secret for name, secret in given.items() if secret}
+        part = pod["metadata"]["labels"]["app.kubernetes.io/component"]
+        secrets.setdefault(part, set()).update(ref["name"] for ref in env.values())
+        assert env.keys() >= {"HEADGATE_KAFKA_USERNAME", "HEADGATE_KAFKA_PASSWORD"}, part
+        assert {"name": "secrets", "mountPath": "/etc/headgate-secrets", "readOnly": True} in container[
+            "volumeMounts"
+        ]
+    # Those who never speak to PostgreSQL read the file all the same, and its password is a made-up one.
+    nobody = {"headgate-nobody"}
+    assert secrets == {
+        "coordinator": {"headgate-coordinator"},
+        "exporter": {"headgate-exporter"} | nobody,
+        "consumer-postgres": {"headgate-consumer"},
+        "remote-writer": {"headgate-remote-writer"} | nobody,
+        "setup": {"headgate-setup"},
+    }
+
+
+@needs_helm
+@by_scenario
+def test_every_pod_is_behind_a_policy_that_denies_by_default(scenario: Path, rendered: Render) -> None:
+    found = rendered(scenario.stem)
+    policies = [m["spec"] for name, m in found.items() if name.startswith("NetworkPolicy/")]
+    for name, pod in pods(found).items():
+        labels = pod["metadata"]["labels"].items()
+        over = [p for p in policies if p["podSelector"].get("matchLabels", {}).items() <= labels]
+        denied = {kind for p in over for kind in p["policyTypes"]}
+        assert denied == {"Ingress", "Egress"}, name
+        # None of them lets in everybody: an empty rule, or one of ports alone, would.
+        assert all(rule.get("from") for p in over for rule in p.get("ingress", ())), name

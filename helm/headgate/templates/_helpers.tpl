@@ -78,14 +78,14 @@ volumeMounts:
   {{- end }}
 {{- end -}}
 
-{{/* Of every container's env. Takes (root, suffix). */}}
+{{/* Of every container's env. Takes (root, suffix, of: a part's values, whose own secrets come first). */}}
 {{- define "headgate.env" -}}
 {{- range $name, $value := .root.Values.pod.env }}
 - name: {{ $name }}
   value: {{ $value | quote }}
 {{- end }}
 {{- $own := printf "%s%s" (include "headgate.name" .root) .suffix }}
-{{- range $name, $from := .root.Values.secretEnv }}
+{{- range $name, $from := merge (deepCopy .of.secretEnv) .root.Values.secretEnv }}
 - name: {{ $name }}
   valueFrom:
     secretKeyRef:
@@ -179,7 +179,7 @@ spec:
       {{- include "headgate.container" . | nindent 6 }}
       args:
         {{- toYaml (concat .args (list "--config" "/etc/headgate/headgate.yaml" "--host" "0.0.0.0" "--metrics-port" "9100")) | nindent 8 }}
-      {{- with (concat .env (include "headgate.env" (dict "root" .root "suffix" "") | fromYamlArray)) }}
+      {{- with (concat .env (include "headgate.env" (dict "root" .root "suffix" "" "of" .of) | fromYamlArray)) }}
       env:
         {{- toYaml . | nindent 8 }}
       {{- end }}
