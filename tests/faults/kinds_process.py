@@ -27,6 +27,7 @@ ENDS_S = 40.0
 KILLED = "exporter killed before/after S3 PUT, Kafka ack, receipt, commit"
 POINTS_OF_EXPORTERS = {
     "before_put": "before S3 PUT",
+    "after_object": "after one object of its S3 PUT",
     "after_put": "after S3 PUT",
     "before_raw_ack": "before Kafka's ack",
     "after_raw_ack": "after Kafka's ack",

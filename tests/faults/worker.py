@@ -28,7 +28,15 @@ from typing import Any
 
 POINTS = {
     "exporter": (
-        *("before_put", "after_put", "before_raw_ack", "after_raw_ack", "before_receipt", "after_receipt"),
+        *(
+            "before_put",
+            "after_object",
+            "after_put",
+            "before_raw_ack",
+            "after_raw_ack",
+            "before_receipt",
+            "after_receipt",
+        ),
         *("before_commit", "after_commit"),
     ),
     "consumer": ("in_hand", "in_transaction", "between_commits"),
@@ -154,6 +162,7 @@ def plant_exporter(points: Points) -> None:
     from ingest.sources.transport import Calls
 
     around(S3Archive, "put", always("before_put"), always("after_put"), points)
+    around(S3Archive, "_put", nowhere, always("after_object"), points)
     sent = {"raw": "before_raw_ack", "ledger": "before_receipt"}
     acked = {"raw": "after_raw_ack", "ledger": "after_receipt"}
     around(Producer, "send", of_topic(sent), of_topic(acked), points)
