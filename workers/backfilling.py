@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Protocol
 
 import asyncpg
@@ -35,6 +36,7 @@ from workers.reading import slices
 _log = structlog.get_logger()
 
 RETRIES = 5
+NEVER = datetime.max.replace(tzinfo=UTC)
 MANIFESTS_AT_ONCE = 16
 READS_TOGETHER = 32
 """Records that a replay has read before they are cut into landings."""
@@ -62,9 +64,10 @@ _EMPTIED = """SELECT (
 OR EXISTS (SELECT FROM landed WHERE sink = 'postgres' AND points > 0) AND NOT EXISTS (SELECT FROM samples)"""
 
 # What is folded was sealed: its looks may have been let go since.
-_UNHEARD = """SELECT DISTINCT task_id FROM unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[]) AS n (task_id, target, service, at)
-WHERE NOT EXISTS (SELECT FROM looks l WHERE l.task_id = n.task_id) AND NOT EXISTS (
-    SELECT FROM sealed_days d WHERE d.target = n.target AND d.service = n.service AND d.covered @> n.at)"""
+_UNHEARD = """SELECT DISTINCT task_id
+FROM unnest($1::text[], $2::text[], $3::text[], $4::timestamptz[], $5::timestamptz[]) AS n (task_id, target, service, at, finished)
+WHERE NOT EXISTS (SELECT FROM looks l WHERE l.task_id = n.task_id) AND (n.finished >= $6 OR NOT EXISTS (
+    SELECT FROM sealed_days d WHERE d.target = n.target AND d.service = n.service AND d.covered @> n.at))"""
 
 
 class ReplaySink(Sink, Protocol):
@@ -250,12 +253,19 @@ async def _land(records: Sequence[Record], landing: Landing, pace: Pace, done: D
 class LedgerAnnouncer:
     """Puts receipts that the ledger does not know on its topic, each behind its task: a ledger that was lost, too, is rebuilt from the archive.
 
-    `config_revision` is what tasks are recognized by (`ingest.restoring.task_of`).
+    `config_revision` is what tasks are recognized by (`ingest.restoring.task_of`). From `kept_from_s` on the ledger has let go of no look; of what was
+    finished before, those of folded windows count as known.
     """
 
     def __init__(
-        self, connection: asyncpg.Connection, sender: Sender, topic: str, config_revision: str
+        self,
+        connection: asyncpg.Connection,
+        sender: Sender,
+        topic: str,
+        config_revision: str,
+        kept_from_s: int | None = None,
     ) -> None:
+        self._kept_from = NEVER if kept_from_s is None else utc(kept_from_s)
         self._connection = connection
         self._sender = sender
         self._topic = topic
@@ -278,6 +288,8 @@ class LedgerAnnouncer:
                 [str(r.target) for r, _ in items],
                 [i.item.service for _, i in items],
                 [utc(i.item.start_s) for _, i in items],
+                [utc(r.finished_at_ms / 1000) for r, _ in items],
+                self._kept_from,
             )
         unheard = {row["task_id"] for row in rows}
         new = [r for r in found if r.task_id in unheard]

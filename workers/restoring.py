@@ -14,7 +14,7 @@ It can be stopped at any time; the same again goes on where it was. Marks among 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from ingest import snapshot
-from ingest.archive import S3Archive, open_archive
+from ingest.archive import S3Archive, archive_key, open_archive
 from ingest.backfill import reach_s
 from ingest.clock import Clock
 from ingest.errors import HeadgateError, Rejected, Transient
@@ -44,6 +44,7 @@ from shard_config.model import Config
 from workers.backfill_plan import LIVE, Ask, Tell, opened
 from workers.backfilling import Done, LedgerAnnouncer
 from workers.consumer import ledger_reader, settling_of
+from workers.coordinator import ASKED_OF_NOBODY
 from workers.lifecycle import Lifecycle
 from workers.names import exporter_group, landing_group, ledger_group, remote_write_group
 from workers.positions import GONE, Place, log_ends, move, places
@@ -148,7 +149,9 @@ class Restore:
         wrong = await self._wrong_in_new_topics()
         lost = bool(found.wrong or wrong) or (found.is_new and found.snapshot is None)
         if lost or await self._marked(_KAFKA) is not None:
-            await self._tell_again(begun_s, emptied=found.is_new)
+            as_of_s = found.snapshot.taken_s if found.snapshot else self._clock.now_s()
+            kept_from_s = as_of_s - self._config.ledger_retention_days * DAY_S
+            await self._tell_again(begun_s, kept_from_s, emptied=found.is_new)
         for place in wrong:
             self._say(await move(self._config, place, "start"))
         if created:
@@ -217,52 +220,63 @@ class Restore:
         with translated("ledger"):
             await self._connection.execute(_UNMARK, kind)
 
-    async def _tell_again(self, begun_s: Mapping[Target, int], *, emptied: bool) -> None:
-        """Step 3. Marks first: once topics are there and positions have moved, nothing else says that anything may be missing."""
+    async def _tell_again(self, begun_s: Mapping[Target, int], kept_from_s: int, *, emptied: bool) -> None:
+        """Step 3. A mark first: once topics are there and positions have moved, nothing else says that anything may be missing."""
         config, now_s = self._config, self._clock.now_s()
+        with translated("ledger"):
+            await _mark(self._connection, _KAFKA, 0, 0)
+            oldest_s = await self._connection.fetchval(_OPEN)
         ledger = Ledger(config.postgres, "headgate restore", {})
         try:
-            until_s = (await ledger.memory()).planned_until_s
+            memory = await ledger.memory()
         finally:
             await ledger.close()
+        until_s = memory.planned_until_s
         since_s = {
             t: min(
                 (until_s.get(str(t), {}).get(g.service, begun_s.get(t, now_s)) for g in grids), default=now_s
             )
             for t, grids in self._grids.items()
         }
-        with translated("ledger"):
-            await _mark(self._connection, _KAFKA, 0, 0)
-            if not emptied and since_s:
-                oldest_s = await self._connection.fetchval(_OPEN)
-                from_s = min([*since_s.values(), *([oldest_s] if oldest_s is not None else [])])
-                await _mark(self._connection, _SAMPLES, from_s, (now_s // DAY_S + 1) * DAY_S)
         async with AsyncExitStack() as stack:
             producer = Producer(config.kafka, "headgate-restore")
             stack.push_async_callback(producer.close)
             topic = config.kafka.topic("ledger")
-            announcer = LedgerAnnouncer(self._connection, producer, topic, config.revision)
-            receipts = 0
+            announcer = LedgerAnnouncer(self._connection, producer, topic, config.revision, kept_from_s)
+            told = _Told(announcer)
+            # What was asked of the past (a backfill, healing) is archived where it was asked for, however long ago that is.
+            asked = [
+                archive_key(t, config.s3.prefix) for t in memory.unanswered if t.kind not in ASKED_OF_NOBODY
+            ]
+            for at in range(0, len(asked), KEYS_AT_ONCE):
+                await told.tell(await self._unknown(asked[at : at + KEYS_AT_ONCE]))
             for target, since in since_s.items():
-                receipts += await self._announce(announcer, target, since - self._reach_s, now_s + DAY_S)
+                await self._announce(told, target, since - self._reach_s, now_s + DAY_S)
             # A horizon is looked at once, and what is after it is nobody's.
             once = config.run.horizon_s is not None
             tasks = [] if once else planned_again(self._grids, until_s, begun_s, now_s, config.revision)
             for at in range(0, len(tasks), KEYS_AT_ONCE):
                 some = tasks[at : at + KEYS_AT_ONCE]
                 await producer.send(topic, [Outgoing(str(t.target).encode(), encode_task(t)) for t in some])
-        self._say(f"{receipts:,} receipts of the archive announced again, {len(tasks):,} tasks planned again")
+        self._say(
+            f"{told.receipts:,} receipts of the archive announced again, {len(tasks):,} tasks planned again"
+        )
+        if not emptied:
+            from_s = min(
+                [*since_s.values(), *told.oldest_s, *([] if oldest_s is None else [oldest_s])], default=now_s
+            )
+            with translated("ledger"):
+                await _mark(self._connection, _SAMPLES, from_s, (now_s // DAY_S + 1) * DAY_S)
 
-    async def _announce(self, announcer: LedgerAnnouncer, target: Target, from_s: int, to_s: int) -> int:
+    async def _announce(self, told: _Told, target: Target, from_s: int, to_s: int) -> None:
         """Receipts of a target that the ledger does not know; only those are read."""
         keys: list[str] = []
-        announced = 0
         async for key in self._archive.keys(target, max(0, from_s), to_s):
             keys.append(key)
             if len(keys) == KEYS_AT_ONCE:
-                announced += await announcer.announce_all(await self._unknown(keys))
+                await told.tell(await self._unknown(keys))
                 keys = []
-        return announced + await announcer.announce_all(await self._unknown(keys))
+        await told.tell(await self._unknown(keys))
 
     async def _unknown(self, keys: list[str]) -> list[Receipt]:
         of_task = {key.rpartition("-")[2]: key for key in keys}
@@ -337,6 +351,21 @@ class Restore:
             done = await backfill.execute(plan, tell) if not plan.empty else Done()
         await self._unmark(_SAMPLES)
         return span, done
+
+
+class _Told:
+    """What was announced again: how many receipts, and the oldest window of them, in a list of at most one."""
+
+    def __init__(self, announcer: LedgerAnnouncer) -> None:
+        self._announcer = announcer
+        self.receipts = 0
+        self.oldest_s: list[int] = []
+
+    async def tell(self, receipts: Sequence[Receipt]) -> None:
+        self.receipts += await self._announcer.announce_all(receipts)
+        starts = [i.item.start_s for r in receipts for i in r.items]
+        if starts:
+            self.oldest_s = [min(self.oldest_s + starts)]
 
 
 async def _has_members(admin: AIOKafkaAdminClient, group: str) -> bool:
