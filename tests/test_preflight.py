@@ -78,6 +78,38 @@ async def test_a_preflight_of_everything_costs_nothing_and_says_what_it_could_no
     assert all(a["metrics_requested"] == 0 for a in aws_world.billing()["accounts"].values())
 
 
+async def test_what_the_inventory_needs_is_asked_and_what_is_denied_has_its_statement_to_paste() -> None:
+    services = ("ec2", "rds", "dynamodb", "lambda")
+    world = World(1, ACCOUNTS[:1], REGIONS[:1], 10, [shipped_services()[name] for name in services])
+    simulator = await start(world, calls_per_s=0)
+    document = {
+        "aws": {"endpoint_url": simulator.url, "role_template": "arn:aws:iam::{account}:role/headgate"},
+        "accounts": [{"id": ACCOUNTS[0], "regions": [REGIONS[0]], "services": list(services)}],
+        "inventory": {"source": "describe"},
+    }
+    config = loads(yaml.safe_dump(document), "test", environ={})
+    needed = {
+        "autoscaling:DescribeAutoScalingInstances", "dynamodb:DescribeTable", "dynamodb:ListTables", "ec2:DescribeInstanceTypes",
+        "ec2:DescribeInstances", "lambda:ListFunctions", "rds:DescribeDBClusters", "rds:DescribeDBInstances",
+    }  # fmt: skip
+    try:
+        found, _ = await asked(config)
+        assert {f.check for f in found if f.state is State.OK} == needed | {
+            "AssumeRole",
+            "cloudwatch:ListMetrics",
+        }
+        simulator.faults = Faults(denied_actions=("dynamodb:DescribeTable", "rds:*"))
+        found, _ = await asked(config)
+        none = config.inventory.model_copy(update={"source": "none"})
+        without, _ = await asked(config.model_copy(update={"inventory": none}))
+    finally:
+        await simulator.close()
+    wrong = {f.check: f.remedy for f in found if f.state is State.WRONG}
+    assert wrong.keys() == {"dynamodb:DescribeTable", "rds:DescribeDBInstances", "rds:DescribeDBClusters"}
+    assert all(f'"Action": ["{action}"]' in remedy for action, remedy in wrong.items())
+    assert {f.check for f in without} & needed == set()
+
+
 async def test_paid_proves_get_metric_data_and_the_bill_is_what_it_says(aws_world: Simulator) -> None:
     found, preflight = await asked(config_of(aws_world), paid=True)
     assert set(states(found, "cloudwatch:GetMetricData").values()) == {State.OK}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ingest.report.capacity import DRAWN_OUT, Used, days_until, filling_of, trend_of, used_of
 from ingest.report.model import Days, ResourceKey
-from ingest.report.resources import Axis, Observed
+from ingest.report.resources import Axis, Observed, brokers_lives
 from shard_config.report import Role
 from tests.report_series import ACCOUNT, AXIS, DAY_S, GIB, REGION, TO_S, lived_of, run_length, series_of
 
@@ -201,3 +201,42 @@ def test_a_report_without_a_trend_does_not_import_the_statistics_library() -> No
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.strip() == "False"
+
+
+def test_a_kafka_brokers_disk_fills_by_its_own_with_its_share_of_what_the_inventory_says_of_the_cluster() -> (
+    None
+):
+    cluster = {
+        "id": "k",
+        "days": [None, 28],
+        "type": "kafka.m5.large",
+        "nodes": 3,
+        "vcpu": 6,
+        "storage_bytes": 300 * GIB,
+        "state": "running",
+    }
+    of_cluster, lone = (ResourceKey(ACCOUNT, REGION, "msk", name) for name in ("k", "without brokers"))
+    brokers = [ResourceKey(ACCOUNT, REGION, "msk", f"k/{n}") for n in (1, 2)]
+    lived = lived_of("msk", [cluster])
+    each = brokers_lives(
+        {of_cluster: lived, lone: lived}, [*brokers, ResourceKey(ACCOUNT, REGION, "msk", "other/1")]
+    )
+    assert each.keys() == {*brokers, lone}
+    one = each[brokers[0]].last
+    assert (one.id, one.nodes, one.vcpu, one.storage_bytes, one.group) == (
+        "k/1",
+        1,
+        2,
+        100 * GIB,
+        "cluster:k",
+    )
+    days = {}
+    for key, last in zip(brokers, (79.0, 40.0), strict=True):
+        used = run_length([[AXIS.hours, [last - 28, last]]])
+        seen = Observed(key, {(Role.STORAGE_SHARE, "Maximum"): series_of(used)}, each[key])
+        filled = used_of(seen, AXIS, TO_S)
+        assert filled is not None
+        filling = filling_of(filled, seen, "")
+        assert filling is not None
+        days[key.id] = filling.to_100.days
+    assert days == {"k/1": pytest.approx(21, abs=1), "k/2": None}

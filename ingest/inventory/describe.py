@@ -11,13 +11,13 @@ Guarantees:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ingest.clock import Clock
 from ingest.errors import HeadgateError
-from ingest.inventory.asking import Asker, Listing, Sizes
+from ingest.inventory.asking import INSTANCE_TYPES, Asker, Listing, Sizes
 from ingest.inventory.model import Look, Resource, Scope
 from ingest.inventory.parse import CONVERT, Beside, Raw, instance_types, members, standing
 from ingest.model import SourceName, Target
@@ -68,6 +68,14 @@ ACTIONS: Final = tuple(
     )
 )
 """What the role needs for all of it, beside tag:GetResources."""
+
+
+def asked_for(services: Collection[str]) -> list[Listing]:
+    """The calls that a look at these services makes, each once, in order of their actions: for a preflight. Only DescribeTable wants a name besides."""
+    found = {listing.action: listing for service, listing in _LISTINGS.items() if service in services}
+    beside = {"ec2": (_GROUPS, INSTANCE_TYPES), "rds": (_CLUSTERS, INSTANCE_TYPES), "msk": (INSTANCE_TYPES,), "dynamodb": (_TABLE,)}  # fmt: skip
+    found |= {one.action: one for service in services for one in beside.get(service, ())}
+    return [listing for _, listing in sorted(found.items())]
 
 
 async def describe(config: Config, clock: Clock, take: Take) -> None:

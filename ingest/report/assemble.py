@@ -43,7 +43,7 @@ from ingest.report.model import (
 )
 from ingest.report.money import Pricing, quotas_of, spend_of
 from ingest.report.reading import Tell
-from ingest.report.resources import HOUR_S, Axis, Observed
+from ingest.report.resources import HOUR_S, Axis, Observed, brokers_lives
 from ingest.report.sizing import Catalog
 from ingest.report.sums import Sums
 from ingest.report.utilization import WEEK_S, Ranges, coverage_of, metric_use
@@ -100,7 +100,8 @@ async def _assemble(
     catalog = Catalog.of((one.last for one in lives.values()), pricing)
     rules = Rules(config.report, pricing, catalog, bool(firsts))
     whole = Assembly(ranges, rules, Lives(lives, config.report.owner_tag, min(firsts, default=None)))
-    async for seen in reading.observed(connections, ranges, series, lives, looked, tell):
+    each = brokers_lives(lives, series)
+    async for seen in reading.observed(connections, ranges, series, each, looked, tell):
         whole.add(seen)
     tell("putting it together", 1, 1)
     wholes = [one.whole_s for one in known if one.whole_s is not None]

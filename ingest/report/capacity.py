@@ -86,8 +86,11 @@ def used_of(seen: Observed, axis: Axis, to_s: int) -> Used | None:
         return None
     hours = slice(0, axis.index(to_s))
     if (role := _SHARES.get(seen.key.service)) is not None:
-        level = seen.level(role)
-        if level is None or not level.counts[hours].any():
+        level = next(
+            (s for s in (seen.maximum(role), seen.level(role)) if s is not None and s.counts[hours].any()),
+            None,
+        )
+        if level is None:
             return None
         values = (level.averages if level.maxs is None else level.maxs)[hours]
         return Used(role, *_by_day(values, axis, hours), PERCENT, "percent", _restart(seen, axis, to_s))

@@ -9,14 +9,14 @@ Guarantees:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ingest.inventory.model import Lived
+from ingest.inventory.model import Lived, Resource
 from ingest.report.model import ResourceKey
 from shard_config.report import ROLES, Role, RoleMetric
 
@@ -72,6 +72,35 @@ def id_of(service: str, dimensions: Sequence[tuple[str, str]]) -> str:
 A_SAMPLE: Final = "Average a sample"
 """What the Average of a rate's metric is called here: no level, for it says nothing a second."""
 _STATISTICS: Final = {True: ("Sum", "Maximum", "Average"), False: ("Average", "Maximum", "Minimum")}
+
+
+def brokers_lives(
+    lives: Mapping[ResourceKey, Lived], keys: Iterable[ResourceKey]
+) -> dict[ResourceKey, Lived]:
+    """`lives`, with each Kafka cluster that has brokers among `keys` replaced by these: metrics are a broker's, and the inventory lists clusters.
+
+    A broker has its share of what its cluster has.
+    """
+    found, clusters = dict(lives), set()
+    for key in keys:
+        cluster = replace(key, id=key.id.rpartition("/")[0])
+        if key.service == "msk" and (lived := lives.get(cluster)) is not None:
+            spans = tuple(replace(span, resource=_broker(span.resource, key.id)) for span in lived.spans)
+            found[key] = replace(lived, spans=spans)
+            clusters.add(cluster)
+    return {key: lived for key, lived in found.items() if key not in clusters}
+
+
+def _broker(cluster: Resource, id_: str) -> Resource:
+    nodes = cluster.nodes or 1
+
+    def share(whole: int | None) -> int | None:
+        return None if whole is None else whole // nodes
+
+    return replace(
+        cluster, id=id_, nodes=1, group=f"cluster:{cluster.id}", vcpu=share(cluster.vcpu),
+        memory_bytes=share(cluster.memory_bytes), storage_bytes=share(cluster.storage_bytes),
+    )  # fmt: skip
 
 
 # --- by hour ----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 * Free by default: ListMetrics of a namespace that nobody has (a request of the free million), tag:GetResources (free), and GetMetricData
   with a StartTime after its EndTime, which AWS refuses. Whether it is refused before or after the permission is looked at, AWS does
   not say: a denial is a denial, anything else is unproved. `paid` asks for one metric instead ($0.00001) and proves it.
+* Where the inventory is had by Describe calls, each of them is tried for the services that are configured: one page, free as all of these are.
 * An account's failure is a finding of that account; nothing is raised for it.
 """
 
@@ -17,6 +18,8 @@ from typing import Any, Final
 
 from ingest.clock import Clock
 from ingest.errors import HeadgateError, Rejected
+from ingest.inventory.asking import Listing
+from ingest.inventory.describe import asked_for
 from ingest.preflight import Finding, State, remedy_of_action, remedy_of_identity
 from ingest.sources.asking import Asking
 from ingest.sources.aws import Access, Tally
@@ -31,6 +34,9 @@ CALLS_PER_S: Final = 25.0
 """Of each probe, in one account and region: ListMetrics' quota, the lowest of them."""
 NAMESPACE: Final = "Headgate/Preflight"
 """Nobody publishes under it."""
+
+NO_TABLE: Final = "headgate-preflight"
+"""It need not be there."""
 
 Ask = Callable[[Access], Awaitable[object]]
 
@@ -102,7 +108,16 @@ class AwsPreflight:
             found += self._tags_are_wrong(account, region)
             for action, ask in self._questions(account, region, asked.linked):
                 found.append(await self._probe(account, caller, region, action, ask, deadline_s))
+            for listing in self._inventory(account, region):
+                # A monitoring account describes nothing of others: it is the account's own role that is asked.
+                ask = partial(self._describe, listing)
+                found.append(await self._probe(account, account, region, listing.action, ask, deadline_s))
         return found
+
+    def _inventory(self, account: Account, region: str) -> list[Listing]:
+        if self._config.inventory.source != "describe":
+            return []
+        return asked_for({profile.service for profile in self._config.services_in(account, region)})
 
     def _questions(self, account: Account, region: str, linked: bool) -> list[tuple[str, Ask]]:
         owner = account.id if linked else ""
@@ -172,6 +187,16 @@ class AwsPreflight:
         if any(status == "Forbidden" for _, status, *_ in page.results):
             raise Denied("aws GetMetricData", f"its answer for account {owner or 'ours'} is Forbidden")
         return page
+
+    async def _describe(self, listing: Listing, access: Access) -> object:
+        of_none = {"TableName": NO_TABLE} if listing.api == "DescribeTable" else {}
+        async with self._asking.aws.client(listing.client, access) as client:
+            try:
+                return await getattr(client, listing.operation)(**listing.asked, **of_none)
+            except client.exceptions.ClientError as error:
+                if of_none and error.response["Error"]["Code"] == "ResourceNotFoundException":
+                    return None  # who may not ask is not told that it is not there
+                raise
 
     async def _get_resources(self, access: Access) -> object:
         async with self._asking.aws.client("resourcegroupstaggingapi", access) as client:
