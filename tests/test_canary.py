@@ -188,7 +188,7 @@ WHOSE += [word for name, value in METRIC[2] for word in ("--dim", f"{name}={valu
 COMMANDS = (
     ["status"], ["status", "--json"], ["gaps", "--format", "json"], ["cost", "--format", "csv"], ["plan"], ["quote"], ["positions"],
     ["samples", "--account", ACCOUNT, "--format", "json"], ["settle"], ["pause"], ["dead", "list"], ["preflight"], ["inventory", "refresh"],
-    ["inventory", "list"], ["report", "--format", "html"], ["report", "--format", "csv"], ["report", "--format", "json"],
+    ["inventory", "list"], ["report", "--format", "html", "--out", "REPORT"], ["report", "--format", "csv"], ["report", "--format", "json"],
     ["audit", "--from", "FROM", "--to", "TO"], ["why", "--at", "FROM", *WHOSE], ["rules"],
     ["backfill", "--from", "FROM", "--to", "TO", "--dry-run"],
 )  # fmt: skip
@@ -260,6 +260,7 @@ EXPECTED = {
     "S3": ACCOUNT.encode(),
     "remote-writer": b"401",
     "bundle": b"versions",
+    "report's page": b"<html",
 }
 """That something is there to be searched."""
 
@@ -307,10 +308,10 @@ async def run_commands(path: Path, gathered: Gathered, capfd: pytest.CaptureFixt
     """What every command prints and writes."""
     now_s = time.time()
     times = {"FROM": now_s - 600, "TO": now_s - 300}
-    out = path.parent / "bundle.tar.gz"
+    out, report = path.parent / "bundle.tar.gz", path.parent / "report.html"
     config = ["--config", str(path)]
     for command in (*COMMANDS, ["check", str(path)], ["bundle", "--out", str(out)]):
-        words = [_time(times[w]) if w in times else w for w in command]
+        words = [_time(times[w]) if w in times else str(report) if w == "REPORT" else w for w in command]
         more = [] if command[0] == "check" else config
         capfd.readouterr()
         code = await asyncio.to_thread(cli.main, [*words, *more])
@@ -321,6 +322,7 @@ async def run_commands(path: Path, gathered: Gathered, capfd: pytest.CaptureFixt
             said.out + said.err,
         )
     gathered.add("bundle", out.read_bytes())
+    gathered.add("report's page", report.read_bytes())
 
 
 def _time(at_s: float) -> str:
