@@ -125,13 +125,14 @@ async def test_an_archive_whose_manifests_come_first_is_not_whole_where_a_put_wa
 @pytest.mark.parametrize(
     ("next_", "landed", "stored_rows", "complaints"),
     [
-        (2, {b"0", b"1"}, False, []),
+        (2, {b"0", b"1"}, True, []),
+        (2, {b"0", b"1"}, False, ["I1 rows of what has landed are not there"]),
         (1, {b"0"}, False, []),
         (2, {b"0"}, True, []),
         (2, {b"0"}, False, ["I3 the store's position is past what has landed"]),
-        (1, {b"0", b"1"}, False, ["I3 Kafka's group is past the store"]),
+        (1, {b"0", b"1"}, True, ["I3 Kafka's group is past the store"]),
     ],
-    ids=["all landed", "behind", "taken back", "past the rows", "past the store"],
+    ids=["all landed", "rows are gone", "behind", "taken back", "past the rows", "past the store"],
 )
 async def test_a_position_past_what_has_landed_is_said_once(
     next_: int, landed: set[bytes], stored_rows: bool, complaints: list[str], monkeypatch: pytest.MonkeyPatch

@@ -1,4 +1,4 @@
-"""What must hold while everything is at work, and not only in the end: what heals itself would hide that it was broken (I3, and an archive that is whole)."""
+"""What must hold while everything is at work, and not only in the end: what heals itself would hide that it was broken (I1, I3, and an archive that is whole)."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ from workers.servers import LOCAL_AWS_ENVIRONMENT
 WATCH_S = 2.0
 ASKED_S = 20.0
 """Longer nobody waits for an answer: servers are down now and then."""
+ROWS_CHECKED_MAX = 200
+"""Records whose rows are looked for in one look."""
 
 _POSITIONS = "SELECT partition, next FROM positions WHERE sink = 'postgres' AND topic = $1"
 _LANDED = "SELECT batch_id FROM landed WHERE sink = 'postgres'"
@@ -37,7 +39,7 @@ _ROWS = "SELECT series, extract(epoch FROM ts)::bigint AS at_s FROM samples WHER
 
 @dataclass
 class Positions:
-    """I3: no committed position, the store's or Kafka's, lies past data that has not landed."""
+    """No committed position, the store's or Kafka's, lies past data that has not landed (I3), and what has landed is there (I1)."""
 
     watched: Field
     complaints: list[str] = field(default_factory=list)
@@ -83,14 +85,22 @@ class Positions:
         if self.held:
             return
         self._past_the_store(committed, stored)
-        self._forget(landed)
-        past = {at: batch for at, batch in self._raw.items() if at[1] < stored.get(at[0], 0)}
+        await self._landed_rows(landed)
+        past = [at for at in self._raw if at[1] < stored.get(at[0], 0) and self._ids[at] not in landed]
         # Healing takes back what a batch's entry says, and not its rows.
-        if missing := [at for at, batch in past.items() if not await self._has_rows(batch)]:
+        if missing := [at for at in past if not await self._has_rows(self._raw[at])]:
             self._say(
                 f"I3 the store's position is past what has landed: {len(missing)} records, as {min(missing)}"
             )
         self.looks += 1
+
+    async def _landed_rows(self, landed: Collection[bytes]) -> None:
+        """What the store says has landed is there, from the first moment on: sealing would find what is not, and healing bring it."""
+        done = [at for at, batch_id in self._ids.items() if batch_id in landed]
+        for at in done[:ROWS_CHECKED_MAX]:
+            if not await self._has_rows(self._raw[at]):
+                self._say(f"I1 rows of what has landed are not there: of the record at {at}")
+            del self._raw[at], self._ids[at]
 
     async def _read(self, config: Config) -> None:
         for at, value in (await records_of(config, "raw", self._next)).items():
@@ -106,10 +116,6 @@ class Positions:
         for partition, next_ in sorted(committed.items()):
             if next_ > (at := stored.get(partition, 0)):
                 self._say(f"I3 Kafka's group is past the store: partition {partition} at {next_}, {at}")
-
-    def _forget(self, landed: Collection[bytes]) -> None:
-        for at in [at for at, batch_id in self._ids.items() if batch_id in landed]:
-            del self._raw[at], self._ids[at]
 
     async def _has_rows(self, batch: Batch) -> bool:
         """Whether each finite point of a batch is in the store, in its version or a later one."""
