@@ -402,6 +402,8 @@ async def _scaled(field: Field, rng: random.Random) -> AsyncIterator[Struck]:
         folder = field.points / name
         folder.mkdir(exist_ok=True)
         (folder / "headgate.yaml").write_text(field.stack.config_path.read_text())
+        port = int(field.endpoints.kafka_bootstrap.rpartition(":")[2])
+        (folder / "kafka.json").write_text(json.dumps([port, port]))  # no link of its own
     shards = before
     try:
         for wanted in (1, 4, 2, 3, *([rng.randint(1, 4)] if rng.random() < 0.5 else [])):
