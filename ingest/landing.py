@@ -31,6 +31,8 @@ from shard_config.model import Limits
 
 REFUSALS_MAX = 16
 """Times that a sink may refuse series of one landing; each takes at least one series out."""
+CLOCK_BEHIND_S_MAX = 7200
+"""So far our clock may be behind the log's and nothing good is taken for future. Brokers refuse records an hour ahead of their own clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +139,18 @@ class Landing:
         batch, bad = decoded.batch, decoded.bad
         dead = list(letters.of_series(bad, "", batch, batch_id, record, self._cluster)) if bad else []
         good = without_series(batch, bad) if bad else batch
-        checked = validate(good, self._clock.now_s(), self._limits)
+        checked = validate(good, self._now_s(record), self._limits)
         dead += letters.of_points(checked.dead, good, record, self._cluster)
         # Without a good point it lands all the same, empty: else its look would stay open for ever.
         accepted = checked.accepted or without_series(good, range(len(good.series)))
         gone = put_aside(batch, accepted) if dead else ()
         landable = Landable(batch_id, accepted, batch.points - accepted.points, gone)
         return Taken(record, landable, tuple(dead), dead[0].reason if dead and not accepted.points else "")
+
+    def _now_s(self, record: Record) -> int:
+        """By our clock, or the log's where ours is behind: else all that is new would be put aside as future."""
+        now_s = self._clock.now_s()
+        return max(now_s, min(record.timestamp_ms // 1000, now_s + CLOCK_BEHIND_S_MAX))
 
     async def _land(
         self, advances: Sequence[Advance], taken: Sequence[Taken]

@@ -8,6 +8,8 @@ Guarantees, each with a test of its name:
 * *Settled before left*: a live task looks back far enough that each window is looked at once more after it has settled.
 * *An outage is not paid for tick by tick*: overdue windows coalesce into blocks of at most `BLOCK_POINTS_MAX` points a
   series, one call's worth, newest first; live tasks come before them. A short one is a part of the live look, for points are not billed.
+* *A clock that steps costs no window*: what was planned by one that was ahead is planned again when it is due, and an hour that was planned is not planned
+  again by one that was behind.
 * *A stretched poll covers whole windows of the same grid*: each k-th tick looks at all windows since the last one, so that the same points come, later.
 """
 
@@ -105,6 +107,26 @@ def grids_of(config: Config) -> dict[Target, tuple[Grid, ...]]:
         target = Target(SourceName.EXPOSITION.value, job.account, job.region)
         found[target].append(Grid(job.name, job.interval_s, job.interval_s, 0, has_past=False))
     return {t: tuple(sorted(found[t], key=lambda g: g.service)) for t in sorted(found)}
+
+
+def go_on_from(
+    until_s: dict[str, int], ahead_s: dict[str, int], grids: Sequence[Grid], now_s: int, last_s: int
+) -> None:
+    """Have plans go on from now where the clock has stepped back. By service, `until_s` is what `due` will be given; `ahead_s` is kept for the next call.
+
+    What is planned beyond `now_s` was planned by a clock that was ahead, and looked at before it had ended: so it is planned again, tick by
+    tick. Or the clock is behind now: when it leaps (since `last_s`, the last call) past what was planned, that was looked at when it was due,
+    and is not asked for again.
+    """
+    for grid in grids:
+        service, most_s = grid.service, grid.floor(now_s) + (0 if grid.has_past else grid.poll_interval_s)
+        if until_s.get(service, 0) > most_s:
+            ahead_s[service] = max(until_s[service], ahead_s.get(service, 0))
+            until_s[service] = most_s
+        elif service in ahead_s and now_s >= ahead_s[service]:
+            planned_s = ahead_s.pop(service)
+            if now_s - last_s > grid.poll_interval_s:
+                until_s[service] = max(until_s[service], planned_s)
 
 
 def due(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import numpy as np
 import orjson
@@ -31,7 +32,9 @@ NOON_S = 1_767_268_800
 NAN = float("nan")
 
 
-def value_of(*points_of_series: Sequence[float], at_ms: int = NOON_S * 1000) -> bytes:
+def value_of(
+    *points_of_series: Sequence[float], at_ms: int = NOON_S * 1000, from_s: int = NOON_S - 300
+) -> bytes:
     """A record value: a series for each argument, with a point a minute."""
     series = tuple(
         Series(SeriesKey(TARGET.account, TARGET.region, "AWS/EC2", f"m{i}", (), "Average", 60))
@@ -47,7 +50,7 @@ def value_of(*points_of_series: Sequence[float], at_ms: int = NOON_S * 1000) -> 
         series=series,
         counts=np.array([len(p) for p in points_of_series], np.int32),
         timestamps_s=np.concatenate(
-            [np.arange(len(p), dtype=np.int64) * 60 + NOON_S - 300 for p in points_of_series]
+            [np.arange(len(p), dtype=np.int64) * 60 + from_s for p in points_of_series]
         ),
         values=np.concatenate([np.array(p, np.float64) for p in points_of_series]),
         ids=series_ids(series),
@@ -120,6 +123,25 @@ async def test_good_records_land_and_the_position_moves_behind_them() -> None:
     assert progress == Progress(Landed(2, 3, 0, True), 0, 0, {0: 2})
     assert world.sink.values() == [1.0, 2.0, 3.0]
     assert world.sink.stored == {0: StoredPosition(2, value_id(records[1].value))}
+
+
+@pytest.mark.parametrize(("ahead_s", "dead"), [(0, 0), (3600, 0), (10 * 86_400, 1)])
+async def test_with_our_clock_an_hour_behind_what_is_new_is_not_taken_for_future(
+    ahead_s: int, dead: int
+) -> None:
+    world = World()
+    await world.open(0)
+    (record,) = world.write(value_of([1.0], at_ms=(NOON_S + ahead_s) * 1000, from_s=NOON_S + ahead_s - 300))
+    progress = await world.landing.land([replace(record, timestamp_ms=(NOON_S + ahead_s) * 1000)])
+    assert progress.dead_points == dead
+
+
+async def test_what_the_log_too_takes_for_future_is_put_aside() -> None:
+    world = World()
+    await world.open(0)
+    (record,) = world.write(value_of([1.0], from_s=NOON_S + 3600))
+    progress = await world.landing.land([replace(record, timestamp_ms=NOON_S * 1000)])
+    assert (progress.dead_points, world.dead()[0].reason) == (1, "future")
 
 
 async def test_a_bad_record_never_stops_the_good_ones_around_it() -> None:

@@ -35,7 +35,7 @@ from ingest.log import Outgoing, Producer, Sender
 from ingest.model import Target, Task, TaskKind
 from ingest.pauses import Pauses, split
 from ingest.reassign import Planned
-from ingest.schedule import Grid, divide, due, grids_of, horizon
+from ingest.schedule import Grid, divide, due, go_on_from, grids_of, horizon
 from ingest.spending import payers_of
 from ingest.weights import weights_of
 from shard_config.load import load
@@ -88,6 +88,9 @@ class Coordinator:
         """Held by a step and by a change of the configuration, so that neither meets the other half done."""
         self._memory = memory
         self._until_s: dict[Target, dict[str, int]] = {}
+        self._ahead_s: dict[Target, dict[str, int]] = {}
+        """What was planned when somebody's clock was ahead of ours now: see `ingest.schedule.go_on_from`."""
+        self._stepped_s = 0
         self.weights: dict[str, float] = {}
         """Metrics asked a minute, by unit (`shard_config.units`), as far as the ledger has learned."""
         self.slots: dict[str, int] = dict(memory.slots)
@@ -161,12 +164,15 @@ class Coordinator:
         first: list[Task] = []
         for target, grids in self._grids.items():
             until_s = self._until_s[target]
+            if self._config.run.horizon_s is None:
+                go_on_from(until_s, self._ahead_s.setdefault(target, {}), grids, now_s, self._stepped_s)
             whole = self._found(target, grids, now_s)
             found = [part for task in whole for part in divide(task, self._places)]
             for item in (item for task in found for item in task.items):
                 until_s[item.service] = max(until_s.get(item.service, 0), item.end_s)
             tasks += (t for t in found if t.task_id not in self._known)
             first += whole
+        self._stepped_s = now_s
         if self._first_plan is None and tasks:
             start_s = min(i.start_s for t in first for i in t.items)
             self._first_plan = _FirstPlan(now_s, start_s, frozenset(t.task_id for t in first))

@@ -42,6 +42,7 @@ HOME = Path(".headgate/faults")
 WARM_UP_S = 90.0
 ENDED = "the run ended: "
 REST_S = 120.0
+COMPLAINTS_SHOWN = 20
 TURN_S = 10.0
 """So long a strike waits for what another one still holds; then it is missed."""
 
@@ -220,8 +221,10 @@ def report(run: Run, again: str, logs: Path) -> None:
         f"seed {run.seed}: {v.windows} windows, {v.records} records, {v.points} points; {v.lost} lost, {v.wrong} wrong, "
         f"{v.invented} invented; paid twice {v.paid_twice} of {v.billed} ({v.may_twice} could be); sealed after {v.drain_s:.0f} s"
     )
-    for complaint in v.complaints:
+    for complaint in v.complaints[:COMPLAINTS_SHOWN]:
         say(f"  BROKEN {complaint}")
+    if len(v.complaints) > COMPLAINTS_SHOWN:
+        say(f"  BROKEN … and {len(v.complaints) - COMPLAINTS_SHOWN} more: --json has them all")
     if v.complaints:
         say(f"  again: {again}\n  logs: {logs}")
 
