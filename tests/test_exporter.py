@@ -216,6 +216,27 @@ async def test_what_died_between_archive_and_receipt_is_published_from_the_archi
     assert cluster.source.asked == ["000000000000"]
 
 
+async def test_a_process_that_stood_still_asks_the_archive_before_it_pays_for_what_its_successor_did() -> (
+    None
+):
+    cluster = Cluster()
+    (task,) = targets(1)
+    successor, _ = cluster.shard("exporter-2")
+    await successor._collector.publish(await successor._collector.answer(task, maybe_second_try=False))
+    assert cluster.source.looks == 1
+
+    zombie, _ = cluster.shard("exporter-1")
+    async with cluster.running(zombie) as lifecycle:
+        await becomes(lambda: lifecycle.ready)
+        clock = zombie._clock
+        assert isinstance(clock, ManualClock)
+        clock.advance(exporter.STANDSTILL_S + 1)
+        cluster.announce(task)  # it had this in hand when it was stopped
+        await becomes(lambda: cluster.committed() == 1)
+    assert cluster.source.looks == 1
+    assert {r.shard for r in cluster.receipts()} == {"exporter-2"}
+
+
 async def test_a_receipt_that_cannot_be_written_is_written_later_and_nobody_is_asked_again() -> None:
     cluster = Cluster()
     cluster.announce(*targets(1))

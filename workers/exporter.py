@@ -61,6 +61,10 @@ UNKNOWN_WAIT_S = 20.0
 """For the configuration to name what a task names. Kubernetes brings a ConfigMap to its Pods within a minute or so of each other;
 what comes later is looked at by the next poll.
 """
+STANDSTILL_S = 3.0
+"""A turn of the loop takes half a second. After a longer one this process was stopped, or starved, and others may own its slots by now."""
+DOUBT_S = 15.0
+"""For Kafka to say so, after a standstill."""
 WAITING_MAX = 256
 """Tasks taken up that wait for their turn: how far ahead of the slow ones a live task is found. What waits has cost nothing."""
 
@@ -120,6 +124,8 @@ class Exporter:
         """Of those running, the ones that have had their turn: the others have asked nobody yet."""
         self._trackers: dict[int, OffsetTracker] = {}
         self._second_try_below: dict[int, int] = {}
+        self._turned_s = clock.monotonic_s()
+        self._doubtful_until_s = self._turned_s
         self._running: dict[asyncio.Task[None], int] = {}
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._executing: dict[str, asyncio.Task[None]] = {}
@@ -189,6 +195,8 @@ class Exporter:
 
     async def _step(self, group: asyncio.TaskGroup, lifecycle: Lifecycle) -> None:
         lifecycle.beat("tasks")
+        self._may_be_a_zombie()
+        self._turned_s = self._clock.monotonic_s()
         room = self.taken_max - len(self._running)
         if room <= 0:
             await asyncio.wait(self._running, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
@@ -259,8 +267,16 @@ class Exporter:
                 self._waited_for.add(task.target)
             _log.warning("task_of_unknown_target", task=task.task_id, target=str(task.target))
 
+    def _may_be_a_zombie(self) -> bool:
+        """Whether this process stood still a moment ago: what it has in hand then, others may have executed meanwhile."""
+        now_s = self._clock.monotonic_s()
+        if now_s - self._turned_s > STANDSTILL_S:
+            self._doubtful_until_s = now_s + DOUBT_S
+        return now_s < self._doubtful_until_s
+
     async def _answer(self, task: Task, at: RecordPosition) -> Answer:
         second = at.offset < self._second_try_below.get(at.partition, 0) or task.task_id in self._recent
+        second |= self._may_be_a_zombie()
         self._remember(task.task_id)
         return await self._collector.answer(task, maybe_second_try=second)
 

@@ -6,15 +6,20 @@ attempts are bounded, by what the simulated AWS has received (`within_bounds`).
 
 from __future__ import annotations
 
+import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from aiokafka.errors import KafkaError
 
 from ingest import wire
+from ingest.errors import HeadgateError, Rejected
+from ingest.log import Outgoing, Producer
+from shard_config.model import Config
 from tests.faults.field import Field
 from tests.faults.kinds import Kind, Struck
 from tests.faults.log import records_of
@@ -35,6 +40,8 @@ RUNS_MAX = 3
 """Of one task: a worker that dies hands it on."""
 RECENT_S = 300
 SLACK_CALLS = 60
+OLDER, OLDER_S = 20, 10.0
+"""Records, and within that they are written."""
 DISCOVERED_S = 75.0
 """A listing, the look after it, and the landing."""
 LATE_MAX_S = SETTLING_S + POLL_S + 30
@@ -73,8 +80,11 @@ async def calls_of(field: Field) -> int:
 async def within_bounds(field: Field, before: int, since_s: int) -> list[str]:
     """A complaint where there were more calls than all tasks of late may make. None where Kafka cannot be asked what those are."""
     with suppress(KafkaError, OSError, TimeoutError, AssertionError):
-        tasks = map(wire.decode_task, (await records_of(field.config, "collect")).values())
-        items = sum(len(task.items) for task in tasks if task.tick_s >= since_s - RECENT_S)
+        items = 0
+        for value in (await records_of(field.config, "collect")).values():
+            with suppress(Rejected):  # another kind of fault writes rubbish there
+                task = wire.decode_task(value)
+                items += len(task.items) * (task.tick_s >= since_s - RECENT_S)
         calls, most = await calls_of(field) - before, CALLS_PER_ITEM_MAX * RUNS_MAX * items + SLACK_CALLS
         if calls > most:
             return [
@@ -165,6 +175,38 @@ async def _empty(field: Field, rng: random.Random) -> AsyncIterator[Struck]:
     yield Struck(account, notes={"windows": (until_s - from_s) // POLL_S * len(REGIONS) * len(SERVICES)})
 
 
+@asynccontextmanager
+async def _older(field: Field, rng: random.Random) -> AsyncIterator[Struck]:
+    """Looks that were taken earlier arrive last, with what AWS showed then: provisional values. Landing keeps the later looks'."""
+    config, struck = field.config, Struck("raw", missed=True, notes={"records": 0})
+    with suppress(KafkaError, HeadgateError, OSError, TimeoutError, AssertionError):
+        there = sorted((await records_of(config, "raw")).items())
+        producer = Producer(config.kafka.bootstrap, "older")
+        try:
+            async with asyncio.timeout(OLDER_S):
+                sent = [
+                    out
+                    for at, value in rng.sample(there, min(OLDER, len(there)))
+                    for out in _as_seen_before(at, value, config)
+                ]
+                await producer.send(config.kafka.topic("raw"), sent)
+        finally:
+            await producer.close()
+        struck.missed, struck.notes["records"] = not sent, len(sent)
+    yield struck
+
+
+def _as_seen_before(at: tuple[int, int], value: bytes, config: Config) -> Iterator[Outgoing]:
+    """The same points of a minute before, half as large, in the same partition; none of what does not decode."""
+    try:
+        batch = wire.decode_batch(value, config.limits)
+    except Rejected:
+        return
+    older = replace(batch, observed_at_ms=batch.observed_at_ms - 60_000, values=batch.values / 2)
+    for payload in wire.encode_batch(older, config.limits):
+        yield Outgoing(wire.raw_key(batch.target), payload.value, at[0])
+
+
 # --- all of them --------------------------------------------------------------------------------------------------
 
 _ONE_PAGE = METRICS * 2
@@ -198,6 +240,7 @@ KINDS: tuple[Kind, ...] = (
     _kind("truncated answers", CUT, of_all(truncated_share=0.5), pays=True),
     _kind("malformed answers", CUT, of_all(malformed_share=0.5), pays=True),
     Kind("series that are new", LATE, _born, (DISCOVERED_S, DISCOVERED_S + 10), alone=True),
+    Kind("older looks that arrive last", LATE, _older),
     Kind("an account without a point", EMPTY, _empty),
     Kind(
         "a million metrics more",
