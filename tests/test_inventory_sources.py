@@ -11,10 +11,11 @@ import pytest
 
 from ingest.clock import SystemClock
 from ingest.inventory import asking
+from ingest.inventory.cache_nodes import NODES
 from ingest.inventory.config_aggregator import TYPES, aggregate
 from ingest.inventory.describe import ACTIONS, describe
 from ingest.inventory.model import Look, Resource, Role, Scope, State
-from ingest.inventory.parse import CONVERT
+from ingest.inventory.parse import CONVERT, Beside
 from ingest.sources import aws as aws_module
 from ingest.sources import tags
 from shard_config.load import loads, shipped_services
@@ -127,6 +128,24 @@ async def test_every_resource_that_has_metrics_is_listed_once_with_its_size() ->
         for one in of(found, "msk").values()
     )
     assert {one.read_units for one in of(found, "dynamodb").values()} == {5, None}
+    assert {of(found, service)[next(iter(of(found, service)))].type for service in ("alb", "nlb", "elb")} == {
+        "application",
+        "network",
+        "classic",
+    }
+    # Less memory than an r7g.large has, which is of its own instances.
+    caches = {one.type: (one.vcpu, one.memory_bytes) for one in of(found, "elasticache").values()}
+    assert caches == {"cache.t4g.micro": (2, 512 * 1024**2), "cache.r7g.large": (2, round(13.07 * 1024**3))}
+
+
+def test_the_nodes_of_a_family_grow_with_their_names_and_one_that_nobody_documents_is_unknown() -> None:
+    families: dict[str, list[tuple[int, int]]] = {}
+    for name, size in NODES.items():
+        families.setdefault(name.rpartition(".")[0], []).append(size)
+    assert all(sizes == sorted(sizes) for sizes in families.values())
+    raw = {"CacheClusterId": "c", "CacheNodeType": "cache.x9.huge", "NumCacheNodes": 1}
+    one = CONVERT["elasticache"](Scope(ACCOUNTS[0], REGION, "elasticache"), raw, Beside())
+    assert (one.vcpu, one.memory_bytes, one.nodes) == (None, None, 1)
 
 
 async def test_what_belongs_together_says_so() -> None:
@@ -175,7 +194,8 @@ async def test_a_list_that_is_denied_is_a_failed_look_that_names_the_permission(
         found = await looks(config_of(simulated))
     assert len(found) == 2 * len(SERVICES)
     for scope, look in found.items():
-        policy = {"msk": "kafka", "ebs": "ec2"}.get(scope.service, scope.service)
+        balancers = dict.fromkeys(("alb", "nlb", "elb"), "elasticloadbalancing")
+        policy = ({"msk": "kafka", "ebs": "ec2"} | balancers).get(scope.service, scope.service)
         assert look.resources == ()
         assert f"forbidden: grant {policy}:" in look.failure
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from ingest.clock import Clock
@@ -35,6 +35,9 @@ TARGET_S: Final = 600.0
 Take = Callable[[Look], Awaitable[None]]
 
 # Pages of 200 instances: botocore's XML parser takes 0.6 ms for one with ten tags, and nothing else of the thread moves meanwhile.
+_BALANCERS: Final = Listing(
+    "elbv2", "describe_load_balancers", "elasticloadbalancing:DescribeLoadBalancers", "LoadBalancers", "Marker", "NextMarker", {"PageSize": 400}
+)  # fmt: skip
 _LISTINGS: Final = {
     "ec2": Listing("ec2", "describe_instances", "ec2:DescribeInstances", "Reservations", asked={"MaxResults": 200}),
     "ebs": Listing("ec2", "describe_volumes", "ec2:DescribeVolumes", "Volumes", asked={"MaxResults": 500}),
@@ -47,7 +50,12 @@ _LISTINGS: Final = {
         "dynamodb", "list_tables", "dynamodb:ListTables", "TableNames", "ExclusiveStartTableName", "LastEvaluatedTableName", {"Limit": 100}
     ),
     "msk": Listing("kafka", "list_clusters_v2", "kafka:ListClustersV2", "ClusterInfoList", asked={"MaxResults": 100}),
+    "alb": _BALANCERS,
+    "nlb": _BALANCERS,
+    "elb": replace(_BALANCERS, client="elb", items="LoadBalancerDescriptions"),
 }  # fmt: skip
+_KINDS: Final = {"alb": "application", "nlb": "network"}
+"""What of one list is whose."""
 _TABLE: Final = Listing("dynamodb", "describe_table", "dynamodb:DescribeTable", "Table")
 _GROUPS: Final = Listing(
     "autoscaling", "describe_auto_scaling_instances", "autoscaling:DescribeAutoScalingInstances",
@@ -58,6 +66,9 @@ _TAGGED: Final = {
     "elasticache": "elasticache:cluster",
     "lambda": "lambda:function",
     "dynamodb": "dynamodb:table",
+    "alb": "elasticloadbalancing:loadbalancer/app",
+    "nlb": "elasticloadbalancing:loadbalancer/net",
+    "elb": "elasticloadbalancing:loadbalancer",
 }
 """Services whose lists have no tags, and what tag:GetResources calls their resources."""
 
@@ -136,6 +147,8 @@ async def _pages(asker: Asker, service: str) -> AsyncIterator[list[Raw]]:
                 yield [raw for reservation in page for raw in reservation["Instances"]]
             case "dynamodb":
                 yield [(await asker.call(_TABLE, {"TableName": name}))["Table"] for name in page]
+            case "alb" | "nlb":
+                yield [raw for raw in page if raw["Type"] == _KINDS[service]]
             case _:
                 yield page
 

@@ -1,8 +1,8 @@
 """AWS's answers as resources. Pure: the same for Describe calls and for AWS Config, whose `configuration` is the Describe answer with small first letters.
 
 Nothing is made up. vCPU and memory are what AWS says of the instance (`CpuOptions`, `ProcessorFeatures`) or of its type (DescribeInstanceTypes); a database's
-or broker's class is looked up as the instance type that it names (db.m7g.large: m7g.large), and where that is none, they stay unknown. Not of caches: an
-ElastiCache node has less memory than its instance type.
+or broker's class is looked up as the instance type that it names (db.m7g.large: m7g.large), and where that is none, they stay unknown. ElastiCache's
+nodes have less memory than that: `cache_nodes` has what AWS documents.
 
 What is missing in an answer raises KeyError, TypeError, ValueError or AttributeError: the caller makes a failed look of it.
 """
@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from botocore.utils import parse_timestamp
 
+from ingest.inventory.cache_nodes import NODES
 from ingest.inventory.model import Resource, Role, Scope, State
 
 Raw = Mapping[str, Any]
@@ -256,12 +257,15 @@ def cache(scope: Scope, raw: Raw, beside: Beside) -> Resource:
     id_ = str(raw["CacheClusterId"])
     arn = str(raw.get("ARN") or _arn(scope, "elasticache", f"cluster:{id_}"))
     group = str(raw.get("ReplicationGroupId") or "")
+    nodes, of_node = _number(raw.get("NumCacheNodes")), NODES.get(str(raw["CacheNodeType"]))
     return Resource(
         *_key(scope, id_),
         arn=arn,
         type=str(raw["CacheNodeType"]),
         engine=str(raw.get("Engine") or ""),
-        nodes=_number(raw.get("NumCacheNodes")),
+        vcpu=of_node[0] * nodes if of_node and nodes else None,
+        memory_bytes=of_node[1] * nodes if of_node and nodes else None,
+        nodes=nodes,
         state=_status(str(raw.get("CacheClusterStatus") or "")),
         created_s=seconds(raw.get("CacheClusterCreateTime")),
         group=f"replication:{group}" if group else "",
@@ -320,6 +324,24 @@ def brokers(scope: Scope, raw: Raw, beside: Beside) -> Resource:
     )
 
 
+_BALANCER_STATES: Final = {"provisioning": State.STARTING, "failed": State.FAILED}
+
+
+def balancer(scope: Scope, raw: Raw, beside: Beside) -> Resource:
+    """Of the newer DescribeLoadBalancers (application, network) or, where there is no ARN, of the classic one. Metrics know the former by the ARN's end."""
+    arn = str(raw.get("LoadBalancerArn") or "")
+    id_ = arn.partition(":loadbalancer/")[2] if arn else str(raw["LoadBalancerName"])
+    arn = arn or _arn(scope, "elasticloadbalancing", f"loadbalancer/{id_}")
+    return Resource(
+        *_key(scope, id_),
+        arn=arn,
+        type=str(raw.get("Type") or "classic"),
+        state=_BALANCER_STATES.get(str((raw.get("State") or {}).get("Code") or ""), State.RUNNING),
+        created_s=seconds(raw.get("CreatedTime")),
+        tags=beside.tags.get(arn, {}),
+    )
+
+
 def _provisioned(raw: Raw) -> Raw:
     found: Raw = raw.get("Provisioned") or {}
     return found
@@ -333,6 +355,9 @@ CONVERT: Final[Mapping[str, Convert]] = {
     "lambda": function,
     "dynamodb": table,
     "msk": brokers,
+    "alb": balancer,
+    "nlb": balancer,
+    "elb": balancer,
 }
 """By service: the services of which an inventory can be had."""
 

@@ -24,9 +24,14 @@ AGGREGATOR: Final = "everything"
 """The name of the one aggregator that there is; every account has it."""
 
 QUERY: Final[Mapping[str, Shaped]] = {
-    name: Shaped(name) for name in ("ec2", "rds", "elasticache", "autoscaling")
-}
+    name: Shaped(client)
+    for name, client in (
+        ("ec2", "ec2"), ("rds", "rds"), ("elasticache", "elasticache"), ("autoscaling", "autoscaling"), ("elasticloadbalancing", "elbv2"),
+    )
+}  # fmt: skip
 """By the name that a request is signed for: services whose requests are forms, and their answers XML."""
+BALANCERS: Final = {"2012-06-01": Shaped("elb"), "2015-12-01": Shaped("elbv2")}
+"""By the version in the form: two services that are signed for and called the same."""
 TARGETS: Final[Mapping[str, tuple[str, Protocol]]] = {
     "DynamoDB_20120810": ("dynamodb", JSON),
     "StarlingDoveService": ("config", JSON_1_1),
@@ -50,6 +55,8 @@ _LISTS: Final[Mapping[str, tuple[str, str, str, int, str, str]]] = {
     "DescribeDBInstances": ("rds", "DBInstances", "MaxRecords", 100, "Marker", "Marker"),
     "DescribeDBClusters": ("clusters", "DBClusters", "MaxRecords", 100, "Marker", "Marker"),
     "DescribeCacheClusters": ("elasticache", "CacheClusters", "MaxRecords", 100, "Marker", "Marker"),
+    "DescribeLoadBalancers 2015-12-01": ("balancers", "LoadBalancers", "PageSize", 400, "Marker", "NextMarker"),
+    "DescribeLoadBalancers 2012-06-01": ("elb", "LoadBalancerDescriptions", "PageSize", 400, "Marker", "NextMarker"),
     "ListFunctions": ("lambda", "Functions", "MaxItems", 50, "Marker", "NextMarker"),
     "ListClustersV2": ("msk", "ClusterInfoList", "maxResults", 100, "nextToken", "NextToken"),
     "ListTables": ("dynamodb", "TableNames", "Limit", 100, "ExclusiveStartTableName", "LastEvaluatedTableName"),
@@ -101,8 +108,9 @@ class Answers:
                 after = f"{_ENDLESS}{serial}"
             return some, {token_out: after} if after else {}
 
-        if operation in _LISTS:
-            kind, key, size_key, most, token_in, token_out = _LISTS[operation]
+        listed = f"{operation} {body.get('Version')}" if operation == "DescribeLoadBalancers" else operation
+        if listed in _LISTS:
+            kind, key, size_key, most, token_in, token_out = _LISTS[listed]
             items = self._of(account, region, kind, body)
             some, after = page(items, min(int(body.get(size_key) or most), most), token_in, token_out)
             return {key: some, **after}
@@ -133,6 +141,8 @@ class Answers:
                 return [raw["TableName"] for raw in self.owned.of(account, region, kind)]
             case "scaled":
                 return self.owned.scaled(account, region)
+            case "balancers":
+                return [raw for of in ("alb", "nlb") for raw in self.owned.of(account, region, of)]
             case "clusters":
                 return self.owned.clusters(account, region)
             case "sources":

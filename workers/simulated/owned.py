@@ -218,6 +218,20 @@ def _brokers(name: str, arn: str, n: int, born_s: int) -> Raw:
     }
 
 
+def _balancer(name: str, arn: str, _: int, born_s: int) -> Raw:
+    return {
+        "LoadBalancerArn": arn,
+        "LoadBalancerName": name.split("/")[1],
+        "Type": "network" if name.startswith("net/") else "application",
+        "State": {"Code": "active"},
+        "CreatedTime": born_s,
+    }
+
+
+def _classic(name: str, _: str, __: int, born_s: int) -> Raw:
+    return {"LoadBalancerName": name, "CreatedTime": born_s}
+
+
 _MAKERS: Final[Mapping[str, tuple[Callable[[str, str, int, int], Raw], str, str]]] = {
     "ec2": (_instance, "InstanceId", r":instance/([^/]+)$"),
     "ebs": (_volume, "VolumeId", r":volume/([^/]+)$"),
@@ -226,6 +240,9 @@ _MAKERS: Final[Mapping[str, tuple[Callable[[str, str, int, int], Raw], str, str]
     "lambda": (_function, "FunctionName", r":function:([^:]+)$"),
     "dynamodb": (_table, "TableName", r":table/([^/]+)$"),
     "msk": (_brokers, "ClusterName", r":kafka:.*:cluster/([^/]+)/"),
+    "alb": (_balancer, "LoadBalancerArn", r":loadbalancer/(app/[^/]+/[^/]+)$"),
+    "nlb": (_balancer, "LoadBalancerArn", r":loadbalancer/(net/[^/]+/[^/]+)$"),
+    "elb": (_classic, "LoadBalancerName", r":loadbalancer/([^/]+)$"),
 }
 """By our slug: what makes one, the key of its id, and the pattern that finds the id in its ARN."""
 _TAGS: Final = {"ec2": "Tags", "ebs": "Tags", "rds": "TagList", "msk": "Tags"}

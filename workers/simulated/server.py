@@ -199,8 +199,9 @@ class Simulator:
         if not service:
             signed = inventory.signed_for(request.headers.get("Authorization", ""))
             if form := inventory.QUERY.get(signed):
-                action = form.loads(await request.read()).get("Action", "")
-                return await self._serve_call(request, signed, action, form)
+                fields = form.loads(await request.read())
+                form = inventory.BALANCERS.get(fields.get("Version", ""), form)
+                return await self._serve_call(request, signed, fields.get("Action", ""), form)
             return await self._serve_sts(request)
         if service in inventory.TARGETS:
             return await self._serve_call(
