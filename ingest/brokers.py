@@ -23,7 +23,7 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
 )
 
-from ingest import inflate
+from ingest import broken, inflate
 from ingest.errors import Fatal
 from shard_config.model import Kafka
 
@@ -40,9 +40,11 @@ SEE_TO_IT: Final = "run `headgate setup`; where Kafka has ACLs, `headgate acls` 
 def client_options(kafka: Kafka | str) -> dict[str, Any]:
     """Options of AIOKafkaConsumer, AIOKafkaProducer and AIOKafkaAdminClient: where, and as whom. Text is a bootstrap without security.
 
-    Raises Fatal where `ca_file` cannot be read. From the first call on, what brokers hand out inflates within a bound (`ingest.inflate`).
+    Raises Fatal where `ca_file` cannot be read. From the first call on, what brokers hand out inflates within a bound (`ingest.inflate`), and a
+    connection that broke says so (`ingest.broken`).
     """
     inflate.bound()
+    broken.mend()
     if isinstance(kafka, str):
         return {"bootstrap_servers": kafka}
     security = kafka.security

@@ -5,7 +5,8 @@ Guarantees:
 * A position is never guessed: `auto_offset_reset` is `none`, whoever is assigned partitions says where each starts, and a position
   outside the log is Fatal.
 * Nothing is handed out before an assignment is opened, nor once it is being revoked.
-* A member that stands still below the high-water mark, or fails for as long, is rebuilt by its watchdog (aiokafka #847, #974, #1039).
+* A member that stands still below the high-water mark, or fails for as long, is rebuilt by its watchdog (aiokafka #847, #974, #1039); one whose
+  client has lost a part of itself, which hears of no mark any more, at once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.coordinator.assignors.abstract import AbstractPartitionAssignor
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import CommitFailedError, KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
@@ -76,6 +78,7 @@ class Consumer:
         self._assigned = assigned
         self._skipped = skipped
         self._progress_s = self._polled_s = clock.monotonic_s()
+        self._failing = False
         self._unopened: list[int] = []
         """Partitions that were assigned and whose start is not known yet."""
         self._next: dict[int, int] = {}
@@ -145,8 +148,10 @@ class Consumer:
         With `records_max` 0 nothing is read and nothing is fetched, and the member stays one. Raises Fatal for a position outside the log, Transient after a stall (the client was left; the next poll joins anew), and what
         `assigned` raises.
         """
-        # Time in which nobody polled is not time in which nothing came.
-        self._progress_s += self._clock.monotonic_s() - self._polled_s
+        # Time in which nobody polled is not time in which nothing came. After a failure it is: whoever polls has waited for us.
+        if not self._failing:
+            self._progress_s += self._clock.monotonic_s() - self._polled_s
+        self._failing = False
         try:
             return await self._poll(records_max, timeout_s)
         finally:
@@ -156,6 +161,8 @@ class Consumer:
         if self._client is None and self._started:
             await self.start()
         client = self._require()
+        if (part := _ended(client)) is not None:
+            await self._rebuild(client, f"lost its {part}")
         try:
             await self._open()
             if not records_max:
@@ -168,6 +175,7 @@ class Consumer:
             await self._check_positions(error)
             return []
         except KafkaError as error:
+            self._failing = True
             await self._watch(client, failed=True)
             raise Transient(
                 f"group {self.group} on {self.topic}", f"{type(error).__name__} {error}", remedy_of(error)
@@ -326,7 +334,10 @@ class Consumer:
         """Called where there was no progress; leaves the group where that has lasted too long, and raises Transient."""
         if self._clock.monotonic_s() - self._progress_s <= self._stall_s or self._client is not client:
             return
-        what = f"{'failed' if failed else 'stood still'} for {self._stall_s:g} s"
+        await self._rebuild(client, f"{'failed' if failed else 'stood still'} for {self._stall_s:g} s")
+
+    async def _rebuild(self, client: AIOKafkaConsumer, what: str) -> None:
+        """Drain, and leave the group: the next poll joins anew. Raises Transient."""
         _log.warning(
             "consumer_left_and_rebuilt", topic=self.topic, group=self.group, what=what, lag=self.lag()
         )
@@ -337,6 +348,15 @@ class Consumer:
         finally:
             await self._leave()
         raise Transient(f"group {self.group} on {self.topic}", what)
+
+
+def _ended(client: AIOKafkaConsumer) -> str | None:
+    """Which of its own tasks has come to an end, for good. aiokafka starts none of them again, and tells of some only."""
+    coordinator = client._coordinator
+    tasks = {"fetcher": client._fetcher and client._fetcher.error_future}
+    if isinstance(coordinator, GroupCoordinator):
+        tasks["coordination"] = coordinator._coordination_task
+    return next((part for part, task in tasks.items() if task is not None and task.done()), None)
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]

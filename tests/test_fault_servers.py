@@ -14,12 +14,17 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+import uvloop
 from aiohttp import web
 from aiokafka.admin import NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.conn import create_conn
+from aiokafka.errors import KafkaConnectionError, KafkaError
+from aiokafka.protocol.metadata import MetadataRequest
 from botocore.retries.standard import ExponentialBackoff
 
 from ingest.archive import READS, open_archive
+from ingest.brokers import client_options
 from ingest.clock import ManualClock
 from ingest.errors import Rejected, Transient
 from ingest.log import Outgoing, Producer
@@ -35,7 +40,9 @@ from tests.faults.s3_proxy import S3Proxy
 from tests.faults.small_disk import SmallDisk, small_disk, why_not
 from tests.faults.stage import Stage, Wave, seed_of_run, staged
 from tests.faults.truth import START_S, Truth
+from tests.log_contract import Owner, offsets, running, some
 from tests.test_faults import memory_of, proxy_before, through
+from tests.test_log import RealLog
 from workers import remote_writer
 from workers.lifecycle import Lifecycle
 from workers.names import remote_write_group
@@ -146,6 +153,84 @@ async def setting_of(stage: Stage, name: str) -> str:
     async with kafka_admin(stage.config.kafka) as admin:
         answers = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, stage.raw)])
     return str({entry[0]: entry[1] for entry in answers[0].resources[0][4]}[name])
+
+
+# --- connections to brokers -----------------------------------------------------------------------------------
+
+
+def test_what_is_sent_on_a_connection_that_broke_is_an_error_of_kafkas_under_uvloop_too(
+    kafka_bootstrap: str,
+) -> None:
+    host, _, port = kafka_bootstrap.rpartition(":")
+
+    async def broken() -> None:
+        client_options(kafka_bootstrap)
+        connection = await create_conn(host, int(port))
+        connection._writer.transport.abort()
+        # The transport is closed when this goes on, and aiokafka's reader has not been told.
+        await asyncio.sleep(0)
+        with pytest.raises(KafkaConnectionError, match="broken"):
+            connection.send(MetadataRequest([]))
+        assert not connection.connected()
+
+    uvloop.run(broken())
+
+
+@pytest.fixture
+async def log(kafka_bootstrap: str, topic_prefix: str) -> AsyncIterator[RealLog]:
+    async with RealLog(kafka_bootstrap, topic_prefix) as log:
+        yield log
+
+
+@pytest.mark.parametrize("part", ["fetcher", "coordination"])
+async def test_a_member_whose_client_lost_a_part_of_itself_joins_anew_and_misses_nothing(
+    log: RealLog, part: str
+) -> None:
+    topic = await log.create(1)
+    owner = Owner(log, topic)  # type: ignore[arg-type]  # a real one
+    member = log.member(topic, f"{topic}.g", assigned=owner._assigned, revoked=owner._revoked)
+    owner.member = member
+    async with running(owner):
+        await log.sender.send(topic, some(1, 0))
+        assert offsets(await owner.polled(1)) == [0]
+        client = member._require()
+        task = client._fetcher.error_future if part == "fetcher" else client._coordinator._coordination_task
+        task.cancel()
+        await asyncio.wait([task], timeout=5)
+        # Nobody hears of these: the mark that was last heard of is where the member stands.
+        await log.sender.send(topic, some(1, 0))
+        with pytest.raises(Transient, match=f"lost its {part}"):
+            await owner.polled(1)
+        assert owner.events == [("assigned", [0]), ("revoked", [0])]
+        assert 1 in offsets(await owner.polled(1))
+        assert member._require() is not client
+
+
+async def test_a_member_that_fails_each_time_at_once_is_rebuilt_though_its_worker_waits_in_between(
+    log: RealLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic = await log.create(1)
+    owner = Owner(log, topic)  # type: ignore[arg-type]  # a real one
+    member = log.member(topic, f"{topic}.g", assigned=owner._assigned, revoked=owner._revoked, stall_s=0.5)
+    owner.member = member
+    async with running(owner):
+        await owner.owns(0)
+        client = member._require()
+
+        async def fails(**_: object) -> None:
+            raise KafkaError("of this test")
+
+        monkeypatch.setattr(client, "getmany", fails)
+        said: list[str] = []
+        async with asyncio.timeout(10):
+            while not said or "failed for" not in said[-1]:
+                with pytest.raises(Transient) as failed:
+                    await member.poll(1, 0.1)
+                said.append(failed.value.what)
+                await asyncio.sleep(0.2)
+        assert len(said) > 1
+        await log.sender.send(topic, some(1, 0))
+        assert len(await owner.polled(1)) == 1
 
 
 # --- networks -------------------------------------------------------------------------------------------------
