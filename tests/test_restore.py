@@ -56,6 +56,8 @@ CHARGES = """SELECT day, target, service, sum(looks) AS looks, sum(metrics_bille
 PAUSES = "SELECT * FROM pauses ORDER BY account, service"
 REASONS = "SELECT reason, sum(metrics_billed) AS metrics FROM charges GROUP BY reason ORDER BY reason"
 INVENTORY = "SELECT account, region, service, id, since, attributes FROM inventory ORDER BY 1, 2, 3, 4, 5"
+SEALED = """SELECT (SELECT count(*) FROM windows WHERE sealed_at IS NOT NULL) AS sealed,
+    (SELECT count(*) FROM windows WHERE sealed_at IS NULL) + (SELECT count(*) FROM looks WHERE landed_at IS NULL) AS open"""
 STATE = (SAMPLES, SERIES, WINDOWS, CHARGES, PAUSES, INVENTORY)
 WORKERS = {"headgate-coordinator": "coordinator", "headgate-consumer-postgres": "consumer-1"}
 
@@ -95,11 +97,9 @@ class Running:
         return {statement: await self.fetch(statement) for statement in STATE}
 
     async def sealed(self) -> bool:
-        rows = await self.fetch("SELECT sealed_at FROM windows")
-        landing = await self.fetch("SELECT FROM looks WHERE landed_at IS NULL")
-        return (
-            len(rows) == expected_windows(self.config) and all(r["sealed_at"] for r in rows) and not landing
-        )
+        # In one statement: a look that lands between two would open its windows again.
+        [row] = await self.fetch(SEALED)
+        return bool(row["sealed"] == expected_windows(self.config) and not row["open"])
 
     @property
     def span(self) -> list[str]:
