@@ -15,11 +15,18 @@ from aiokafka.record.default_records import DefaultRecordBatch, DefaultRecordBat
 
 from ingest import avro, inflate, letters, projection, wire
 from ingest.aside import SHARE_RECORDS_MIN
-from ingest.assign import Assignment, Incarnation, encode_assignment, encode_incarnation
+from ingest.assign import (
+    Assignment,
+    Incarnation,
+    decode_assignment,
+    decode_incarnation,
+    encode_assignment,
+    encode_incarnation,
+)
 from ingest.clock import ManualClock
 from ingest.errors import Fatal, Rejected
 from ingest.inflate import INFLATED_BYTES_MAX
-from ingest.log import Outgoing
+from ingest.log import VALUE_BYTES_MAX, Outgoing
 from ingest.model import (
     DeadLetter,
     LookStatus,
@@ -32,8 +39,9 @@ from ingest.model import (
 )
 from ingest.ports import Record
 from ingest.projection import Projection
-from shard_config.model import Kafka
+from shard_config.model import Kafka, Limits
 from tests.fake_log import FakeBroker, FakeSender
+from tests.faults import kinds_log
 from tests.test_exporter import Cluster, becomes, targets
 from tests.test_ledger import (  # noqa: F401  # fixtures
     NOON_S,
@@ -419,3 +427,24 @@ async def test_rubbish_on_shards_is_put_aside_and_what_was_known_holds() -> None
 
     assert (board.assignment, board.incarnations) == (None, {})
     assert [at.offset for at, _ in put.found] == list(range(len(rubbish)))
+
+
+def test_what_the_campaign_throws_at_the_readers_is_refused_by_all_of_them() -> None:
+    limits = Limits()
+    crowds = [kinds_log.crowded(5_001, 1), kinds_log.crowded(40_000, 1), kinds_log.crowded(1, 1_300_000)]
+    reasons = set()
+    for value in (*kinds_log.hostile_values(random.Random(5)), *crowds):
+        assert len(value) < VALUE_BYTES_MAX
+        for decode in (wire.decode_task, wire.decode_ledger, decode_assignment, decode_incarnation):
+            with pytest.raises(Rejected):
+                decode(value)
+        with pytest.raises(Rejected) as refused:
+            wire.decode_batch(value, limits)
+        reasons.add(refused.value.reason)
+    assert {
+        "too_many_series",
+        "too_many_points",
+        "decoded_too_large",
+        "size_unnamed",
+        "payload_too_large",
+    } <= reasons

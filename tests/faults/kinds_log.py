@@ -86,7 +86,7 @@ def crowded(series: int, points: int) -> bytes:
         grid_s=300,
         series=keys,
         counts=np.full(series, points, np.int32),
-        timestamps_s=np.tile(np.arange(points, dtype=np.int64) + 1_700_000_000, series),
+        timestamps_s=np.full(series * points, 1_700_000_000),
         values=np.zeros(series * points),
         ids=series_ids(keys),
     )  # fmt: skip
@@ -123,21 +123,23 @@ async def _publish(
     return [(s.partition, s.offset) for s in sent]
 
 
-async def _value_at(config: Config, topic: str, partition: int, offset: int) -> bytes:
-    """What a reader of ours gets there."""
+async def _read(config: Config, topic: str, partition: int, first: int, last: int) -> dict[int, bytes]:
+    """By offset, what a reader of ours gets from the first of these to the last."""
     inflate.bound()
     at = TopicPartition(topic, partition)
     client = AIOKafkaConsumer(bootstrap_servers=config.kafka.bootstrap, enable_auto_commit=False)
     await client.start()
+    found: dict[int, bytes] = {}
     try:
         client.assign([at])
-        client.seek(at, offset)
+        client.seek(at, first)
         async with asyncio.timeout(20):
-            record = await client.getone(at)
+            while last not in found:
+                record = await client.getone(at)
+                found[record.offset] = record.value or b""
     finally:
         await client.stop()
-    assert record.offset == offset, (record.offset, offset)
-    return record.value or b""
+    return found
 
 
 @asynccontextmanager
@@ -198,12 +200,12 @@ async def _broker_bomb(field: Field, rng: random.Random) -> AsyncIterator[Struck
     struck = Struck("raw", notes={"bytes": 8 * 64 * MIB})
     key = str(rng.random()).encode()
     places = await _publish(config, name, [(key, bytes(64 * MIB))] * 8, "zstd")
-    # A batch comes as one record in its last place: of those that went into one, the offsets follow each other.
+    # Each batch that the producer made of them comes as one record, in its last place.
     for partition, group in itertools.groupby(sorted(places), key=lambda at: at[0]):
         offsets = [offset for _, offset in group]
-        at = partition, max(offsets)
-        value = await _value_at(config, name, *at)
-        struck.bad[at] = frozenset([dead_of(value)])
+        for offset, value in (await _read(config, name, partition, offsets[0], offsets[-1])).items():
+            if offset in offsets:
+                struck.bad[partition, offset] = frozenset([dead_of(value)])
     yield struck
 
 
@@ -212,7 +214,7 @@ async def _crowd(field: Field, rng: random.Random) -> AsyncIterator[Struck]:
     """Batches with more series, or more points, than a batch may have."""
     config = field.config
     name = config.kafka.topic("raw")
-    values = [crowded(rng.randint(5_001, 40_000), 1), crowded(1, rng.randint(1_000_001, 1_500_000))]
+    values = [crowded(rng.randint(5_001, 40_000), 1), crowded(1, rng.randint(1_000_001, 1_300_000))]
     places = await _publish(config, name, [(f"{FOREIGN}/0".encode(), value) for value in values])
     struck = Struck("raw", notes={"records": len(values)})
     _owned_up(struck, "raw", name, dict(zip(places, values, strict=True)))

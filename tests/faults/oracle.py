@@ -201,9 +201,11 @@ def complaints_of_dead(letters: Iterable[DeadLetter], sent: Sent) -> list[str]:
     wanted = frozenset[Dead]().union(*(one.dead for one in sent.values()))
     have = [_dead_of(letter) for letter in letters]
     if missing := wanted - set(have):
-        found.append(f"I2 not among the dead letters: {len(missing)}, as {sorted(map(str, missing))[0]}")
+        found.append(
+            f"I2 not among the dead letters: {len(missing)}, as {sorted(map(str, missing))[0][:300]}"
+        )
     if invented := set(have) - wanted:
-        found.append(f"I2 dead without a cause: {len(invented)}, as {sorted(map(str, invented))[0]}")
+        found.append(f"I2 dead without a cause: {len(invented)}, as {sorted(map(str, invented))[0][:300]}")
     if len(have) != len(set(have)):
         found.append(f"I2 {len(have) - len(set(have))} are there under two identities")
     for letter, dead in zip(letters, have, strict=True):
