@@ -1,6 +1,6 @@
 #!/bin/bash
-# Builds what tests/k8s needs into TOOLS (~/.cache/headgate-tools): kwok with its stages, and kubecp, one binary with etcd, API server, controllers and
-# scheduler. Half an hour, once, on two cores; what is there is left alone. Needs Go 1.26 and kubectl.
+# Builds what tests/k8s needs into TOOLS (~/.cache/headgate-tools): kwok with its stages, and kubecp, one binary with etcd, API server, controllers,
+# scheduler and kubelet. Half an hour, once, on two cores; what is there is left alone. Needs Go 1.26 and kubectl.
 set -euo pipefail
 cd "$(dirname "$0")/kubecp"
 TOOLS=${TOOLS:-$HOME/.cache/headgate-tools}
@@ -13,5 +13,5 @@ if ! [ -s "$TOOLS/kwok.yaml" ]; then
   kubectl kustomize "$kwok/kustomize/stage/fast" >"$TOOLS/kwok.yaml"
 fi
 version=k8s.io/component-base/version # the API server says it, and Helm compares it with the chart's kubeVersion
-[ -x "$TOOLS/kubecp" ] || go build -o "$TOOLS/kubecp" \
+"$TOOLS/kubecp" kubelet --version >/dev/null 2>&1 || go build -o "$TOOLS/kubecp" \
   -ldflags "-s -w -X $version.gitVersion=v1.37.2 -X $version.gitMajor=1 -X $version.gitMinor=37 -X $version.gitTreeState=clean" .

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.k8s import real_node
 from tests.k8s.control_plane import ControlPlane, missing
 from tests.k8s.scene import Scene
 
@@ -31,3 +32,16 @@ def scene(plane: ControlPlane, request: pytest.FixtureRequest) -> Iterator[Scene
     scene = Scene(plane, request.node.name.removeprefix("test_"), Path(record) if record else None)
     yield scene
     scene.clear()
+
+
+@pytest.fixture(scope="module")
+def real(plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> Iterator[real_node.RealNode]:
+    """A node with a real kubelet, for the tests of one module: the scheduler of the others must not see it."""
+    if why := real_node.missing():
+        pytest.skip(why)
+    node = real_node.RealNode(plane, tmp_path_factory.mktemp("real-node"))
+    try:
+        node.start()
+        yield node
+    finally:
+        node.stop()

@@ -23,6 +23,8 @@ from tests.helm_chart import tool as chart_tool
 from workers.servers import _die_with_parent, free_ports, last_line
 
 START_TIMEOUT_S = 90.0
+_SIMULATED = "kwok.x-k8s.io/node"
+"""The annotation of the nodes that kwok plays; a real one (real_node.py) it leaves alone."""
 Object = dict[str, Any]
 
 
@@ -73,7 +75,7 @@ class ControlPlane:
             "kube-apiserver", "--etcd-servers", self._etcd, "--bind-address", "127.0.0.1", "--secure-port", self._api,
             "--cert-dir", self.folder / "certs", "--advertise-address", "192.0.2.1", "--endpoint-reconciler-type", "none",
             "--service-cluster-ip-range", "10.96.0.0/16", "--authorization-mode", "RBAC",
-            "--token-auth-file", self.folder / "tokens.csv",
+            "--token-auth-file", self.folder / "tokens.csv", "--kubelet-preferred-address-types", "InternalIP",
             "--service-account-issuer", "https://kubernetes.default.svc",
             "--service-account-key-file", key, "--service-account-signing-key-file", key,
         )  # fmt: skip
@@ -102,7 +104,8 @@ class ControlPlane:
             "kube-scheduler", "--kubeconfig", self.kubeconfig, "--leader-elect=false", "--secure-port=0"
         )
         self._run(
-            "kwok", "--config", self._kwok_config(), "--kubeconfig", self.kubeconfig, "--manage-all-nodes=true",
+            "kwok", "--config", self._kwok_config(), "--kubeconfig", self.kubeconfig,
+            f"--manage-nodes-with-annotation-selector={_SIMULATED}=fake",
             "--node-ip=127.0.0.1", f"--node-port={self._kubelet}", "--node-lease-duration-seconds=40",
             f"--server-address=127.0.0.1:{self._kubelet}", "--cidr=192.0.2.0/24",
             "--tls-cert-file", certificate, "--tls-private-key-file", certificate.with_suffix(".key"),
@@ -200,7 +203,11 @@ def node(
     return {
         "apiVersion": "v1",
         "kind": "Node",
-        "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name, **(labels or {})}},
+        "metadata": {
+            "name": name,
+            "labels": {"kubernetes.io/hostname": name, **(labels or {})},
+            "annotations": {_SIMULATED: "fake"},
+        },
         "spec": spec,
         "status": {"allocatable": has, "capacity": has},
     }

@@ -46,7 +46,8 @@ class Scene:
             "-n", self.namespace, "delete", "job,deployment,pod", "--all", "--force", "--wait=false"
         )
         plane.kubectl("delete", "namespace", self.namespace, "--wait=false")
-        plane.kubectl("delete", "node,pv,storageclass", "--all")
+        plane.kubectl("delete", "pv,storageclass", "--all")
+        plane.kubectl("delete", "node", "--selector", "!headgate/real")
 
     def nodes(self, *nodes: Object) -> None:
         self.plane.apply(*nodes)
