@@ -128,9 +128,9 @@ async def _read(config: Config, topic: str, partition: int, first: int, last: in
     inflate.bound()
     at = TopicPartition(topic, partition)
     client = AIOKafkaConsumer(bootstrap_servers=config.kafka.bootstrap, enable_auto_commit=False)
-    await client.start()
     found: dict[int, bytes] = {}
     try:
+        await client.start()
         client.assign([at])
         client.seek(at, first)
         async with asyncio.timeout(20):
@@ -316,8 +316,8 @@ async def _grown(field: Field, topic: str) -> dict[int, int]:
 async def log_ends(config: Config, topic: str) -> dict[int, int]:
     asked = [TopicPartition(topic, p) for p in range(config.kafka.raw_partitions)]
     client = AIOKafkaConsumer(bootstrap_servers=config.kafka.bootstrap, enable_auto_commit=False)
-    await client.start()
     try:
+        await client.start()
         return {tp.partition: end for tp, end in (await client.end_offsets(asked)).items()}
     finally:
         await client.stop()

@@ -17,8 +17,8 @@ async def records_of(
 ) -> dict[tuple[int, int], bytes]:
     """The values by (partition, offset), from the first record that is there, or from the offsets in `since`, to the end of now."""
     client = AIOKafkaConsumer(bootstrap_servers=config.kafka.bootstrap, enable_auto_commit=False)
-    await client.start()
     try:
+        await client.start()
         asked, ends = await _ends(client, config.kafka.topic(topic))
         client.assign(asked)
         starts = await client.beginning_offsets(asked)
@@ -36,8 +36,8 @@ async def records_of(
 async def ends_of(config: Config, topic: Topic) -> dict[int, int]:
     """Partition → the offset that the next record will have."""
     client = AIOKafkaConsumer(bootstrap_servers=config.kafka.bootstrap, enable_auto_commit=False)
-    await client.start()
     try:
+        await client.start()
         return {tp.partition: end for tp, end in (await _ends(client, config.kafka.topic(topic)))[1].items()}
     finally:
         await client.stop()

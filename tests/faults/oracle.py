@@ -226,8 +226,8 @@ async def read_topic(bootstrap: str, topic: str, partitions: int = 1) -> list[tu
     """(key, value) of all records of a topic, partition after partition."""
     asked = [TopicPartition(topic, p) for p in range(partitions)]
     client = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False)
-    await client.start()
     try:
+        await client.start()
         client.assign(asked)
         await client.seek_to_beginning(*asked)
         ends = await client.end_offsets(asked)
