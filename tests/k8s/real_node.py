@@ -1,8 +1,8 @@
 """A node with a real kubelet, containerd and runc as processes of this machine: containers that really start, crash and are killed.
 
 * Kubelet, containerd and all containers live in a pid and a mount namespace of their own: when their first process ends, the kernel ends the
-  rest, and their mounts and networks go with them. Nothing outlives the process that started them; cgroups and routes of theirs go at `stop`.
-* It listens on loopback and on a network of its own, asks no image registry but for images that are not there, and leaves iptables alone.
+  rest, and their mounts and networks go with them. Nothing outlives the process that started them; cgroups and the address go at `stop`.
+* It listens on the loopback interface and on a network of its own, asks no image registry but for images that are not there, and leaves iptables alone.
 * It has one image, IMAGE: busybox and the script `headgate`, which does what the environment variable FAULT says.
 """
 
@@ -35,8 +35,8 @@ NAME = "real"
 _PAUSE = "localhost/pause:1"
 _CNI = Path("/usr/lib/cni")
 _CGROUPS = Path("/sys/fs/cgroup")
-_NEEDED = ("containerd", "ctr", "runc", "busybox", "unshare", "setpriv")
-_PACKAGES = "apt-get install containerd runc containernetworking-plugins busybox-static util-linux"
+_NEEDED = ("containerd", "ctr", "runc", "busybox", "unshare", "setpriv", "ip")
+_PACKAGES = "apt-get install containerd runc containernetworking-plugins busybox-static util-linux iproute2"
 
 
 def missing() -> str:
@@ -66,13 +66,17 @@ class RealNode:
         self.folder = folder
         self._socket = folder / "run" / "containerd.sock"
         self._cgroup = f"headgate-{secrets.token_hex(4)}"
-        self._net = f"198.18.{secrets.randbelow(256)}.0/24"
+        number = secrets.randbelow(256)
+        self._net = f"198.18.{number}.0/24"
         """Of the addresses kept for benchmarks: nobody else's."""
+        self._address = f"198.19.{number}.1"
+        """On the loopback interface. Not 127.0.0.1: there the API server does not ask for a node's metrics ("address not allowed")."""
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         for root in _cgroup_roots():
             _make_cgroup(root / self._cgroup)
+        _command("ip", "address", "add", f"{self._address}/32", "dev", "lo")
         command = [
             "unshare",
             "--mount",
@@ -112,6 +116,7 @@ class RealNode:
             return
         self._process.kill()  # and the kernel all that is in its namespaces
         self._process.wait()
+        _command("ip", "address", "delete", f"{self._address}/32", "dev", "lo")
         self.plane.kubectl("delete", "node", NAME, "--ignore-not-found", "--wait=false")
         for root in _cgroup_roots():
             for folder in sorted((root / self._cgroup).rglob("*/"), reverse=True):
@@ -133,7 +138,7 @@ class RealNode:
 
     def _give_an_address(self) -> None:
         """The API server reaches the kubelet there: for logs, its metrics, and ports of pods."""
-        status = {"status": {"addresses": [{"type": "InternalIP", "address": "127.0.0.1"}]}}
+        status = {"status": {"addresses": [{"type": "InternalIP", "address": self._address}]}}
         self.plane.kubectl("patch", "node", NAME, "--subresource=status", "--patch", json.dumps(status))
         self.plane.kubectl("taint", "node", NAME, "node.cloudprovider.kubernetes.io/uninitialized-")
 
@@ -150,7 +155,7 @@ class RealNode:
                 str(tools() / "kubecp"), "kubelet", "--config", str(self._kubelet()), "--kubeconfig", str(self.plane.kubeconfig),
                 "--root-dir", str(self.folder / "kubelet"), "--cert-dir", str(self.folder / "certs"),
                 "--hostname-override", NAME, "--node-labels", "headgate/real=true",
-                # It takes no loopback address by itself, only from a cloud: `_give_an_address` is that cloud.
+                # It would look for an address by itself, and take the machine's: `_give_an_address` is its cloud.
                 "--cloud-provider", "external",
             ]
         )  # fmt: skip
@@ -203,7 +208,7 @@ state = "{self.folder / "state"}"
                     "kind": "KubeletConfiguration",
                     "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
                     "authorization": {"mode": "AlwaysAllow"},
-                    "address": "127.0.0.1",
+                    "address": self._address,
                     "port": port,
                     "healthzPort": health,
                     "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",

@@ -87,13 +87,6 @@ class Scene:
         wanted = ("app.kubernetes.io/component", "headgate/shard")
         return next(name_of(p) for p in self.pods() if part in [label(p, key) for key in wanted])
 
-    def set_status(self, pod: str, status: Mapping[str, Any]) -> None:
-        """What a kubelet would report: kwok runs no containers, so nothing crashes by itself here."""
-        patch_ = json.dumps({"status": status})
-        self.plane.kubectl(
-            "-n", self.namespace, "patch", "pod", pod, "--subresource=status", "--type=merge", "-p", patch_
-        )
-
     def look(self, kubeconfig: Path | None = None) -> tuple[Seen, Report]:
         """As admin, or as another kubeconfig has it."""
         environment = {**self.plane.environment, "KUBECONFIG": str(kubeconfig or self.plane.kubeconfig)}
@@ -115,7 +108,13 @@ class Scene:
 
 def _plain(seen: Seen) -> dict[str, Any]:
     """Without what no verdict reads."""
-    events = [e for e in seen.events if e.get("type") == "Warning" or "Claim" in e["involvedObject"]["kind"]]
+    events = [
+        e
+        for e in seen.events
+        if e.get("type") == "Warning"
+        or e.get("reason") == "Killing"
+        or "Claim" in e["involvedObject"]["kind"]
+    ]
     others = [{"metadata": {"name": name_of(p)}, "spec": p["spec"]} for p in seen.others]
     seen = dataclasses.replace(seen, events=events, others=others)
     plain = {f.name: _trimmed(getattr(seen, f.name)) for f in dataclasses.fields(Seen)}

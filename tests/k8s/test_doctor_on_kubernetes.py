@@ -1,7 +1,6 @@
 """Each verdict of the doctor against what a real scheduler and real controllers say: `make test-k8s`.
 
-kwok runs no containers. What a kubelet would report of them (killed, crashing, an image that is not there) is written into the pod's status
-here, in the kubelet's words; everything else happens by itself.
+kwok runs no containers: what a kubelet says of them is in test_doctor_on_a_real_node.py.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import functools
 import json
 import os
 import subprocess
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -263,37 +261,6 @@ def test_a_claim_whose_driver_does_not_run(scene: Scene) -> None:
     assert "waiting" in verdict.evidence.lower()
 
 
-def container(**status: object) -> dict[str, object]:
-    return {
-        "phase": "Running",
-        "conditions": [{"type": "Ready", "status": "False"}],
-        "containerStatuses": [
-            {
-                "name": "headgate",
-                "image": "headgate:0.1.0",
-                "imageID": "",
-                "ready": False,
-                "restartCount": 3,
-                **status,
-            }
-        ],
-    }
-
-
-def test_out_of_memory(scene: Scene) -> None:
-    scene.nodes(node("node-1", "8", "32Gi"))
-    install(scene)
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    killed = {"terminated": {"exitCode": 137, "reason": "OOMKilled", "startedAt": now, "finishedAt": now}}
-    waiting = {
-        "waiting": {"reason": "CrashLoopBackOff", "message": "back-off 40s restarting failed container"}
-    }
-    scene.set_status(scene.one("exporter-1"), container(state=waiting, lastState=killed))
-    (verdict,) = scene.look()[1].verdicts
-    assert verdict.what == "it was killed for using more memory than its limit, 512Mi"
-    assert "exporter.resources.limits.memory to 768Mi" in verdict.remedy
-
-
 def test_a_pod_that_something_holds_back_from_going(scene: Scene) -> None:
     scene.nodes(node("node-1", "8", "32Gi"))
     install(scene)
@@ -309,47 +276,6 @@ def test_a_pod_that_something_holds_back_from_going(scene: Scene) -> None:
         assert "held by example.com/held" in verdict.evidence
     finally:
         hold('{"metadata": {"finalizers": null}}')
-
-
-def test_a_crash_loop_with_the_last_lines_of_its_log(scene: Scene) -> None:
-    scene.nodes(node("node-1", "8", "32Gi"))
-    install(scene)
-    # kwok gives a file for the container's log: the lines come by way of the API server all the same.
-    scene.plane.log.write_text(
-        "2026-11-24T10:00:00.000000000Z stderr F headgate.yaml:3: accounts: unknown region\n"
-    )
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    ended = {"terminated": {"exitCode": 2, "reason": "Error", "startedAt": now, "finishedAt": now}}
-    waiting = {
-        "waiting": {"reason": "CrashLoopBackOff", "message": "back-off 40s restarting failed container"}
-    }
-    scene.set_status(scene.one("coordinator"), container(state=waiting, lastState=ended))
-    (verdict,) = scene.look()[1].verdicts
-    assert (
-        verdict.what
-        == "it does not stay up: ended with 2, 3 restarts (its command line or headgate.yaml is wrong)"
-    )
-    assert "headgate.yaml:3: accounts: unknown region" in verdict.evidence
-    assert "headgate check" in verdict.remedy
-
-
-def test_an_image_that_is_not_there(scene: Scene) -> None:
-    scene.nodes(node("node-1", "8", "32Gi"))
-    install(scene)
-    message = 'failed to pull and unpack image "headgate:9": docker.io/library/headgate:9: not found'
-    waiting = {"waiting": {"reason": "ErrImagePull", "message": message}}
-    scene.set_status(scene.one("exporter-2"), container(state=waiting, image="headgate:9"))
-    (verdict,) = scene.look()[1].verdicts
-    assert verdict.what == "its image cannot be pulled: headgate:9"
-    assert "image.tag" in verdict.remedy
-
-
-def test_a_shard_without_slots(scene: Scene) -> None:
-    scene.nodes(node("node-1", "8", "32Gi"))
-    install(scene)
-    scene.set_status(scene.one("exporter-2"), container(state={"running": {}}))
-    (verdict,) = scene.look()[1].verdicts
-    assert verdict.what == "it owns no slots"
 
 
 def test_who_may_read_one_namespace_only_is_told_what_was_not_looked_at(scene: Scene, tmp_path: Path) -> None:

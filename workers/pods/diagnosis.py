@@ -47,8 +47,13 @@ _EXITS = {
     3: "it stopped for safety: going on could lose data",
     126: "its command cannot be run",
     127: "its command is not in the image",
-    137: "it was killed: by the liveness probe, or it took too long to stop",
+    137: "it was killed, or took too long to stop",
 }
+_STOPPED = (0, 137, 143)
+"""How it ends when the kubelet asks it to: in good order, killed after its grace period, or by the signal itself."""
+_PROBED_REMEDY = (
+    "its loop stood still, it could not reach Kafka to start, or its node has no CPU left: see the evidence"
+)
 _IMAGE_REMEDIES = (
     (
         ("not found", "manifest unknown", "notfound"),
@@ -63,6 +68,21 @@ _IMAGE_REMEDIES = (
         "let the nodes reach the registry, or mirror the image",
     ),
     (("invalid", "parse"), "correct image.repository, image.tag and image.digest"),
+    (
+        ("pull policy of never",),
+        "set image.pullPolicy to IfNotPresent, or load the image on each node (ctr --namespace k8s.io images import)",
+    ),
+)
+_UNMADE_REMEDIES = (
+    (
+        ("secret", "configmap"),
+        "make the Secret or ConfigMap that the message names, with the key, or correct secretEnv and secretFiles",
+    ),
+    (("non-root", "runasnonroot"), "set pod.runAsUser to another number than 0: Headgate needs no root"),
+    (
+        ("no such file", "executable file not found", "exec format", "permission denied"),
+        "the image is not Headgate's, or of another architecture than the node: see image.repository and image.tag",
+    ),
 )
 _UNREADY = {
     "exporter": "it owns no slots",
@@ -170,13 +190,18 @@ def _not_gone(pod: Object, due: str, now: datetime) -> Iterable[Verdict]:
 
 
 def _evicted(pod: Object) -> Verdict:
-    key = values_key(pod)
-    return Verdict(
-        name_of(pod),
-        "its node threw it out, being short of memory or disk",
-        str(pod["status"].get("message", "")),
-        f"{key}.resources.requests.memory as high as what it uses, and a PriorityClass (pod.priorityClassName), put it last in the queue",
-    )
+    key, message = values_key(pod), str(pod["status"].get("message", "")).strip()
+    if "exceed" in message and "low on resource" not in message:
+        what = "it was thrown out for taking more disk than it may"
+        remedy = (
+            "what it spools is gone once it is published: does Kafka take what it sends? Else it is a fault of ours: headgate bundle"
+            if "EmptyDir" in message
+            else f"raise {key}.resources.limits.ephemeral-storage"
+        )
+    else:
+        what = "its node threw it out, being short of memory or disk"
+        remedy = f"{key}.resources.requests.memory as high as what it uses, and a PriorityClass (pod.priorityClassName), put it last in the queue"
+    return Verdict(name_of(pod), what, message, remedy)
 
 
 # --- started --------------------------------------------------------------------------------------------------
@@ -188,23 +213,25 @@ def _not_started(pod: Object, seen: Seen, now: datetime) -> Iterable[Verdict]:
             _waiting(status),
             str(status.get("state", {}).get("waiting", {}).get("message", "")),
         )
+        before = status.get("lastState", {}) if waiting == "CrashLoopBackOff" else status.get("state", {})
+        if before.get("terminated", {}).get("reason") == "StartError":  # between two tries
+            waiting, message = "RunContainerError", str(before["terminated"].get("message", ""))
         if waiting in _PULLS:
             heard = last_event(seen.events, "Pod", name_of(pod), {"Failed"}) if "Back-off" in message else ""
             evidence = f"{waiting}: {heard or message}"
-            told = evidence.lower()
-            remedy = next((r for words, r in _IMAGE_REMEDIES if any(w in told for w in words)), "")
             yield Verdict(
                 name_of(pod),
                 f"its image cannot be pulled: {status.get('image', '?')}",
                 evidence,
-                remedy or "try the image on a node: crictl pull",
+                _remedy(_IMAGE_REMEDIES, evidence) or "try the image on a node: crictl pull",
             )
         elif waiting in _MISCONFIGURED:
             yield Verdict(
                 name_of(pod),
-                "its container cannot be made",
+                "its container cannot be started",
                 f"{waiting}: {message}",
-                "make the Secret or ConfigMap that the message names, or correct secretEnv and secretFiles",
+                _remedy(_UNMADE_REMEDIES, message)
+                or f"the node's kubelet has more: kubectl describe pod {name_of(pod)}",
             )
     unmounted = last_event(seen.events, "Pod", name_of(pod), {"FailedMount", "FailedAttachVolume"})
     if unmounted and pod["status"].get("phase") == "Pending" and not _young(pod, now):
@@ -214,6 +241,12 @@ def _not_started(pod: Object, seen: Seen, now: datetime) -> Iterable[Verdict]:
             unmounted,
             "make the Secret or ConfigMap that the message names (secretFiles), or see whether its volume is used elsewhere",
         )
+
+
+def _remedy(remedies: Iterable[tuple[tuple[str, ...], str]], message: str) -> str:
+    """The first with a word of the message; empty where none has."""
+    told = message.lower()
+    return next((remedy for words, remedy in remedies if any(w in told for w in words)), "")
 
 
 # --- kept alive -----------------------------------------------------------------------------------------------
@@ -231,15 +264,18 @@ def _killed(pod: Object, seen: Seen, now: datetime) -> Iterable[Verdict]:
             "exitCode"
         ):
             code = ended.get("exitCode")
-            why = _EXITS.get(code, "") if isinstance(code, int) else ""
+            stopped = code in _STOPPED and "probe" in last_event(
+                seen.events, "Pod", name_of(pod), {"Killing"}
+            )
+            why = "a probe ended it" if stopped else _EXITS.get(code, "") if isinstance(code, int) else ""
             lines = seen.logs.get(name_of(pod), ())
-            heard = last_event(seen.events, "Pod", name_of(pod), {"Unhealthy"}) if code == 137 else ""
+            heard = last_event(seen.events, "Pod", name_of(pod), {"Unhealthy"}) if stopped else ""
             said = "\n".join(lines) if lines else "its log has nothing, or could not be read"
             yield Verdict(
                 name_of(pod),
-                f"it does not stay up: ended with {code}, {restarts} restarts" + (f" ({why})" if why else ""),
+                f"it does not stay up: ended with {code}, {_times(restarts)}" + (f" ({why})" if why else ""),
                 "\n".join(filter(None, (heard, said))),
-                _crash_remedy(code, pod),
+                _PROBED_REMEDY if stopped else _crash_remedy(code, pod),
             )
 
 
@@ -254,11 +290,13 @@ def _crash_remedy(code: object, pod: Object) -> str:
                 "the image is not Headgate's, or of another architecture than the node: see image.repository"
             )
         case 137:
-            return (
-                "where the probe ended it, its loop stood still or the node has no CPU left: see the evidence"
-            )
+            return "the node's kubelet says who killed it: kubectl describe pod " + name_of(pod)
         case _:
             return f"its last lines say why; all of them: kubectl logs {name_of(pod)} --previous"
+
+
+def _times(restarts: int) -> str:
+    return f"{restarts} restart{'s' * (restarts != 1)}"
 
 
 def _long_ago(ended: Object, now: datetime) -> bool:
@@ -286,7 +324,7 @@ def _out_of_memory(pod: Object, container: str, restarts: int, seen: Seen) -> Ve
             "where that does not hold either, it is a fault of ours: headgate bundle"
         )
     return Verdict(
-        name_of(pod), what, f"OOMKilled, {restarts} restarts, limit {limit or 'none'}, {now}", remedy
+        name_of(pod), what, f"OOMKilled, {_times(restarts)}, limit {limit or 'none'}, {now}", remedy
     )
 
 
