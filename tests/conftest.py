@@ -70,6 +70,10 @@ settings.load_profile("headgate")
 LONGEST_FIRST = (
     "test_faults.py",
     "test_restore.py",
+    "test_campaign.py",
+    "test_fault_servers.py",
+    "test_kafka_acls.py",
+    "test_canary.py",
     "test_backfill_end_to_end.py",
     "test_end_to_end.py",
     "test_healing_end_to_end.py",
@@ -81,6 +85,10 @@ LONGEST_FIRST = (
     "test_compare.py",
     "test_budget_day.py",
     "test_late_rules.py",
+    "test_report_whole.py",
+    "test_fuzz.py",
+    "test_postgres_tls.py",
+    "test_mutants.py",
 )
 """Files of which one that came last would keep everybody waiting, where several run at a time."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 
-from tests.faults.campaign import Play, again_options, all_kinds, arguments
+from tests.faults.campaign import Play, again_options, all_kinds, arguments, main
 from tests.faults.checks import Verdict, memory_complaints
 from tests.faults.field import open_field
 from tests.faults.kinds import Kind
@@ -150,6 +152,16 @@ def test_the_table_takes_the_place_of_the_last_one() -> None:
     assert replaced(document, "| new |\n") == f"before\n{BEGIN}\n| new |\n{END}\nafter\n"
     with pytest.raises(ValueError, match="the document has no"):
         replaced("no markers", "")
+
+
+def test_runs_of_several_processes_make_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = []
+    for seed in (1, 2):
+        files.append(tmp_path / f"{seed}.json")
+        files[-1].write_text(json.dumps([asdict(run_of(seed))]))
+    code = main(["--seeds", "0", *(part for file in files for part in ("--also", str(file)))])
+    assert "| seeds | 2 |" in capsys.readouterr().out
+    assert code == 0
 
 
 def test_quantiles_are_values_that_were_seen() -> None:

@@ -26,6 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import psutil
+from pydantic import TypeAdapter
 
 from tests.faults import standstill
 from tests.faults.checks import Freshness, drain, first_window_s, judge, quiet
@@ -43,6 +44,7 @@ WARM_UP_S = 90.0
 ENDED = "the run ended: "
 REST_S = 120.0
 COMPLAINTS_SHOWN = 20
+RUNS = TypeAdapter(list[Run])
 TURN_S = 10.0
 """So long a strike waits for what another one still holds; then it is missed."""
 
@@ -252,6 +254,14 @@ def arguments() -> argparse.ArgumentParser:
     )
     add("--list", action="store_true", help="list the kinds, and end")
     add("--json", type=Path, metavar="FILE", help="write the results there")
+    add(
+        "--also",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="count the runs of an earlier --json in too, as of a campaign in several processes; with --seeds 0 those alone",
+    )
     add("--write", type=Path, metavar="FILE", help="put the table between the markers of this document")
     return parser
 
@@ -284,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for kind in kinds:
             say(f"{kind.name}{' (alone)' if kind.alone else ''}  ·  {kind.row}")
         return 0
-    runs: list[Run] = []
+    runs = [run for path in args.also for run in RUNS.validate_json(path.read_bytes())]
     try:
         for seed in range(args.seed_base, args.seed_base + args.seeds):
             home = (HOME / f"seed-{seed}").resolve()
