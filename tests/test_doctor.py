@@ -48,7 +48,7 @@ def test_something_is_recorded() -> None:
     assert len(RECORDED) >= 10
 
 
-# --- by hand: what simulated nodes cannot show -----------------------------------------------------------------
+# --- by hand: what is not recorded -----------------------------------------------------------------
 
 
 def pod(name: str = "headgate-exporter-1-abc", part: str = "exporter", **status: Any) -> Object:
