@@ -34,6 +34,7 @@ from ingest.fold import fold_landed
 from ingest.model import LookStatus, Receipt, ReceiptItem, SourceName, Task, TaskItem, TaskKind, WindowCount
 from ingest.ports import Advance, StoredPosition
 from ingest.sinks.connection import open_connection, translated
+from ingest.sinks.doubt import InDoubt
 from shard_config.model import Postgres
 from shard_config.units import UnitPlan
 
@@ -161,6 +162,7 @@ class Ledger:
         self._application_name = application_name
         self.settling_s = settling_s
         self._connection: asyncpg.Connection | None = None
+        self._in_doubt = InDoubt()
 
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[asyncpg.Connection]:
@@ -193,19 +195,36 @@ class Ledger:
 
         Raises Fatal where a position is not the expected one (another process projects the partition now). Raises Transient.
         """
-        async with self.connected() as connection, connection.transaction():
-            for advance in advances:
-                await _advance(connection, advance)
-            for fact in facts:
-                if isinstance(fact, Task):
-                    await _planned(connection, fact, utc(now_s))
-            # Windows in one order for all processes, as `fold_landed` takes them, so that no two wait for each other.
-            for fact, item in sorted(((f, i) for f in facts for i in f.items), key=_window_order):
-                await self._windows(connection, str(fact.target), item_of(item), utc(now_s))
-                if isinstance(fact, Receipt) and isinstance(item, ReceiptItem):
-                    await _receipt(connection, fact, item)
-                elif isinstance(fact, Task):
-                    await _asked(connection, fact, item_of(item), utc(now_s))
+        with self._in_doubt.asking(advances):
+            async with self.connected() as connection, connection.transaction():
+                await self._project(connection, facts, advances, now_s)
+
+    async def _project(
+        self,
+        connection: asyncpg.Connection,
+        facts: Sequence[Task | Receipt],
+        advances: Sequence[Advance],
+        now_s: int,
+    ) -> None:
+        for advance in advances:
+            if not await _advanced(connection, advance):
+                if await self._in_doubt.made(connection, SINK, advances):
+                    return
+                raise Fatal(
+                    f"ledger {advance.topic}/{advance.partition}",
+                    f"its position is not {advance.expected_next}: another process projects this partition",
+                    "this process rejoins the group",
+                )
+        for fact in facts:
+            if isinstance(fact, Task):
+                await _planned(connection, fact, utc(now_s))
+        # Windows in one order for all processes, as `fold_landed` takes them, so that no two wait for each other.
+        for fact, item in sorted(((f, i) for f in facts for i in f.items), key=_window_order):
+            await self._windows(connection, str(fact.target), item_of(item), utc(now_s))
+            if isinstance(fact, Receipt) and isinstance(item, ReceiptItem):
+                await _receipt(connection, fact, item)
+            elif isinstance(fact, Task):
+                await _asked(connection, fact, item_of(item), utc(now_s))
 
     async def fold_landed(self, sink: str, now_s: int) -> int:
         """Mark up to 500 looks whose batches have all landed in `sink`, and their windows; returns how many. Raises Transient."""
@@ -372,13 +391,9 @@ def _counts(windows: Sequence[WindowCount]) -> str:
     return orjson.dumps([[w.start_s, w.points, w.digest] for w in windows]).decode()
 
 
-async def _advance(connection: asyncpg.Connection, to: Advance) -> None:
+async def _advanced(connection: asyncpg.Connection, to: Advance) -> bool:
+    """False where the position is not the expected one."""
     done = await connection.execute(
         _ADVANCE, SINK, to.topic, to.partition, to.next, to.last_value_id, to.expected_next
     )
-    if done != "UPDATE 1":
-        raise Fatal(
-            f"ledger {to.topic}/{to.partition}",
-            f"its position is not {to.expected_next}: another process projects this partition",
-            "this process rejoins the group",
-        )
+    return bool(done == "UPDATE 1")

@@ -3,7 +3,7 @@
 * *All or nothing.* A landing that fails, or whose process dies, leaves nothing behind; days' partitions excepted.
 * *Landing is a maximum* of (version, value) per (series, timestamp): any order, splitting and duplication of the same looks
   ends in the same table. A batch whose id has landed is skipped without touching rows, unless the sink is `rebuilding`.
-* *A zombie is refused*: the position is compared and set first, under its row's lock.
+* *A zombie is refused*: the position is compared and set first, under its row's lock. A commit of our own whose answer was lost is no zombie's.
 * *A stopped predecessor does not block*: `claim` terminates the backend that it left behind, and rows are sent from a
   finished buffer, so that no backend waits in mid-COPY for a client that thinks.
 * *Keys are taken in one order*: positions, series, rows, landed, each sorted. What deadlocks all the same is tried
@@ -35,6 +35,7 @@ from ingest.ports import Advance, Landable, Landed, SeriesRejected, StoredPositi
 from ingest.sinks import rollup_store, series, statements
 from ingest.sinks.connection import bounded, open_connection, server_of, translated
 from ingest.sinks.copy import COLUMNS, TIMESTAMP_MAX_S, TIMESTAMP_MIN_S, Rows, copy_stream, rows_of
+from ingest.sinks.doubt import InDoubt
 from ingest.sinks.partitions import create_partitions
 from ingest.sinks.seen import Seen
 from shard_config.model import Postgres
@@ -97,6 +98,7 @@ class PostgresSink:
         self._connection: asyncpg.Connection | None = None
         self._backend: _Backend | None = None
         self._lock = asyncio.Lock()
+        self._in_doubt = InDoubt()
 
     @classmethod
     async def connect(
@@ -208,7 +210,8 @@ class PostgresSink:
                 staged_points=staged,
             )
 
-        return await self._run(work)
+        with self._in_doubt.asking(advances):
+            return await self._run(work)
 
     # --- one landing ------------------------------------------------------------------------------------------
 
@@ -235,7 +238,8 @@ class PostgresSink:
             try:
                 self._days |= await create_partitions(connection, rows.days(), self._days)
                 async with connection.transaction():
-                    await self._advance(connection, advances)
+                    if not await self._advance(connection, advances):
+                        return 0
                     await series.insert(connection, self._where, met, batches, self._now())
                     await _insert_rows(connection, rows, suspect)
                     await rollup_store.mark(connection, rows, self._now())
@@ -254,15 +258,19 @@ class PostgresSink:
                 return int(suspect.sum())
         raise AssertionError("unreachable")
 
-    async def _advance(self, connection: asyncpg.Connection, advances: Sequence[Advance]) -> None:
+    async def _advance(self, connection: asyncpg.Connection, advances: Sequence[Advance]) -> bool:
+        """False where all this has landed, and only its answer was lost."""
         if not advances:
-            return
+            return True
         topics, numbers = [a.topic for a in advances], [a.partition for a in advances]
         rows = await connection.fetch(statements.LOCK_POSITIONS, self._reader, topics, numbers)
         found = {(r["topic"], r["partition"]): r["next"] for r in rows}
         for a in advances:
             at = found.pop((a.topic, a.partition), None)
             if at != a.expected_next:
+                if await self._in_doubt.made(connection, self._reader, advances):
+                    log.info("landing_was_done", sink=self._sink)
+                    return False
                 raise Fatal(
                     f"{self._where}, {a.topic}[{a.partition}]",
                     f"the position is {at}, expected {a.expected_next}",
@@ -270,6 +278,7 @@ class PostgresSink:
                 )
         nexts, ids = [a.next for a in advances], [a.last_value_id for a in advances]
         await connection.execute(statements.MOVE_POSITIONS, self._reader, topics, numbers, nexts, ids)
+        return True
 
     async def _insert_landed(
         self, connection: asyncpg.Connection, batches: Sequence[Landable], digests: Mapping[BatchId, int]

@@ -37,6 +37,8 @@ DISK_BYTES = 2 * 1024**3
 LEFT_BYTES = 64 * 1024
 SETTLED_S = 8.0
 FULL_S = 15.0
+COMMIT = b"COMMIT;"
+"""As asyncpg says it."""
 REACHED_S = 20.0
 """Until somebody is where it is to be struck."""
 
@@ -104,12 +106,15 @@ async def _crosswise(field: Field, holds_s: float) -> None:
 
 
 @asynccontextmanager
-async def _copy_swallowed(field: Field, rng: random.Random) -> AsyncIterator[Struck]:
-    """The network of one consumer falls silent in the middle of a COPY."""
+async def _swallowed(field: Field, rng: random.Random, commit: bool) -> AsyncIterator[Struck]:
+    """The network of one consumer falls silent in the middle of a COPY, or when a commit would be answered."""
     consumer = rng.choice(field.consumers)
     link = field.link(consumer, "postgres")
     link.fell_silent.clear()
-    link.blackhole_in_copy(1)
+    if commit:
+        link.lose_answer_to(COMMIT)
+    else:
+        link.blackhole_in_copy(1)
     struck = Struck(consumer)
     try:
         with suppress(TimeoutError):
@@ -118,6 +123,7 @@ async def _copy_swallowed(field: Field, rng: random.Random) -> AsyncIterator[Str
         yield struck
     finally:
         link.blackhole_in_copy(0)
+        link.lose_answer_to(b"")
         link.resume()
         link.bury()
 
@@ -330,7 +336,8 @@ KINDS: tuple[Kind, ...] = (
     _of_postgres("PostgreSQL restarted", partial(_postgres_signalled, number=signal.SIGINT)),
     _of_postgres("PostgreSQL ended at once", partial(_postgres_signalled, number=signal.SIGQUIT)),
     _of_postgres("deadlock", _deadlock, (4, 10)),
-    _of_postgres("network silent during COPY", _copy_swallowed, (2, 8)),
+    _of_postgres("network silent during COPY", partial(_swallowed, commit=False), (2, 8)),
+    _of_postgres("commit not answered", partial(_swallowed, commit=True), (1, 6)),
     *(
         Kind(
             f"disk full under {server}",

@@ -82,10 +82,10 @@ def position_outside_the_transaction(patch: Patch) -> None:
     """The position moves by itself, before the rows are there."""
     advance = PostgresSink._advance
 
-    async def patched(self: PostgresSink, _: object, advances: Sequence[Advance]) -> None:
+    async def patched(self: PostgresSink, _: object, advances: Sequence[Advance]) -> bool:
         connection = await open_connection(self._postgres, "mutant")
         try:
-            await advance(self, connection, advances)
+            return await advance(self, connection, advances)
         finally:
             await connection.close()
 

@@ -8,6 +8,7 @@ What it does to a connection of its client, and to those that come later:
 | `cut(way)` | the same, in one direction: requests arrive and answers do not, or the other way round | the same |
 | `blackhole` | silent for ever | silent until `resume` |
 | `blackhole_in_copy` | the same, in the middle of a COPY | the same |
+| `lose_answer_to` | forward what has these bytes, and no answer any more until `resume` | no answers |
 | `half_open` | closed at the server's end; the client's stays open, and swallows | work |
 | `reset` | end, with RST at both ends | work |
 | `down` | end, with RST at both ends | end as soon as they have begun, until `resume` |
@@ -72,13 +73,14 @@ class Proxy:
         self._flowing = dict.fromkeys(Way, True)
         self._refusing = False
         self._copies_left = 0
+        self._unanswered = b""
         self._tasks: set[asyncio.Task[None]] = set()
         self.latency_s = 0.0
         """Added to each read of up to 64 kB, in each direction."""
         self.bytes_per_s: float | None = None
         """Of each connection and direction; None: as fast as it goes."""
         self.fell_silent = asyncio.Event()
-        """A `blackhole_in_copy` has come about."""
+        """A `blackhole_in_copy` or a `lose_answer_to` has come about."""
         self.accepted = 0
         """Connections, since the beginning."""
 
@@ -130,6 +132,10 @@ class Proxy:
     def blackhole_in_copy(self, nth: int) -> None:
         """Blackhole in the middle of the nth binary COPY from now on that is longer than its first kilobyte."""
         self._copies_left = nth
+
+    def lose_answer_to(self, said: bytes) -> None:
+        """Cut the way to the clients as soon as one says these bytes, which still arrive."""
+        self._unanswered = said
 
     def half_open(self) -> int:
         """Close connections of now at the server's end and tell no client: as where a server's machine was lost. Returns how many."""
@@ -213,6 +219,10 @@ class Proxy:
         """`seen` says after how many of its bytes the network falls silent, or None."""
         flows = connection.ways[way].wait
         while data := await reader.read(self._most_bytes()):
+            if self._unanswered and self._unanswered in data and way is Way.TO_SERVER:
+                self._unanswered = b""
+                self.cut(Way.TO_CLIENT)
+                self.fell_silent.set()
             if seen is not None and (after := seen(data)) is not None:
                 await flows()
                 writer.write(data[:after])
