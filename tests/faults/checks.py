@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import asyncpg
+import orjson
 import yaml
 
 from ingest.archive import open_archive
@@ -60,6 +61,9 @@ _BUSY = """SELECT (SELECT count(*) FROM looks) AS looks, (SELECT sum(metrics_bil
 _MONEY = (
     "SELECT sum(metrics_billed)::bigint AS billed, sum(metrics_in_doubt)::bigint AS in_doubt FROM charges"
 )
+_MONEY_OF = """SELECT split_part(target, '/', 2) AS account, sum(metrics_billed)::bigint AS billed FROM charges GROUP BY 1"""
+_LOOKS = """SELECT task_id, service, target, shard, started_at, finished_at, window_start, window_end, status, detail, series,
+    metrics_billed, metrics_in_doubt, requests::text FROM looks ORDER BY started_at"""
 _ONCE = """SELECT coalesce(sum(least_billed), 0)::bigint FROM (SELECT min(metrics_billed) FILTER (WHERE metrics_billed > 0) AS least_billed
 FROM looks GROUP BY task_id, service) AS one"""
 
@@ -331,12 +335,20 @@ async def _published(
 
 
 async def _money(field: Field, verdict: Verdict) -> None:
+    complaints = len(verdict.complaints)
     bill = (await field.aws("/billing"))["accounts"]
     verdict.billed = sum(account["metrics_requested"] for account in bill.values())
     [(billed, in_doubt)] = await field.sql(_MONEY)
     if not billed <= verdict.billed <= billed + in_doubt:
+        of = {account: one["metrics_requested"] for account, one in bill.items()}
+        ledger = {row["account"]: row["billed"] for row in await field.sql(_MONEY_OF)}
+        differ = [
+            f"{a}: {of.get(a)} against {ledger.get(a)}"
+            for a in sorted(of | ledger)
+            if of.get(a) != ledger.get(a)
+        ]
         verdict.complaints.append(
-            f"I7 the bill is {verdict.billed}, the ledger {billed} + {in_doubt} in doubt"
+            f"I7 the bill is {verdict.billed}, the ledger {billed} + {in_doubt} in doubt; {', '.join(differ)}"
         )
     [(once,)] = await field.sql(_ONCE)
     verdict.paid_twice = verdict.billed - once
@@ -345,6 +357,10 @@ async def _money(field: Field, verdict: Verdict) -> None:
         verdict.complaints.append(
             f"paid twice: {verdict.paid_twice} metrics, and only {verdict.may_twice} were in flight or lost"
         )
+    if len(verdict.complaints) > complaints:
+        # The store is gone when somebody reads this.
+        looks = [dict(row) for row in await field.sql(_LOOKS)]
+        (field.stack.logs / "looks.json").write_bytes(orjson.dumps(looks, option=orjson.OPT_APPEND_NEWLINE))
 
 
 def unanswered(points: Path) -> int:
