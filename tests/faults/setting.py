@@ -97,7 +97,12 @@ def config_text(kafka_bootstrap: str, postgres_dsn: str, s3_url: str, aws_url: s
         "task_deadline_s": DEADLINE_S,
         "startup_lookback_s": LOOKBACK_S,
         "heal": {"attempts_max": 100, "backoff_s": 1},
-        "aws": {"endpoint_url": aws_url, "role_template": "arn:aws:iam::{account}:role/HeadgateReader"},
+        "aws": {
+            "endpoint_url": aws_url,
+            "role_template": "arn:aws:iam::{account}:role/HeadgateReader",
+            # As the simulated AWS bills. The default is the dearer reading, and bill and ledger would differ by the continuation pages.
+            "pages_count_again": False,
+        },
         "kafka": {"bootstrap": kafka_bootstrap, "session_timeout_s": SESSION_S},
         "postgres": {"dsn": postgres_dsn},
         "s3": {"bucket": "headgate-archive", "endpoint_url": s3_url},
