@@ -38,6 +38,7 @@ faults: setup ## Break everything, by seeds: SEEDS=n, MINUTES=m, SEED_BASE=s, ON
 	@$(BIN)/python -m tests.faults.campaign $(if $(SEEDS),--seeds $(SEEDS)) $(if $(MINUTES),--minutes $(MINUTES)) \
 	  $(if $(SEED_BASE),--seed-base $(SEED_BASE)) $(if $(ONLY),--only "$(ONLY)") $(if $(MUTANT),--mutant "$(MUTANT)") \
 	  $(if $(JSON),--json "$(JSON)") $(if $(STANDSTILL),--standstill $(STANDSTILL)) $(if $(LIST),--list) $(ARGS)
+	@$(if $(ONLY)$(MUTANT)$(STANDSTILL)$(LIST)$(ARGS),:,$(BIN)/python -m pytest -q -m brokers tests/test_fault_servers.py)
 	@$(if $(ONLY)$(MUTANT)$(STANDSTILL)$(LIST)$(ARGS),:,$(BIN)/python -m tests.faults.fuzz --seconds 60 --seed $(or $(SEED_BASE),1))
 
 test-docker: setup ## Build the image and run it, where a Docker engine answers: HEADGATE_TEST_BASE=image

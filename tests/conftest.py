@@ -76,6 +76,7 @@ LONGEST_FIRST = (
     "test_canary.py",
     "test_backfill_end_to_end.py",
     "test_end_to_end.py",
+    "test_fault_servers.py",
     "test_healing_end_to_end.py",
     "test_page.py",
     "test_scale.py",

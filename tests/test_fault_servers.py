@@ -97,6 +97,7 @@ async def published(stage: Stage, wave: Wave, timeout_s: float = 60) -> float:
 # --- brokers --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.brokers
 async def test_of_three_brokers_one_may_be_lost_and_with_two_or_all_gone_nothing_is_acknowledged(
     seed: int, rng: random.Random, topic_prefix: str, database: str, s3: S3, tmp_path: Path
 ) -> None:
@@ -527,6 +528,7 @@ async def test_transactions_that_take_what_a_landing_takes_in_the_other_order_de
 # --- a broker whose disk is full ------------------------------------------------------------------------------
 
 
+@pytest.mark.brokers
 @needs_small_disk
 async def test_a_broker_whose_disk_is_full_acknowledges_nothing_that_is_not_there_and_goes_on_with_room(
     tmp_path: Path, rng: random.Random
