@@ -283,11 +283,11 @@ async def test_more_dead_points_than_have_letters_are_accounted_for(way: Way) ->
     way.clock.advance(NOON_S - now_s)
     minutes = {m: float(m) for m in range(60)}
     await way.look(*[minutes] * 25, window=(0, 60), target=target)
-    # Landed as of Kafka's own time: a letter's timestamp says when its batch was validated.
+    # Landed as of Kafka's own time: a letter's timestamp says when its batch was validated, a moment after noon.
+    offset_s = NOON_S - int(time.time())
     await way.land()
     way.clock.advance(7200)
     assert await way.sql.fetchval("SELECT sum(dead_points) FROM landed WHERE target = $1", str(target)) > 1000
-    offset_s = NOON_S - int(time.time())
     before = way.config
     way.config = way.config.model_copy(
         update={"run": way.config.run.model_copy(update={"clock_offset_s": offset_s})}
