@@ -84,6 +84,8 @@ class Consumer:
         self._next: dict[int, int] = {}
         """Partition → next offset to hand out, for the partitions that are open."""
         self._opening = asyncio.Lock()
+        self._heard_s = clock.monotonic_s()
+        self._silence_s_max = session_timeout_s / 2
         self._options: dict[str, Any] = {
             **client_options(kafka),
             "group_id": group,
@@ -125,7 +127,8 @@ class Consumer:
             raise
         self._client = client
         self._started = True
-        self._progress_s = self._polled_s = self._clock.monotonic_s()
+        self._listen(client)
+        self._progress_s = self._polled_s = self._heard_s = self._clock.monotonic_s()
 
     async def stop(self) -> None:
         """Leave (a dynamic member) or just go (a static one), bounded. `revoked` is not called: who stops has drained."""
@@ -236,6 +239,26 @@ class Consumer:
         except KafkaError as error:
             raise Transient(f"group {self.group} on {self.topic}", f"commit: {error}") from error
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the group has not answered for half a session: what we own others may own by now, and we would be the last to hear of it."""
+        return self._clock.monotonic_s() - self._heard_s > self._silence_s_max
+
+    def _listen(self, client: AIOKafkaConsumer) -> None:
+        """Notice each heartbeat that the group answers. aiokafka keeps that to itself."""
+        coordinator = client._coordinator
+        if not isinstance(coordinator, GroupCoordinator):
+            return
+        beat = coordinator._do_heartbeat
+
+        async def heard() -> bool:
+            success = bool(await beat())
+            if success:
+                self._heard_s = self._clock.monotonic_s()
+            return success
+
+        coordinator._do_heartbeat = heard
+
     def assignment(self) -> list[int]:
         """The partitions that this member owns now, and has opened."""
         return sorted(self._next)
@@ -324,6 +347,7 @@ class Consumer:
                 self._client.seek(TopicPartition(self.topic, partition), offset)
                 self._next[partition] = offset
             self._unopened = []
+            self._heard_s = self._clock.monotonic_s()
 
     def _require(self) -> AIOKafkaConsumer:
         if self._client is None:

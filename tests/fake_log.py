@@ -133,6 +133,7 @@ class FakeConsumer:
         self.group = group
         self.partitions: list[int] = []
         self.unopened: list[int] = []
+        self.in_doubt = False
         self.failures: list[Exception] = []
         self._broker = broker
         self._assigned = assigned

@@ -237,6 +237,23 @@ async def test_a_process_that_stood_still_asks_the_archive_before_it_pays_for_wh
     assert {r.shard for r in cluster.receipts()} == {"exporter-2"}
 
 
+async def test_a_process_that_its_group_has_not_answered_asks_the_archive_before_it_pays() -> None:
+    cluster = Cluster()
+    (task,) = targets(1)
+    successor, _ = cluster.shard("exporter-2")
+    await successor._collector.publish(await successor._collector.answer(task, maybe_second_try=False))
+
+    cut_off, _ = cluster.shard("exporter-1")
+    vars(cut_off.consumer)["in_doubt"] = True
+    async with cluster.running(cut_off) as lifecycle:
+        await becomes(lambda: lifecycle.ready)
+        cluster.announce(
+            task
+        )  # its connection is back, and the group has not told it yet that it is no member
+        await becomes(lambda: cluster.committed() == 1)
+    assert cluster.source.looks == 1
+
+
 async def test_a_receipt_that_cannot_be_written_is_written_later_and_nobody_is_asked_again() -> None:
     cluster = Cluster()
     cluster.announce(*targets(1))

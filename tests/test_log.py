@@ -249,11 +249,16 @@ async def test_after_a_broker_that_hung_the_same_producer_and_consumer_go_on(tmp
             async with running(Owner(kafka, topic)) as owner:
                 await producer.send(topic, [Outgoing(b"k", b"before", 0)])
                 assert len(await owner.polled(1)) == 1
+                assert isinstance(owner.member, Consumer)
+                assert not owner.member.in_doubt
                 os.killpg(pid, signal.SIGSTOP)
                 started_s = time.monotonic()
                 with pytest.raises(Transient, match=r"not acknowledged in 1\.5 s"):
                     await producer.send(topic, [Outgoing(b"k", b"meanwhile", 0)])
                 assert time.monotonic() - started_s < 3
+                while not owner.member.in_doubt:  # nothing tells it but that nobody answers
+                    assert time.monotonic() - started_s < SESSION_TIMEOUT_S
+                    await asyncio.sleep(0.1)
                 os.killpg(pid, signal.SIGCONT)
                 await producer.send(topic, [Outgoing(b"k", b"after", 0)])
                 values: list[bytes] = []
@@ -263,6 +268,7 @@ async def test_after_a_broker_that_hung_the_same_producer_and_consumer_go_on(tmp
                             values += [r.value for r in await owner.member.poll(10, 0.1)]
                         except Transient:
                             await asyncio.sleep(0.1)
+                assert not owner.member.in_doubt
                 # What was not acknowledged may be there all the same, and then it is there whole.
                 assert set(values) <= {b"meanwhile", b"after"}
             await producer.close()

@@ -268,9 +268,9 @@ class Exporter:
             _log.warning("task_of_unknown_target", task=task.task_id, target=str(task.target))
 
     def _may_be_a_zombie(self) -> bool:
-        """Whether this process stood still a moment ago: what it has in hand then, others may have executed meanwhile."""
+        """Whether this process stood still, or was cut off from its group, a moment ago: what it has in hand then, others may have executed meanwhile."""
         now_s = self._clock.monotonic_s()
-        if now_s - self._turned_s > STANDSTILL_S:
+        if now_s - self._turned_s > STANDSTILL_S or self.consumer.in_doubt:
             self._doubtful_until_s = now_s + DOUBT_S
         return now_s < self._doubtful_until_s
 
