@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import structlog
 
@@ -16,7 +17,8 @@ from ingest import wire
 from ingest.errors import Fatal
 from ingest.log import Outgoing, Sender
 from ingest.model import DeadLetter
-from ingest.ports import Record
+from ingest.ports import Advance, Record, StoredPosition
+from ingest.positions import Positions
 
 _log = structlog.get_logger()
 
@@ -99,3 +101,85 @@ class DeadShare:
             for record, reason in judged
             if record.key in known or record.key.rpartition(b"/")[0] in known
         ]
+
+
+class Taken(Protocol):
+    """What became of a record, as landing and projecting have it."""
+
+    @property
+    def judged(self) -> Judged: ...
+
+    @property
+    def letters(self) -> tuple[DeadLetter, ...]: ...
+
+
+T = TypeVar("T", bound=Taken)
+
+
+class Intake:
+    """One topic's partitions that this process owns: where each stands, and whether too much of it would be dead.
+
+    `take` first, then the transaction that moves the positions by `advances`, then `done`.
+    """
+
+    def __init__(
+        self, topic: str, dead_topic: str, sender: Sender, dead_share_max: float, targets: Collection[str]
+    ) -> None:
+        """`targets` (source/account/region) are those whose records count for `dead_share_max`."""
+        self.topic = topic
+        self.cluster = ""
+        """The Kafka cluster's id, for dead letters."""
+        self._dead_topic = dead_topic
+        self._sender = sender
+        self._positions = Positions(topic)
+        self._share = DeadShare(dead_share_max, targets)
+
+    def configure(self, dead_share_max: float, targets: Collection[str]) -> None:
+        """Go by these from the next record on."""
+        self._share.configure(dead_share_max, targets)
+
+    def open(
+        self,
+        partitions: Sequence[int],
+        stored: Mapping[int, StoredPosition],
+        bounds: Mapping[int, tuple[int, int]],
+        cluster: str,
+    ) -> dict[int, int]:
+        """Take partitions over: partition → offset to read from. Raises Fatal, as `Positions.open`.
+
+        Reading begins a little before the positions: what was done before shows at once whether this process can read what others could,
+        before it puts anything aside.
+        """
+        starts = self._positions.open(partitions, stored, bounds)
+        self.cluster = cluster
+        begin = self._share.open({p: stored[p].next for p in starts}, bounds)
+        return {p: min(start, begin[p]) for p, start in starts.items()}
+
+    def close(self) -> None:
+        """Forget all partitions: they went to somebody else."""
+        self._positions.close()
+        self._share.close()
+
+    async def take(self, records: Sequence[Record], judge: Callable[[Record], T]) -> list[T]:
+        """What is new of records, which are in order within each partition; what of it is dead is buried. Raises Transient and Fatal."""
+        fresh = self._positions.fresh(records)
+        self._share.learn([judge(record).judged for record in records if self._share.earlier(record)])
+        if not fresh:
+            return []
+        taken = [judge(record) for record in fresh]
+        self._share.check(f"topic {self.topic}", [t.judged for t in taken])
+        await self.bury([letter for t in taken for letter in t.letters])
+        return taken
+
+    async def bury(self, dead: Sequence[DeadLetter]) -> None:
+        """Write letters of this topic's records. Raises Transient: do the same again."""
+        await bury(self._sender, self._dead_topic, dead)
+
+    def advances(self, records: Sequence[Record]) -> list[Advance]:
+        """How the positions move where these are done."""
+        return self._positions.advances(records)
+
+    def done(self, advances: Sequence[Advance], taken: Sequence[Taken]) -> None:
+        """The positions have moved, in the store too."""
+        self._positions.advanced(advances)
+        self._share.learn([t.judged for t in taken])

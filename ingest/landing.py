@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ingest import letters, wire
-from ingest.aside import DeadShare, Judged, bury
+from ingest.aside import Intake, Judged
 from ingest.balance import put_aside
 from ingest.batch import without_series
 from ingest.clock import Clock
@@ -25,7 +25,6 @@ from ingest.errors import Fatal, Rejected
 from ingest.log import Sender
 from ingest.model import BatchId, DeadLetter
 from ingest.ports import Advance, Landable, Landed, Record, SeriesRejected, Sink
-from ingest.positions import Positions
 from ingest.validate import validate
 from shard_config.model import Limits
 
@@ -74,53 +73,38 @@ class Landing:
         targets: Collection[str] = (),
     ) -> None:
         """`targets` (source/account/region) are those whose records count for limits.dead_share_max."""
-        self._topic = topic
-        self._dead_topic = dead_topic
         self._sink = sink
-        self._sender = sender
         self._limits = limits
         self._clock = clock
-        self._positions = Positions(topic)
-        self._share = DeadShare(limits.dead_share_max, targets)
-        self._cluster = ""
+        self._intake = Intake(topic, dead_topic, sender, limits.dead_share_max, targets)
 
     def configure(self, limits: Limits, targets: Collection[str]) -> None:
         """Go by these from the next record on."""
         self._limits = limits
-        self._share.configure(limits.dead_share_max, targets)
+        self._intake.configure(limits.dead_share_max, targets)
 
     async def open(
         self, partitions: Sequence[int], bounds: Mapping[int, tuple[int, int]], *, cluster: str = ""
     ) -> dict[int, int]:
-        """Take partitions over: partition → offset to read from. Raises Fatal, as `Positions.open`, and Transient.
+        """Take partitions over: partition → offset to read from. Raises Fatal, as `Intake.open`, and Transient.
 
-        `cluster` is the Kafka cluster's id, for dead letters. Reading begins a little before the positions: what was landed before
-        shows at once whether this process can read what others could, before it puts anything aside.
+        `cluster` is the Kafka cluster's id, for dead letters.
         """
-        stored = await self._sink.positions(self._topic, partitions)
-        starts = self._positions.open(partitions, stored, bounds)
-        self._cluster = cluster
-        begin = self._share.open({p: stored[p].next for p in starts}, bounds)
-        return {p: min(start, begin[p]) for p, start in starts.items()}
+        stored = await self._sink.positions(self._intake.topic, partitions)
+        return self._intake.open(partitions, stored, bounds, cluster)
 
     def close(self) -> None:
         """Forget all partitions: they went to somebody else."""
-        self._positions.close()
-        self._share.close()
+        self._intake.close()
 
     async def land(self, records: Sequence[Record]) -> Progress:
         """Land records, which are in order within each partition. Raises Transient (try the same again) and Fatal."""
-        fresh = self._positions.fresh(records)
-        self._share.learn([self._take(record).judged for record in records if self._share.earlier(record)])
-        if not fresh:
+        taken = await self._intake.take(records, self._take)
+        if not taken:
             return Progress(Landed(0, 0, 0, True), 0, 0, {})
-        taken = [self._take(record) for record in fresh]
-        self._share.check(f"topic {self._topic}", [t.judged for t in taken])
-        await bury(self._sender, self._dead_topic, [letter for t in taken for letter in t.letters])
-        advances = self._positions.advances(fresh)
+        advances = self._intake.advances([t.record for t in taken])
         landed, landables = await self._land(advances, taken)
-        self._positions.advanced(advances)
-        self._share.learn([t.judged for t in taken])
+        self._intake.done(advances, taken)
         return Progress(
             landed,
             dead_records=sum(t.landable is None for t in taken),
@@ -133,14 +117,14 @@ class Landing:
         try:
             decoded = wire.decode_by_series(record.value, self._limits)
         except Rejected as error:
-            letter = letters.of_record(record, self._cluster, error)
+            letter = letters.of_record(record, self._intake.cluster, error)
             return Taken(record, None, (letter,), letter.reason)
         batch_id = wire.batch_id_of(record.value)
         batch, bad = decoded.batch, decoded.bad
-        dead = list(letters.of_series(bad, "", batch, batch_id, record, self._cluster)) if bad else []
+        dead = list(letters.of_series(bad, "", batch, batch_id, record, self._intake.cluster)) if bad else []
         good = without_series(batch, bad) if bad else batch
         checked = validate(good, self._now_s(record), self._limits)
-        dead += letters.of_points(checked.dead, good, record, self._cluster)
+        dead += letters.of_points(checked.dead, good, record, self._intake.cluster)
         # Without a good point it lands all the same, empty: else its look would stay open for ever.
         accepted = checked.accepted or without_series(good, range(len(good.series)))
         gone = put_aside(batch, accepted) if dead else ()
@@ -170,7 +154,7 @@ class Landing:
                     if bad := refused.get(landable.batch_id):
                         batch = landable.batch
                         buried += letters.of_series(
-                            bad, error.what, batch, landable.batch_id, record, self._cluster
+                            bad, error.what, batch, landable.batch_id, record, self._intake.cluster
                         )
                         left = without_series(batch, bad)
                         left_landable = Landable(
@@ -180,9 +164,9 @@ class Landing:
                             landable.dead_windows + put_aside(batch, left),
                         )
                         found[i] = record, left_landable
-                await bury(self._sender, self._dead_topic, buried)
+                await self._intake.bury(buried)
         raise Fatal(
-            f"topic {self._topic}",
+            f"topic {self._intake.topic}",
             f"the sink still refuses series after {REFUSALS_MAX} times",
             "see the dead-letter topic for which",
         )

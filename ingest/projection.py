@@ -16,14 +16,13 @@ from itertools import chain
 from typing import Final
 
 from ingest import letters, wire
-from ingest.aside import DeadShare, bury
+from ingest.aside import Intake, Judged
 from ingest.clock import Clock
 from ingest.errors import Rejected
 from ingest.ledger import Ledger, item_of
 from ingest.log import Sender
 from ingest.model import DeadLetter, Outcome, Receipt, ReceiptItem, Task
 from ingest.ports import Record
-from ingest.positions import Positions
 from ingest.validate import TIMESTAMP_S_MAX, Reason
 
 WINDOWS_MAX: Final = 100_000
@@ -45,11 +44,11 @@ class Taken:
 
     record: Record
     fact: Fact | None
-    letter: DeadLetter | None
+    letters: tuple[DeadLetter, ...] = ()
 
     @property
-    def judged(self) -> tuple[Record, str]:
-        return self.record, self.letter.reason if self.letter else ""
+    def judged(self) -> Judged:
+        return self.record, self.letters[0].reason if self.letters else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,58 +74,42 @@ class Projection:
         targets: Collection[str] = (),
     ) -> None:
         """`targets` (source/account/region) are those whose records count for `dead_share_max`."""
-        self._topic = topic
-        self._dead_topic = dead_topic
         self._ledger = ledger
-        self._sender = sender
         self._clock = clock
-        self._positions = Positions(topic)
-        self._share = DeadShare(dead_share_max, targets)
-        self._cluster = ""
+        self._intake = Intake(topic, dead_topic, sender, dead_share_max, targets)
 
     def configure(self, dead_share_max: float, targets: Collection[str]) -> None:
         """Go by these from the next record on."""
-        self._share.configure(dead_share_max, targets)
+        self._intake.configure(dead_share_max, targets)
 
     async def open(
         self, partitions: Sequence[int], bounds: Mapping[int, tuple[int, int]], *, cluster: str = ""
     ) -> dict[int, int]:
-        """Take partitions over: partition → offset to read from. Raises Fatal, as `Positions.open`, and Transient."""
-        stored = await self._ledger.positions(self._topic, partitions)
-        starts = self._positions.open(partitions, stored, bounds)
-        self._cluster = cluster
-        begin = self._share.open({p: stored[p].next for p in starts}, bounds)
-        return {p: min(start, begin[p]) for p, start in starts.items()}
+        """Take partitions over: partition → offset to read from. Raises Fatal, as `Intake.open`, and Transient."""
+        stored = await self._ledger.positions(self._intake.topic, partitions)
+        return self._intake.open(partitions, stored, bounds, cluster)
 
     def close(self) -> None:
         """Forget all partitions: they went to somebody else."""
-        self._positions.close()
-        self._share.close()
+        self._intake.close()
 
     async def take(self, records: Sequence[Record]) -> Projected:
         """Project records, which are in order within each partition. Raises Transient (try the same again) and Fatal."""
-        fresh = self._positions.fresh(records)
-        self._share.learn([self._take(record).judged for record in records if self._share.earlier(record)])
-        taken = [self._take(record) for record in fresh]
-        judged = [t.judged for t in taken]
-        self._share.check(f"topic {self._topic}", judged)
-        dead = [t.letter for t in taken if t.letter is not None]
-        await bury(self._sender, self._dead_topic, dead)
+        taken = await self._intake.take(records, self._take)
         next_offsets: dict[int, int] = {}
         for some in slices(taken):
-            advances = self._positions.advances([t.record for t in some])
+            advances = self._intake.advances([t.record for t in some])
             facts = [t.fact for t in some if t.fact is not None]
             await self._ledger.project(facts, advances, self._clock.now_s())
-            self._positions.advanced(advances)
+            self._intake.done(advances, some)
             next_offsets |= {a.partition: a.next for a in advances}
-        self._share.learn(judged)
-        return Projected(next_offsets, len(dead))
+        return Projected(next_offsets, sum(bool(t.letters) for t in taken))
 
     def _take(self, record: Record) -> Taken:
         try:
-            return Taken(record, let_in(wire.decode_ledger(record.value)), None)
+            return Taken(record, let_in(wire.decode_ledger(record.value)))
         except Rejected as error:
-            return Taken(record, None, letters.of_record(record, self._cluster, error))
+            return Taken(record, None, (letters.of_record(record, self._intake.cluster, error),))
 
 
 def slices(taken: Sequence[Taken]) -> Iterator[Sequence[Taken]]:
