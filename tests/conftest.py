@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -23,6 +24,7 @@ import structlog
 from hypothesis import settings
 
 from ingest.errors import Fatal
+from shard_config.model import S3
 from workers.servers import (
     LOCAL_AWS_ENVIRONMENT,
     KafkaServer,
@@ -252,6 +254,30 @@ def empty_bucket(s3_endpoint: str) -> str:
     finally:
         client.close()
     return name
+
+
+def seed_of_run() -> int:
+    """`HEADGATE_SEED`, or 1. Printed, so that whoever sees a failure can have it again."""
+    seed = int(os.environ.get("HEADGATE_SEED", "1"))
+    print(f"HEADGATE_SEED={seed}")
+    return seed
+
+
+@pytest.fixture
+def seed() -> int:
+    return seed_of_run()
+
+
+@pytest.fixture
+def rng(seed: int, request: pytest.FixtureRequest) -> random.Random:
+    """Decides whom a fault strikes, and when."""
+    return random.Random(f"{seed} {request.node.name}")
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, bucket: str) -> S3:
+    """A bucket of the test's own."""
+    return S3(bucket=bucket, endpoint_url=s3_endpoint)
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ from tests.faults.oracle import read_topic
 from tests.faults.proxy import Proxy, Way
 from tests.faults.s3_proxy import S3Proxy
 from tests.faults.small_disk import SmallDisk, small_disk, why_not
-from tests.faults.stage import Stage, Wave, seed_of_run, staged
+from tests.faults.stage import Stage, Wave, staged
 from tests.faults.truth import START_S, Truth
 from tests.log_contract import Owner, offsets, running, some
 from tests.test_faults import memory_of, proxy_before, through
@@ -53,22 +53,6 @@ from workers.servers import PostgresServer
 from workers.setup import commit_starts, kafka_admin
 
 needs_small_disk = pytest.mark.skipif(bool(why_not()), reason=f"no disk that can be full: {why_not()}")
-
-
-@pytest.fixture
-def seed() -> int:
-    return seed_of_run()
-
-
-@pytest.fixture
-def rng(seed: int, request: pytest.FixtureRequest) -> random.Random:
-    """Decides whom a fault strikes, and when."""
-    return random.Random(f"{seed} {request.node.name}")
-
-
-@pytest.fixture
-def s3(s3_endpoint: str, bucket: str) -> S3:
-    return S3(bucket=bucket, endpoint_url=s3_endpoint)
 
 
 @pytest.fixture

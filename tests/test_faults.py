@@ -21,7 +21,7 @@ from ingest.log import Outgoing
 from ingest.sinks import postgres
 from ingest.sinks.connection import open_connection
 from shard_config.model import S3, Postgres
-from tests.conftest import empty_bucket, empty_database
+from tests.conftest import empty_bucket, empty_database, seed_of_run
 from tests.faults.mutants import (
     Mutant,
     Patch,
@@ -33,29 +33,13 @@ from tests.faults.mutants import (
 from tests.faults.oracle import complaints_of_landed
 from tests.faults.proxy import Proxy
 from tests.faults.replay import archive_all, replay_archive, replay_kafka
-from tests.faults.stage import Stage, Victim, seed_of_run, staged
+from tests.faults.stage import Stage, Victim, staged
 from tests.faults.truth import Published, Truth
 from workers.consumer import serve
 from workers.lifecycle import Lifecycle
 from workers.servers import PostgresServer
 
 SAFETY = "worker_stopped_for_safety"
-
-
-@pytest.fixture
-def seed() -> int:
-    return seed_of_run()
-
-
-@pytest.fixture
-def rng(seed: int, request: pytest.FixtureRequest) -> random.Random:
-    """Decides when a fault strikes."""
-    return random.Random(f"{seed} {request.node.name}")
-
-
-@pytest.fixture
-def s3(s3_endpoint: str, bucket: str) -> S3:
-    return S3(bucket=bucket, endpoint_url=s3_endpoint)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -32,13 +31,6 @@ from workers.setup import setup
 FILE_KEYS = {"accounts", "kafka", "postgres", "s3"}
 Wave = Iterable[tuple[Outgoing, Published]]
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-def seed_of_run() -> int:
-    """`HEADGATE_SEED`, or 1. Printed, so that whoever sees a failure can have it again."""
-    seed = int(os.environ.get("HEADGATE_SEED", "1"))
-    print(f"HEADGATE_SEED={seed}")
-    return seed
 
 
 class Victim:
