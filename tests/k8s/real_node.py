@@ -228,6 +228,8 @@ state = "{self.folder / "state"}"
                     "featureGates": {"KubeletCrashLoopBackOffMax": True},
                     "crashLoopBackOff": {"maxContainerRestartPeriod": "5s"},
                     "syncFrequency": "2s",
+                    # By default what volumes take is looked at once a minute, which is how long a test waits.
+                    "volumeStatsAggPeriod": "2s",
                     "nodeStatusUpdateFrequency": "5s",
                 }
             )
