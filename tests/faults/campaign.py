@@ -286,7 +286,6 @@ def again_options(args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments().parse_args(argv)
-    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # brokers that are away are what this is about
     if args.standstill:
         return standstill.main(args.standstill, (HOME / "standstill").resolve(), args.seed_base)
     kinds = chosen(args)
@@ -319,4 +318,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # brokers that are away are what this is about
     sys.exit(main())
