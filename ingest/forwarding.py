@@ -33,7 +33,7 @@ from ingest.forwarded import Note, Progress, Tally
 from ingest.holding import Due, Holding, Lane
 from ingest.log import Sender
 from ingest.model import Batch, RecordPosition, Series, SeriesIds, Target
-from ingest.ports import LabelSet, Receiving, Record, SeriesSamples
+from ingest.ports import EncodedLabels, Receiving, Record, SeriesSamples
 from ingest.validate import validate
 from shard_config.model import Limits
 
@@ -59,7 +59,7 @@ class Naming(Protocol):
         """The name of the receiver that a series goes to."""
         ...
 
-    def labels_of(self, series: Series, service: str, target: Target) -> LabelSet:
+    def labels_of(self, series: Series, service: str, target: Target) -> EncodedLabels:
         """Raises Rejected where it can have none."""
         ...
 
@@ -387,12 +387,12 @@ class Forwarder:
                 one.timestamps_ms
             )
 
-    def _labels(self, lane: Lane, row: int) -> LabelSet | str:
+    def _labels(self, lane: Lane, row: int) -> EncodedLabels | str:
         """The labels of a series, or the reason why it has none."""
         member = lane.members[row]
         if member.labels is not None:
             return member.labels
-        labels: LabelSet | str
+        labels: EncodedLabels | str
         try:
             labels = self._naming.labels_of(member.series, lane.service, member.target)
         except Rejected as error:

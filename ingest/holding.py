@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ingest.model import RecordPosition, Series, SeriesIds, Target, bytes_of
-from ingest.ports import LabelSet
+from ingest.ports import EncodedLabels
 
 BLOCK = 1024
 REMEMBERED_S = 900
@@ -57,7 +57,7 @@ class Member:
 
     series: Series
     target: Target
-    labels: LabelSet | str | None = None
+    labels: EncodedLabels | str | None = None
 
 
 class Lane:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ingest.clock import SystemClock
 from ingest.ports import LabelSet, SeriesSamples
+from ingest.sinks.prompb import encoded_labels
 from ingest.sinks.remote_write import RemoteWrite
 from shard_config.remote_write import Receiver
 from tests.prometheus_server import PrometheusServer
@@ -53,7 +54,9 @@ class Feed:
         written = await self._sink.write(
             [
                 SeriesSamples(
-                    one, np.array(sorted(points)) * 1000, np.array([points[t] for t in sorted(points)])
+                    encoded_labels(one),
+                    np.array(sorted(points)) * 1000,
+                    np.array([points[t] for t in sorted(points)]),
                 )
                 for one, points in series.items()
                 if points

@@ -36,6 +36,7 @@ from ingest.log import Outgoing, Producer
 from ingest.ports import Record, SeriesSamples
 from ingest.scan import scan
 from ingest.sinks.connection import open_connection, server_of
+from ingest.sinks.prompb import encoded_labels
 from ingest.sinks.remote_write import RemoteWrite
 from ingest.sources.aws import Aws, Tally
 from shard_config.known import shipped_services
@@ -480,7 +481,9 @@ async def test_what_a_receiver_repeats_of_a_request_is_in_no_error(
                 await write.write(
                     [
                         SeriesSamples(
-                            (("__name__", "x"),), np.array([time.time_ns() // 10**6]), np.array([1.0])
+                            encoded_labels((("__name__", "x"),)),
+                            np.array([time.time_ns() // 10**6]),
+                            np.array([1.0]),
                         )
                     ]
                 )

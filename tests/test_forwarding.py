@@ -18,7 +18,8 @@ from ingest.errors import Rejected, Transient
 from ingest.forwarded import Note, Tally
 from ingest.forwarding import Forwarder
 from ingest.model import Batch, RecordPosition, Series, SeriesKey, Target, series_ids
-from ingest.ports import LabelSet, Record, RefusedSamples, SeriesSamples, Written
+from ingest.ports import EncodedLabels, LabelSet, Record, RefusedSamples, SeriesSamples, Written
+from ingest.sinks.prompb import decoded_labels, encoded_labels
 from shard_config.model import Limits
 from tests.fake_log import FakeBroker, FakeSender
 
@@ -49,7 +50,7 @@ class FakeReceiver:
             raise failure
         taken, refused = 0, []
         for i, one in enumerate(series):
-            kept = self.stored.setdefault(one.labels, {})
+            kept = self.stored.setdefault(decoded_labels(one.labels), {})
             for ms, value in zip(one.timestamps_ms.tolist(), one.values.tolist(), strict=True):
                 newest = max(kept, default=0)
                 reason = ""
@@ -91,10 +92,10 @@ class Names:
     def known(self, target: Target, service: str) -> bool:
         return target not in self.unknown
 
-    def labels_of(self, series: Series, service: str, target: Target) -> LabelSet:
+    def labels_of(self, series: Series, service: str, target: Target) -> EncodedLabels:
         if series.key.metric == "nameless":
             raise Rejected("labels", "labels_taken")
-        return (("__name__", "m"), ("n", dict(series.key.dimensions)["n"]))
+        return encoded_labels((("__name__", "m"), ("n", dict(series.key.dimensions)["n"])))
 
 
 def series_of(number: int, metric: str = "m") -> Series:

@@ -25,7 +25,7 @@ from ingest.clock import Clock
 from ingest.errors import Rejected, Transient
 from ingest.log import quietly
 from ingest.model import Batch, Receipt, Series, Target
-from ingest.ports import LabelSet, Receiving, SeriesSamples
+from ingest.ports import EncodedLabels, Receiving, SeriesSamples
 from ingest.sources.listing import Cache, Shared, depends_on
 from ingest.sources.packed import PackedTable, Unpacked
 from ingest.zeros import Zeros
@@ -105,7 +105,7 @@ class Beside:
         except (Transient, TimeoutError) as error:
             _log.warning("info_not_sent", error=f"{type(error).__name__}: {error}")
 
-    def _infos(self, refused: Callable[[str], None]) -> Iterator[LabelSet]:
+    def _infos(self, refused: Callable[[str], None]) -> Iterator[EncodedLabels]:
         for target, service in list(self._met):
             for resource in self._names.resources(target, service):
                 try:

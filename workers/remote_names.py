@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ingest.model import Series, Target
-from ingest.ports import LabelSet
+from ingest.ports import EncodedLabels
 from ingest.resources import Resource, ResourceBook
 from ingest.series_labels import Labels
+from ingest.sinks.prompb import encoded_labels
 from shard_config.model import Config
 
 WANTED_MAX = 200_000
@@ -38,17 +39,17 @@ class Names:
         self.waits = self.waits or not known
         return known
 
-    def labels_of(self, series: Series, service: str, target: Target) -> LabelSet:
+    def labels_of(self, series: Series, service: str, target: Target) -> EncodedLabels:
         resource = self._book.of(target, service, series.key.dimensions)
-        return self._labels.of(series, service, target, resource)
+        return encoded_labels(self._labels.of(series, service, target, resource))
 
     def resources(self, target: Target, service: str) -> Sequence[Resource]:
         """Those that have info series."""
         return self._book.all(target, service)
 
-    def info_of(self, target: Target, service: str, resource: Resource) -> LabelSet:
+    def info_of(self, target: Target, service: str, resource: Resource) -> EncodedLabels:
         """Raises Rejected where it can have none."""
-        return self._labels.info(target, service, resource)
+        return encoded_labels(self._labels.info(target, service, resource))
 
     async def refresh(self, now_s: int) -> set[Target]:
         """Read the resources that are due; returns the targets whose series have other names now."""

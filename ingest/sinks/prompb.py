@@ -1,8 +1,8 @@
 """Remote write 1.0 on the wire: prometheus.WriteRequest in protobuf, in snappy's block format. Pure.
 
-* What `labels_problem` finds nothing wrong with is taken by every receiver. The others vanish with a 204 (Prometheus 3.x), are stored under
+* What `encoded_labels` encodes is taken by every receiver. Other labels vanish with a 204 (Prometheus 3.x), are stored under
   a name that no query can write (2.42), or fail the whole request with a 500 that says to try again.
-* Labels are encoded once a series and kept, bounded. The samples of a whole write are laid out by numpy in one go: times from
+* Labels are encoded once a series, by whoever keeps them. The samples of a whole write are laid out by numpy in one go: times from
   1971-02-02 to 2109-05-15 take six bytes as a varint, so that a sample is always SAMPLE_BYTES long.
 * The protobuf library writes labels and frames; a test reads all of it back with the message that the specification has.
 """
@@ -20,16 +20,18 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from numpy.typing import NDArray
 
-from ingest.ports import LabelSet
+from ingest.errors import Rejected
+from ingest.ports import EncodedLabels, LabelSet
+from ingest.sinks.remote_answers import Refusal
+from ingest.validate import printable
 
 LABELS_MAX = 256
 """Of one series. AWS has at most 50 tags and 30 dimensions; receivers may have smaller limits of their own."""
 LABEL_NAME_BYTES_MAX = 1_024
 LABEL_VALUE_BYTES_MAX = 16 * 1024
+_SAID_CHARACTERS_MAX = 200
 KEPT_NAMES_MAX = 4_096
 """Sets of label names that were looked at and are not looked at again."""
-KEPT_SERIES_MAX = 262_144
-"""Series whose encoded labels are kept; together with their labels 1 to 2 kB each."""
 
 TIMESTAMP_MS_MIN: Final = 1 << 35
 TIMESTAMP_MS_END: Final = 1 << 42
@@ -80,15 +82,19 @@ def _value_problem(name: str, value: str) -> str | None:
     return None
 
 
-@lru_cache(maxsize=KEPT_SERIES_MAX)
-def encoded_labels(labels: LabelSet) -> bytes | str:
-    """The labels as they begin a TimeSeries; a text, the problem, where they have one."""
+def encoded_labels(labels: LabelSet) -> EncodedLabels:
+    """The labels as they begin a TimeSeries. Raises Rejected (invalid_labels) where a receiver should not be given them."""
     problem = labels_problem(labels)
     if problem is not None:
-        return problem
+        raise Rejected("labels", Refusal.INVALID_LABELS, printable(problem, _SAID_CHARACTERS_MAX))
     series = TimeSeries(labels=[{"name": name, "value": value} for name, value in labels])
     encoded: bytes = series.SerializeToString()
     return encoded
+
+
+def decoded_labels(labels: EncodedLabels) -> LabelSet:
+    """The inverse of `encoded_labels`."""
+    return tuple((label.name, label.value) for label in TimeSeries.FromString(labels).labels)
 
 
 # --- samples and requests -----------------------------------------------------------------------------------------

@@ -19,12 +19,10 @@ from ingest.sinks.prompb import (
     SAMPLE_BYTES,
     TIMESTAMP_MS_END,
     TIMESTAMP_MS_MIN,
-    encoded_labels,
     encoded_request,
     encoded_samples,
 )
 from ingest.sinks.remote_answers import Refusal
-from ingest.validate import printable
 
 REQUEST_BYTES_MAX = 8 * 1024 * 1024
 """Before compression, of a request with more than one series. Receivers refuse more than 32 MiB (Prometheus), 20 MiB (Thanos)."""
@@ -119,7 +117,6 @@ class Job:
     """A write under way: what is still to be sent, and what became of the rest."""
 
     series: Sequence[SeriesSamples]
-    labels: list[bytes]
     timestamps_ms: NDArray[np.int64]
     encoded: bytes
     """Of all samples."""
@@ -136,9 +133,12 @@ class Job:
     left: list[Chain] = field(default_factory=list)
 
     def body(self, request: Request) -> bytes:
-        encoded, labels = self.encoded, self.labels
+        encoded, series = self.encoded, self.series
         return encoded_request(
-            [labels[p.series] + encoded[p.start * SAMPLE_BYTES : p.stop * SAMPLE_BYTES] for p in request]
+            [
+                series[p.series].labels + encoded[p.start * SAMPLE_BYTES : p.stop * SAMPLE_BYTES]
+                for p in request
+            ]
         )
 
     def refuse(self, piece: Piece, reason: str, said: str) -> None:
@@ -175,19 +175,13 @@ def job_of(series: Sequence[SeriesSamples], samples_max: int, one_each: bool) ->
     if not rises.all():
         raise ValueError("the times of a series have to ascend")
     encoded = encoded_samples(np.clip(times, TIMESTAMP_MS_MIN, TIMESTAMP_MS_END - 1), values)
-    job = Job(series, [], times, encoded)
+    job = Job(series, times, encoded)
     bad_times = bool(len(times)) and (times.min() < TIMESTAMP_MS_MIN or times.max() >= TIMESTAMP_MS_END)
     rounds: list[list[Piece]] = []
     seen: dict[bytes, int] = {}
     for index, one in enumerate(series):
         piece = Piece(index, starts[index], starts[index + 1])
-        labels = encoded_labels(one.labels)
-        if isinstance(labels, str):
-            job.labels.append(b"")
-            if piece.start < piece.stop:
-                job.refuse(piece, Refusal.INVALID_LABELS, printable(labels, SAID_CHARACTERS_MAX))
-            continue
-        job.labels.append(labels)
+        labels = one.labels
         if bad_times:
             piece = _within_time(job, piece)
         if piece.start == piece.stop:
@@ -196,7 +190,7 @@ def job_of(series: Sequence[SeriesSamples], samples_max: int, one_each: bool) ->
         if turn > len(rounds):
             rounds.append([])
         rounds[turn - 1].append(piece)
-    sizes = [len(labels) for labels in job.labels]
+    sizes = [len(one.labels) for one in series]
     job.rounds = [chains_of(pieces, samples_max, one_each, sizes) for pieces in reversed(rounds)]
     return job
 

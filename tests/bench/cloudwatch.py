@@ -15,13 +15,9 @@ import gc
 import re
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from multiprocessing import get_context
+from collections.abc import Awaitable, Callable, Sequence
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from os import getpid
-from typing import Any
 
 import orjson
 import structlog
@@ -44,6 +40,7 @@ from ingest.sources.transport import Calls
 from shard_config.model import Config
 from tests.bench import yace
 from tests.bench.pipeline import PEAKS_KNOWN, peak_mb
+from tests.bench.processes import receive, running
 from tests.bench.run import Report
 from workers.world import account_ids
 
@@ -138,34 +135,9 @@ def _say(pipe: Connection, points: int, end_s: int, pages: int) -> None:
     asyncio.run(serve())
 
 
-@contextmanager
-def _running(target: Callable[..., None], *args: object) -> Iterator[tuple[SpawnProcess, Connection]]:
-    """A process with a pipe to it; it is sent None at the end."""
-    context = get_context("spawn")
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=target, args=(theirs, *args), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        yield process, pipe
-    finally:
-        with suppress(OSError):
-            pipe.send(None)
-        process.join(10)
-        if process.is_alive():
-            process.kill()
-            process.join()
-
-
 def _now_s() -> int:
     """The end of the last whole window."""
     return int(time.time()) // 300 * 300
-
-
-def _receive(pipe: Connection, timeout_s: float) -> Any:
-    if not pipe.poll(timeout_s):
-        raise RuntimeError(f"a process of the bench said nothing for {timeout_s:g} s")
-    return pipe.recv()
 
 
 def _config(url: str) -> Config:
@@ -318,10 +290,10 @@ def _memory(report: Report) -> None:
     peaks: dict[int, float] = {}
     for series in (FEW, MANY):
         end_s = _now_s()
-        with _running(_say, POINTS * UNSETTLED, end_s, series // QUERIES) as (_, server):
-            url = _receive(server, 60)
-            with _running(_look, url, end_s) as (_, pipe):
-                points, peaks[series], cpu_s = _receive(pipe, MEMORY_TIMEOUT_S)
+        with running(_say, POINTS * UNSETTLED, end_s, series // QUERIES) as (_, server):
+            url = receive(server, 60)
+            with running(_look, url, end_s) as (_, pipe):
+                points, peaks[series], cpu_s = receive(pipe, MEMORY_TIMEOUT_S)
         if points < series * POINTS:
             raise RuntimeError(f"the look at {series:,} series brought {points:,} points")
     beyond = (peaks[MANY] - peaks[FEW]) * 1e6 / (MANY - FEW)
@@ -334,8 +306,8 @@ def _memory(report: Report) -> None:
 
 def run(report: Report) -> None:
     """Measure a call, a whole exporter beside YACE, and memory."""
-    with _running(_say, POINTS, _now_s(), 1) as (_, pipe):
-        asyncio.run(_calls(_receive(pipe, 60), report))
+    with running(_say, POINTS, _now_s(), 1) as (_, pipe):
+        asyncio.run(_calls(receive(pipe, 60), report))
     yace.run(report)
     if PEAKS_KNOWN:
         _memory(report)

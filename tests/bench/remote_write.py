@@ -20,7 +20,7 @@ import numpy as np
 
 from ingest.clock import SystemClock
 from ingest.ports import SeriesSamples
-from ingest.sinks.prompb import WriteRequest
+from ingest.sinks.prompb import WriteRequest, decoded_labels, encoded_labels
 from ingest.sinks.remote_requests import job_of
 from ingest.sinks.remote_write import RemoteWrite
 from shard_config.remote_write import Receiver
@@ -39,15 +39,17 @@ def series_of(name: str, series: int, samples: int, start_s: int) -> list[Series
     times = (start_s + 60 * np.arange(samples, dtype=np.int64)) * 1000
     return [
         SeriesSamples(
-            (
-                ("__name__", name),
-                ("account_alias", "production"),
-                ("account_id", "123456789012"),
-                ("dimension_InstanceId", f"i-{n:017x}"),
-                ("name", f"arn:aws:ec2:eu-west-1:123456789012:instance/i-{n:017x}"),
-                ("region", "eu-west-1"),
-                ("tag_Environment", "prod"),
-                ("tag_Team", "platform"),
+            encoded_labels(
+                (
+                    ("__name__", name),
+                    ("account_alias", "production"),
+                    ("account_id", "123456789012"),
+                    ("dimension_InstanceId", f"i-{n:017x}"),
+                    ("name", f"arn:aws:ec2:eu-west-1:123456789012:instance/i-{n:017x}"),
+                    ("region", "eu-west-1"),
+                    ("tag_Environment", "prod"),
+                    ("tag_Team", "platform"),
+                )
             ),
             times,
             np.round(random.uniform(0, 100, samples), 2),
@@ -64,7 +66,7 @@ def plain_bodies(series: Sequence[SeriesSamples]) -> list[bytes]:
         request = WriteRequest()
         for one in series[at : at + per_request]:
             made = request.timeseries.add()
-            for name, value in one.labels:
+            for name, value in decoded_labels(one.labels):
                 made.labels.add(name=name, value=value)
             for timestamp, value in zip(one.timestamps_ms.tolist(), one.values.tolist(), strict=True):
                 made.samples.add(timestamp=timestamp, value=value)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ingest.clock import SystemClock
 from ingest.ports import SeriesSamples
+from ingest.sinks.prompb import encoded_labels
 from ingest.sinks.remote_write import RemoteWrite
 from shard_config.recording import recordings_of
 from shard_config.remote_write import Receiver
@@ -142,7 +143,7 @@ async def written(server: Server) -> dict[str, Values]:
         part = slice(at, at + SLICE)
         await server.write(
             [
-                SeriesSamples(one, times[part], made[metric][a, r, i, part])
+                SeriesSamples(encoded_labels(one), times[part], made[metric][a, r, i, part])
                 for (metric, a, r, i), one in names.items()
             ]
         )
@@ -161,7 +162,7 @@ async def record(server: Server) -> None:
             times, values = zip(*one["values"], strict=True)
             series.append(
                 SeriesSamples(
-                    labels(rule.name, **one["metric"]),
+                    encoded_labels(labels(rule.name, **one["metric"])),
                     np.array(times, dtype=np.int64) * 1000,
                     np.array(values, dtype=np.float64),
                 )

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-_NO_GROUPS = {"run", "pipeline", "yace"}
+_NO_GROUPS = {"run", "pipeline", "processes", "yace"}
 """`pipeline` is the second half of `landing`, `yace` a part of `cloudwatch`."""
 
 _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
