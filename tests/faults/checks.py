@@ -244,7 +244,13 @@ async def _data(
     letters = await oracle.dead_letters()
     topics = (config.kafka.topic("raw"), "archive")
     verdict.complaints += complaints_of_dead(
-        [one for one in letters if one.origin.topic in topics], published
+        [one for one in letters if one.origin.topic in topics],
+        published,
+        {
+            at: Published(b"", (), dead)
+            for at, dead in bad.items()
+            if at not in published or not published[at].dead
+        },
     )
     others = [one.origin for one in letters if one.origin.topic not in topics]
     if invented := {(at.topic, at.partition, at.offset) for at in others} - set(elsewhere):
@@ -318,17 +324,20 @@ async def _final(
 async def _published(
     config: Config, bad: Mapping[tuple[int, int], frozenset[tuple[str, bytes, str, bytes | int]]]
 ) -> tuple[dict[tuple[int, int], Published], list[str]]:
-    """All of `raw` by (partition, offset), and what is there that nobody owned up to."""
+    """All of `raw` by (partition, offset), and what is there that nobody owned up to.
+
+    Where raw was deleted and made again, something good may stand where something bad was.
+    """
     found: dict[tuple[int, int], Published] = {}
     complaints: list[str] = []
     for at, value in (await records_of(config, "raw")).items():
-        if at in bad:
-            found[at] = Published(value, (), bad[at])
-            continue
         try:
             batch = decode_batch(value, config.limits)
         except Rejected as error:
-            complaints.append(f"I2 {at} of raw is bad, and nobody has put it there: {error}")
+            if at in bad:
+                found[at] = Published(value, (), bad[at])
+            else:
+                complaints.append(f"I2 {at} of raw is bad, and nobody has put it there: {error}")
             continue
         found[at] = Published(value, tuple(points_of(batch)))
     return found, complaints

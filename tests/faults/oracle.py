@@ -195,8 +195,12 @@ def complaints_of_landed(sent: Iterable[Published], landed: Table) -> list[str]:
     return complaints_of_tables(greatest(once.values()), landed)
 
 
-def complaints_of_dead(letters: Iterable[DeadLetter], sent: Sent) -> list[str]:
-    """Complaints about I2. A letter's origin must be a record that was sent, and that holds what the letter says."""
+def complaints_of_dead(letters: Iterable[DeadLetter], sent: Sent, gone: Sent | None = None) -> list[str]:
+    """Complaints about I2. A letter's origin must be a record that was sent, and that holds what the letter says.
+
+    `gone` was deleted from its topic since: it may have been read before, or not.
+    """
+    gone = gone or {}
     letters, found = list(letters), []
     wanted = frozenset[Dead]().union(*(one.dead for one in sent.values()))
     have = [_dead_of(letter) for letter in letters]
@@ -204,14 +208,15 @@ def complaints_of_dead(letters: Iterable[DeadLetter], sent: Sent) -> list[str]:
         found.append(
             f"I2 not among the dead letters: {len(missing)}, as {sorted(map(str, missing))[0][:300]}"
         )
-    if invented := set(have) - wanted:
+    if invented := set(have) - wanted.union(*(one.dead for one in gone.values())):
         found.append(f"I2 dead without a cause: {len(invented)}, as {sorted(map(str, invented))[0][:300]}")
     if len(have) != len(set(have)):
         found.append(f"I2 {len(have) - len(set(have))} are there under two identities")
     for letter, dead in zip(letters, have, strict=True):
-        origin = sent.get((letter.origin.partition, letter.origin.offset))
+        at = letter.origin.partition, letter.origin.offset
+        origins = [one for one in (sent.get(at), gone.get(at)) if one is not None]
         of_archive = letter.origin.topic == "archive"  # a replay may have come first
-        if not letter.reason or not (of_archive or (origin is not None and dead in origin.dead)):
+        if not letter.reason or not (of_archive or any(dead in one.dead for one in origins)):
             found.append(f"I2 a letter is not of its origin: {letter.reason!r}, {letter.origin}")
     return found
 
