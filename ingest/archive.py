@@ -6,6 +6,8 @@
   their content's digest, which are put first; the manifest comes last, under the task's key. Parts of a run that lost stay
   behind, without harm.
 * Keys are built from checked pieces only, so no label can climb out of its prefix.
+* Marks of runs that begin (`mark_begun`) are empty objects under keys of their own, `begun/v1/…`: no listing of the archive meets them, and a
+  lifecycle rule may expire them.
 * What can be had again for money (listings) is cached beside the archive, under keys of its own; that alone is overwritten.
 * What the archive cannot tell again (`ingest.snapshot`) is kept beside it, under keys of its own, put if absent too.
 """
@@ -13,6 +15,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -38,11 +41,15 @@ DEADLINE_S = 60.0
 """Of one put or one get, with all their retries."""
 ATTEMPTS = 4
 """Of one request, by botocore's standard mode; and of a put that lost to something that then was not there."""
+MARK_S = 10.0
+"""Of a mark: a look waits for it."""
+BEGUN_MAX = 8
+"""Marks of one task. A run that finds all of them there counts one run more than that, and no further."""
 READS = 3
 """Of a task that came cut short or changed. botocore's attempts end with an answer's first bytes, and to ask the source again costs money."""
 
 _PREFIX = r"(?:[A-Za-z0-9][A-Za-z0-9._=-]*/)*"
-_KEY = re.compile(rf"{_PREFIX}v1/{TARGET}/\d{{4}}/\d\d/\d\d/(?P<tick>\d+)-[0-9a-f]{{32}}")
+_KEY = re.compile(rf"(?P<prefix>{_PREFIX})v1/{TARGET}/\d{{4}}/\d\d/\d\d/(?P<tick>\d+)-[0-9a-f]{{32}}")
 
 
 # --- keys -----------------------------------------------------------------------------------------------------
@@ -65,6 +72,12 @@ def checked_key(key: str) -> str:
     if not _KEY.fullmatch(key) or not key.isascii():
         raise Rejected("archive key", Reason.BAD_KEY, repr(key[:200]))
     return key
+
+
+def begun_key(archive_key: str, number: int) -> str:
+    """`<prefix>begun/v1/…/tick-task.number`: a mark of the task whose key that is. Raises Rejected(bad_key)."""
+    prefix = _KEY.sub(r"\g<prefix>", checked_key(archive_key))
+    return f"{prefix}begun/{archive_key.removeprefix(prefix)}.{number}"
 
 
 def cache_key(name: Sequence[str], prefix: str = "") -> str:
@@ -132,6 +145,20 @@ class S3Archive:
         checked_key(archive_key)
         async with self._translated(archive_key):
             return await self._read_task(archive_key)
+
+    async def mark_begun(self, archive_key: str) -> int:
+        """Put the next mark of a task; how many runs of it may have begun before. Raises Transient after MARK_S, Rejected where the key is bad.
+
+        One PUT for a second run, two for a third: 0.0005 cent each, and what is in doubt is a look. Counted from above: a mark whose answer was
+        lost, or that another run puts at the same time, counts as another run's.
+        """
+        checked_key(archive_key)
+        async with self._translated(archive_key, MARK_S):
+            for before in range(1, BEGUN_MAX + 1):
+                if await self._put(begun_key(archive_key, before), b""):
+                    return before
+        self._log.warning("more_runs_than_marks", key=archive_key, runs_at_least=BEGUN_MAX + 1)
+        return BEGUN_MAX + 1
 
     async def receipt(self, archive_key: str) -> Receipt | None:
         """The receipt of what is archived, without its payloads where it fits TAIL_BYTES; None where there is nothing.
@@ -277,18 +304,19 @@ class S3Archive:
         return f"archive s3://{self._bucket}/{key}"
 
     @asynccontextmanager
-    async def _translated(self, key: str) -> AsyncIterator[None]:
-        """Within the deadline, with the vendor's errors as Transient: what the archive refuses today may be mended."""
+    async def _translated(self, key: str, deadline_s: float = math.inf) -> AsyncIterator[None]:
+        """Within the archive's deadline and this one, with the vendor's errors as Transient: what the archive refuses today may be mended."""
         where = self._name(key)
+        deadline_s = min(deadline_s, self._deadline_s)
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with asyncio.timeout(deadline_s):
                 yield
         except ClientError as error:
             what = f"{error.operation_name}: {error.response['Error'].get('Code')} ({_status(error)})"
             # Without its cause, whose text is the server's and may repeat what signed the request.
             raise Transient(where, what, _REMEDIES.get(_status(error), ""), retry_after_s=5.0) from None
         except TimeoutError as error:
-            raise Transient(where, f"no answer within {self._deadline_s} s") from error
+            raise Transient(where, f"no answer within {deadline_s} s") from error
         except (BotoCoreError, aiohttp.ClientError, OSError) as error:
             raise Transient(where, f"{type(error).__name__}: {error}") from error
 

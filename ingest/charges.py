@@ -4,8 +4,10 @@ Guarantees, each with a test of its name:
 
 * *Each receipt counts once*: its charges are added in the transaction that inserts its look.
 * *Ledger ≤ bill ≤ ledger + in doubt*: what was answered is counted as billed. In doubt is what was asked for in requests whose answer was lost, and
-  what a run may have paid that ended without a receipt: the task's next run asks for the same, and counts it once more, as in doubt (`ingest.collect.begun_before`).
-  Nobody knows how far such a run came, so a task that had only waited for its turn counts as well: the bound is from above.
+  what runs may have paid that ended without a receipt: the task's next run asks for the same, and counts it as in doubt once for each run that may have begun before it
+  (`ingest.collect.begun_before`). Nobody knows how far such a run came, so a task that had only waited for its turn counts as well: the bound is from above.
+  It holds one asking of each run that was cut off; what such a run had asked again for itself (answers that it lost, or could not read) is not in it: nobody knows that.
+  Nor is what the next run does not ask itself: one that AWS refuses, or whose task is over by then.
 * *Intents before requests*: what is asked outside of tasks (a recheck) is put down as in doubt before it is asked, and settled by its answer.
 
 Counts are what the requests asked for: the price list is read later (`shard_config.price`), so that a switch of it applies to the past too.

@@ -5,6 +5,8 @@ Guarantees:
 * *Announced exists*: S3, then Kafka `raw`, then the receipt; whoever commits the task's offset does so after `publish` returned.
 * *Not paid twice*: a task that may be a second try asks the archive first, and what is archived is published from there. Publishing
   that fails is tried again with the answer in hand. (An archive that cannot be read costs a second look, not data.)
+* *What runs that were cut off may have paid is in doubt*: one that may be a second try leaves a mark in the archive before it asks, which says how many
+  may have begun before it, and its receipt counts what it asks that many times more. (Where the archive does not take the mark, once.)
 * *Only what is new or changed is published*, where the collector is given a memory of what it published last (`ingest.changed`); what that
   leaves out of windows that the look may seal is archived all the same. A replay publishes that, too.
 * Where two runs of one task race, put-if-absent picks one, and both publish that one. What the other paid for is in a receipt too.
@@ -138,7 +140,8 @@ class Collector:
             receipt = self._receipt(task, "", self._clock.now_ms(), failed)
             return Answer(ArchivedTask(receipt, ()), receipt)
         if done is None:
-            return await self._look_and_archive(task, kept_under, maybe_second_try)
+            before = await self._begun_before(task, kept_under) if maybe_second_try else 0
+            return await self._look_and_archive(task, kept_under, before)
         _log.info("task_published_from_archive", task=task.task_id, target=str(task.target))
         return Answer(done, None, held_too=task.kind == TaskKind.REPLAY)
 
@@ -171,7 +174,18 @@ class Collector:
             _log.warning("archive_not_readable", key=key, error=str(error))
             return None
 
-    async def _look_and_archive(self, task: Task, key: str, maybe_begun: bool) -> Answer:
+    async def _begun_before(self, task: Task, key: str) -> int:
+        """How many runs of a task may have begun before this one, at least one. Not asked where nobody bills the source."""
+        if not isinstance(self._sources.get(task.target.source), Informed):
+            return 1
+        try:
+            return await self._archive.mark_begun(key)
+        except (Transient, Rejected) as error:
+            # The windows would wait for the sake of an estimate: what is asked now is counted as in doubt once.
+            _log.warning("run_not_marked", task=task.task_id, target=str(task.target), error=str(error))
+            return 1
+
+    async def _look_and_archive(self, task: Task, key: str, before: int) -> Answer:
         started_at_ms = self._clock.now_ms()
         deadline_s = self._clock.monotonic_s() + self.deadline_s
         items: list[ReceiptItem] = []
@@ -184,7 +198,7 @@ class Collector:
             payloads += found.payloads
             if found.look is not None and found.over:
                 looks.append(found.look)
-        receipt = self._receipt(task, key, started_at_ms, begun_before(items, maybe_begun))
+        receipt = self._receipt(task, key, started_at_ms, begun_before(items, before))
         try:
             archived = await self._archive.put(ArchivedTask(receipt, tuple(payloads)))
         except (Transient, Rejected) as error:
@@ -312,13 +326,11 @@ class _Found:
         return failed if cost is None else replace(failed, outcome=replace(cost, detail=_fit(why)))
 
 
-def begun_before(items: Iterable[ReceiptItem], maybe: bool) -> tuple[ReceiptItem, ...]:
-    """Where another run may have begun the same task and not finished it: what is asked now may have been paid once before."""
+def begun_before(items: Iterable[ReceiptItem], runs: int) -> tuple[ReceiptItem, ...]:
+    """Where other runs may have begun the same task and not finished it: what is asked now may have been paid that many times before."""
     return tuple(
-        replace(
-            i, outcome=replace(i.outcome, metrics_in_doubt=i.outcome.metrics_in_doubt + _asked(i.outcome))
-        )
-        if maybe and "GetMetricData" in i.outcome.requests
+        replace(i, outcome=replace(o, metrics_in_doubt=o.metrics_in_doubt + runs * _asked(o)))
+        if "GetMetricData" in (o := i.outcome).requests
         else i
         for i in items
     )

@@ -98,6 +98,13 @@ class Archive(Protocol):
         """What is archived under a key, or None. Raises Transient; Rejected where the object is spoilt."""
         ...
 
+    async def mark_begun(self, archive_key: str) -> int:
+        """Leave a mark that another run of a task begins; returns how many may have begun before it, 1 where this is the first mark.
+
+        For a run that may be a second try, before it asks. Raises Transient, soon.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Record:

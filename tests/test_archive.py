@@ -23,7 +23,7 @@ from aiobotocore.session import AioSession
 from botocore.retries.standard import ExponentialBackoff
 
 from ingest import archive as archive_module
-from ingest.archive import archive_key, open_archive
+from ingest.archive import BEGUN_MAX, archive_key, open_archive
 from ingest.clock import ManualClock
 from ingest.errors import Rejected, Transient
 from ingest.model import LookStatus, Outcome, Receipt, ReceiptItem, Target, TaskItem
@@ -459,6 +459,33 @@ async def test_a_missing_part_is_rejected_as_spoilt(store: Store) -> None:
     assert refused.value.reason == "spoilt"
 
 
+async def test_each_run_that_is_marked_is_told_how_many_may_have_begun_before(store: Store) -> None:
+    task, other = archived(b"one"), archived(b"two")
+
+    told = [await store.archive.mark_begun(task.receipt.archive_key) for _ in range(3)]
+
+    assert told == [1, 2, 3]
+    assert await store.archive.mark_begun(other.receipt.archive_key) == 1
+
+
+async def test_marks_end_at_their_bound_and_no_run_is_counted_less_than_what_is_there(store: Store) -> None:
+    key = archived().receipt.archive_key
+
+    told = [await store.archive.mark_begun(key) for _ in range(BEGUN_MAX + 2)]
+
+    assert told == [*range(1, BEGUN_MAX + 1), BEGUN_MAX + 1, BEGUN_MAX + 1]
+
+
+async def test_a_mark_is_neither_under_its_tasks_key_nor_in_the_way_of_the_task(store: Store) -> None:
+    task = archived(b"one")
+    key = task.receipt.archive_key
+    await store.archive.mark_begun(key)
+
+    assert await store.names(key) == set()
+    assert await store.archive.get(key) is None
+    assert await store.archive.put(task) == task
+
+
 async def test_a_key_that_is_not_ours_is_neither_put_nor_got(store: Store) -> None:
     task = archived(b"one")
     foreign = replace(task, receipt=replace(task.receipt, archive_key="v1/../x"))
@@ -467,8 +494,10 @@ async def test_a_key_that_is_not_ours_is_neither_put_nor_got(store: Store) -> No
         await store.archive.put(foreign)
     with pytest.raises(Rejected) as refused_get:
         await store.archive.get("v1/../x")
+    with pytest.raises(Rejected) as refused_mark:
+        await store.archive.mark_begun("v1/../x")
 
-    assert [refused_put.value.reason, refused_get.value.reason] == ["bad_key", "bad_key"]
+    assert {one.value.reason for one in (refused_put, refused_get, refused_mark)} == {"bad_key"}
 
 
 # --- S3 -------------------------------------------------------------------------------------------------------
@@ -492,6 +521,47 @@ async def test_of_many_puts_at_once_all_are_told_of_the_same_one(s3: S3) -> None
         held = await archive.get(base.receipt.archive_key)
     assert held is not None
     assert told == {held.receipt.shard}
+
+
+async def test_of_many_marks_at_once_each_is_told_another_number(s3: S3) -> None:
+    key = archived(prefix=s3.prefix).receipt.archive_key
+
+    async with open_archive(s3, ManualClock(TICK_S), SESSION) as archive, asyncio.TaskGroup() as group:
+        marks = [group.create_task(archive.mark_begun(key)) for _ in range(5)]
+
+    # A number is passed over where two met: more is counted then, never less.
+    told = sorted(mark.result() for mark in marks)
+    assert len(set(told)) == 5
+    assert all(number >= least for number, least in zip(told, range(1, 6), strict=True))
+
+
+async def test_no_listing_of_the_archive_meets_a_mark(s3: S3) -> None:
+    target = Target("cloudwatch", "210987654322", "eu-west-1")
+    task = archived(b"x", target=target, tick_s=TICK_S + 300, prefix=s3.prefix)
+    never = archived(b"x", target=target, tick_s=TICK_S, prefix=s3.prefix)
+    elsewhere = archived(target=Target("cloudwatch", "210987654323", "eu-west-1"), prefix=s3.prefix)
+
+    async with open_archive(s3, ManualClock(TICK_S), SESSION) as archive:
+        await archive.put(task)
+        for one in (task, never, elsewhere):
+            await archive.mark_begun(one.receipt.archive_key)
+        listed = dict([one async for one in archive.sized_keys(target, TICK_S, TICK_S + 600)])
+        targets, first_s = await archive.targets(), await archive.first_tick_s(target)
+
+    assert listed == {task.receipt.archive_key: len(pack(task)[1])}
+    assert (target in targets, elsewhere.receipt.target in targets) == (True, False)
+    assert first_s == TICK_S + 300
+
+
+async def test_a_mark_that_s3_does_not_answer_is_transient_and_soon(
+    s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive_module, "MARK_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        away = s3.model_copy(update={"endpoint_url": f"http://127.0.0.1:{silent.getsockname()[1]}"})
+        async with asyncio.timeout(5), open_archive(away, ManualClock(TICK_S), SESSION) as archive:
+            with pytest.raises(Transient, match=r"no answer within 0\.2 s"):
+                await archive.mark_begun(archived(prefix=s3.prefix).receipt.archive_key)
 
 
 @pytest.mark.parametrize("size", [1, 200_000])

@@ -114,10 +114,11 @@ async def test_a_day_is_the_utc_day_on_which_the_look_was_finished(store: Store)
 def test_what_a_run_that_ended_without_a_receipt_may_have_paid_is_in_doubt() -> None:
     task = task_of(NOON_S - 300, NOON_S)
     asked = billed(receipt_of(task, series=4), 3, doubt=1).items
-    assert begun_before(asked, maybe=False) == asked
-    assert begun_before(asked, maybe=True)[0].outcome.metrics_in_doubt == 1 + 4
+    assert begun_before(asked, runs=0) == asked
+    assert begun_before(asked, runs=1)[0].outcome.metrics_in_doubt == 1 + 4
+    assert begun_before(asked, runs=3)[0].outcome.metrics_in_doubt == 1 + 3 * 4
     never = ReceiptItem(task.items[0], Outcome(LookStatus.FAILED, "", 0, 9, {}, 0), 0, (), ())
-    assert begun_before([never], maybe=True) == (never,)
+    assert begun_before([never], runs=1) == (never,)
 
 
 async def test_an_intent_is_in_doubt_until_its_answer_settles_it(store: Store) -> None:

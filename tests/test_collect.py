@@ -101,6 +101,15 @@ class FakeSource:
     async def close(self) -> None: ...
 
 
+class BilledSource(FakeSource):
+    """One that is billed, and says what it has cost (`ingest.ports.Informed`)."""
+
+    def broke(self, task_id: str, service: str) -> Outcome | None:
+        return None
+
+    async def published(self, task_id: str, service: str) -> None: ...
+
+
 class Ordered(FakeArchive):
     """An archive that notes when something got into it."""
 
@@ -206,6 +215,57 @@ async def test_a_second_try_of_what_nobody_archived_asks_the_source() -> None:
     world = World()
     await world.collector.collect(TASK, maybe_second_try=True)
     assert (world.source.looks, len(world.raw())) == (1, 1)
+
+
+async def cut_off(world: World, *, maybe_second_try: bool) -> None:
+    """A run that is killed when it has asked, before it archives."""
+    world.archive.failures = [*[None] * (2 if maybe_second_try else 0), KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        await world.collector.answer(TASK, maybe_second_try=maybe_second_try)
+
+
+async def test_of_three_runs_of_which_two_were_cut_off_the_last_counts_two_askings_as_in_doubt() -> None:
+    runs = [World(BilledSource())]
+    runs += [World(BilledSource(), archive=runs[0].archive) for _ in range(2)]
+    await cut_off(runs[0], maybe_second_try=False)
+    await cut_off(runs[1], maybe_second_try=True)
+    receipt = await runs[2].collector.collect(TASK, maybe_second_try=True)
+    bill = sum(run.source.looks for run in runs) * 7
+    outcome = receipt.items[0].outcome
+    assert (outcome.metrics_billed, outcome.metrics_in_doubt) == (7, 14)
+    assert bill == outcome.metrics_billed + outcome.metrics_in_doubt
+
+
+async def test_a_first_run_leaves_no_mark_and_nothing_of_it_is_in_doubt() -> None:
+    world = World(BilledSource())
+    receipt = await world.collector.collect(TASK, maybe_second_try=False)
+    assert receipt.items[0].outcome.metrics_in_doubt == 0
+    assert list(world.archive.objects) == [archive_key(TASK)]
+
+
+async def test_a_second_try_that_the_archive_answers_leaves_no_mark() -> None:
+    first = World(BilledSource())
+    await first.collector.collect(TASK, maybe_second_try=False)
+    second = World(BilledSource(), archive=first.archive)
+    await second.collector.collect(TASK, maybe_second_try=True)
+    assert list(first.archive.objects) == [archive_key(TASK)]
+
+
+async def test_a_second_try_at_what_nobody_bills_leaves_no_mark() -> None:
+    world = World()
+    await world.collector.collect(TASK, maybe_second_try=True)
+    assert list(world.archive.objects) == [archive_key(TASK)]
+
+
+@pytest.mark.parametrize("error", [Transient("archive", "away"), Rejected("archive", "bad_key")], ids=str)
+async def test_where_the_archive_does_not_take_the_mark_one_asking_is_in_doubt_and_no_data_is_lost(
+    error: Exception,
+) -> None:
+    world = World(BilledSource())
+    world.archive.failures = [None, error]
+    receipt = await world.collector.collect(TASK, maybe_second_try=True)
+    outcome = receipt.items[0].outcome
+    assert (outcome.status, outcome.metrics_in_doubt, world.source.looks) == (LookStatus.COMPLETE, 7, 1)
 
 
 async def test_an_archive_that_cannot_be_read_costs_a_second_look_and_no_data() -> None:
