@@ -22,6 +22,8 @@ RUN python3 -m venv /opt/installer \
 COPY shard_config /opt/headgate/app/shard_config
 COPY ingest /opt/headgate/app/ingest
 COPY workers /opt/headgate/app/workers
+# What NumPy and SciPy bring to test themselves with is a tenth of everything.
+RUN find /opt/headgate/lib -type d -name tests \( -path '*/numpy/*' -o -path '*/scipy/*' \) -prune -exec rm -rf {} +
 # Ours beside the dependencies, so that nothing depends on a working directory; compiled, for the file system is read-only.
 RUN site=$(/opt/headgate/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
  && mv /opt/headgate/app/* "$site" && rmdir /opt/headgate/app \
