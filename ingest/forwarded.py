@@ -99,6 +99,8 @@ class Tally:
     )
     """Acknowledged samples by age, a bucket each of DELAY_BUCKETS_S, and one for what is older."""
     delay_sum_s: float = 0.0
+    series: int = 0
+    """That are known, whether points of theirs wait or not."""
     held: int = 0
     lag_records: int = 0
     failing: bool = False

@@ -202,7 +202,7 @@ class Forwarder:
                     self._heard(batch, record.value)
             progress.taken(record.position.offset, due_s)
             self._read_s[record.position.partition] = record.timestamp_ms // 1000 + self._log_ahead_s
-        self._tally.held = self._holding.held
+        self._tally.held, self._tally.series = self._holding.held, self._holding.series
 
     def caught_up(self, partitions: Iterable[int]) -> None:
         """All records of these were taken that there are: until the next one their time is the clock's."""

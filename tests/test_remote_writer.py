@@ -289,6 +289,7 @@ async def test_without_a_window_revisions_before_settling_win_and_later_ones_are
             final = batch_of(account, {"i-1": {settled_s: 1.0, soon_s: 3.0}})
             await stage.holds(stage.oracle([batch_of(account, {"i-1": {settled_s: 1.0}})]))
             assert metric("headgate_remote_write_held_samples", "shard-0") == 1
+            assert metric("headgate_remote_write_series", "shard-0") >= 1
             await stage.holds(stage.oracle([final]))
             await stage.publish([batch_of(account, {"i-1": {settled_s: 8.0, soon_s: 9.0}})])
 

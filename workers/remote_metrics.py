@@ -49,6 +49,11 @@ class Tallies(Collector):
         held = GaugeMetricFamily(
             "headgate_remote_write_held_samples", "Samples that wait until they have settled.", labels=_LABELS
         )
+        series = GaugeMetricFamily(
+            "headgate_remote_write_series",
+            "Series that are known here. Each takes about a kilobyte of memory: more than fit need another remote writer.",
+            labels=_LABELS,
+        )
         lag = GaugeMetricFamily(
             "headgate_remote_write_lag_records",
             "Records not read yet; high: add remote writers.",
@@ -66,9 +71,10 @@ class Tallies(Collector):
             skipped.add_metric([name], tally.skipped_records)
             delay.add_metric([name], *_buckets(tally))
             held.add_metric([name], tally.held)
+            series.add_metric([name], tally.series)
             lag.add_metric([name], tally.lag_records)
             failing.add_metric([name], tally.failing)
-        yield from (samples, refused, skipped, delay, held, lag, failing)
+        yield from (samples, refused, skipped, delay, held, series, lag, failing)
 
 
 def _buckets(tally: Tally) -> tuple[list[tuple[str, float]], float]:
