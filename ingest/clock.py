@@ -82,6 +82,10 @@ class ManualClock:
         self._now_ms += int(seconds * 1000)
         self._monotonic_s += seconds
 
+    def step(self, seconds: float) -> None:
+        """Move the wall clock alone, ahead or back."""
+        self._now_ms += int(seconds * 1000)
+
     async def sleep(self, seconds: float) -> None:
         self.advance(seconds)
         await asyncio.sleep(0)

@@ -286,6 +286,7 @@ class _Judge:
             if look.look_id and not w.unbalanced:
                 continue
             before = self._s.announced.get(look.task.task_id, Announced(0, 0))
+            # One replayed by a clock that was ahead is not over: it is replayed once more, which costs nothing.
             over = self._now_s >= before.last_s + RELANDING_S if look.look_id else look.passed
             if before.times < (1 if look.look_id else REPLAYS_MAX) or not over:
                 return look
@@ -294,7 +295,7 @@ class _Judge:
     def _replay(self, look: Unlanded) -> bool:
         before = self._s.announced.get(look.task.task_id, Announced(0, 0))
         rest_s = RELANDING_S if look.look_id else self._rules.heal.backoff_s << max(0, before.times - 1)
-        if not look.passed or (before.times and self._now_s < before.last_s + rest_s):
+        if not look.passed or (before.times and not self._rested(before.last_s, rest_s)):
             return self._wait(Wait.LANDING)
         if len(self.replays) >= ANNOUNCED_MAX and look.task.task_id not in self.replays:
             return self._wait(Wait.TURN)
@@ -310,7 +311,7 @@ class _Judge:
         rest_s = self._rules.task_deadline_s + (
             self._rules.heal.backoff_s << min(before.times, DOUBLINGS_MAX)
         )
-        if self._now_s < before.last_s + rest_s:
+        if not self._rested(before.last_s, rest_s):
             return self._wait(Wait.ANSWER)
         if len(self.again) >= ANNOUNCED_MAX and newest.task.task_id not in self.again:
             return self._wait(Wait.TURN)
@@ -377,7 +378,11 @@ class _Judge:
             return False
         first_s = self._rules.heal.backoff_s
         rest_s = min(first_s << min(len(made) - 1, DOUBLINGS_MAX), max(first_s, REST_S_MAX))
-        return self._now_s < max(a.allocated_s for a in made) + rest_s
+        return not all(self._rested(a.allocated_s, rest_s) for a in made)
+
+    def _rested(self, since_s: int, rest_s: int) -> bool:
+        """Whether so long has passed. What a clock that was ahead wrote lies after now, and is no reason to wait until then."""
+        return not since_s <= self._now_s < since_s + rest_s
 
     def _ask(self, key: tuple[Target, str, int, int], windows: Sequence[Window]) -> Ask:
         """From the first window to the last: what lies between costs nothing, for points are not billed.

@@ -8,8 +8,8 @@ Guarantees, each with a test of its name:
 * *Settled before left*: a live task looks back far enough that each window is looked at once more after it has settled.
 * *An outage is not paid for tick by tick*: overdue windows coalesce into blocks of at most `BLOCK_POINTS_MAX` points a
   series, one call's worth, newest first; live tasks come before them. A short one is a part of the live look, for points are not billed.
-* *A clock that steps costs no window*: what was planned by one that was ahead is planned again when it is due, and an hour that was planned is not planned
-  again by one that was behind.
+* *A clock that steps costs no window*: once it is right again, every window is looked at after it has settled by real time, those too that were planned,
+  or found overdue, while it was ahead; and what was planned is not planned again by one that was behind. See `Progress`.
 * *A stretched poll covers whole windows of the same grid*: each k-th tick looks at all windows since the last one, so that the same points come, later.
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ingest.model import SourceName, Target, Task, TaskItem, TaskKind, task_id_of
 from shard_config.model import Config, ServiceProfile, retention_s
@@ -30,6 +30,13 @@ KEPT_PERIODS_S = (60, 300, 3600)
 """CloudWatch gathers older points up to these: see `shard_config.model.RETENTION_S`."""
 
 NO_STRETCH: Mapping[str, int] = {}
+
+STEP_S = 2.0
+"""A clock that moved by so much more, or less, than time went by has stepped."""
+LEAPS_MAX = 8
+"""Leaps ahead that are remembered one by one, of those not taken back; more are one with the oldest."""
+LEAP_KEPT_S = 86_400
+"""What was planned by a clock that was ahead for longer is left to healing: a step back plans a day again at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,10 @@ class Grid:
     def ceil(self, time_s: int) -> int:
         return -(-time_s // self.poll_interval_s) * self.poll_interval_s
 
+    def newest_s(self, now_s: int) -> int:
+        """The end of the newest window that can be planned."""
+        return self.floor(now_s) + (0 if self.has_past else self.poll_interval_s)
+
 
 def grid_of(profile: ServiceProfile) -> Grid:
     """How a service of AWS's is polled."""
@@ -109,24 +120,99 @@ def grids_of(config: Config) -> dict[Target, tuple[Grid, ...]]:
     return {t: tuple(sorted(found[t], key=lambda g: g.service)) for t in sorted(found)}
 
 
-def go_on_from(
-    until_s: dict[str, int], ahead_s: dict[str, int], grids: Sequence[Grid], now_s: int, last_s: int
-) -> None:
-    """Have plans go on from now where the clock has stepped back. By service, `until_s` is what `due` will be given; `ahead_s` is kept for the next call.
+@dataclass(frozen=True, slots=True)
+class Leap:
+    """The clock leapt ahead by `by_s` to `to_s`; before that, windows were planned until `until_s`, by service."""
 
-    What is planned beyond `now_s` was planned by a clock that was ahead, and looked at before it had ended: so it is planned again, tick by
-    tick. Or the clock is behind now: when it leaps (since `last_s`, the last call) past what was planned, that was looked at when it was due,
-    and is not asked for again.
+    by_s: float
+    to_s: int
+    until_s: Mapping[str, int]
+
+
+class Progress:
+    """How far the windows of one target are planned, by the clock of one process, which may step. Not for two at once.
+
+    `until_s` has, by service, the end of the newest window that is planned: what `due` is given. Whoever plans moves it on, and calls `go_on_from`
+    before. Only a step of STEP_S or more is one: the rest is rounding, and what NTP does to a clock that is right.
+
+    * A step back that takes back a leap: what was planned since was looked at before it had ended or settled, so all of it is planned again.
+    * One that takes back more than ever leapt: the clock is behind now. Plans go on from now, tick by tick; when it leaps past
+      what was planned before, that was looked at when it was due, and is not asked for again.
+    * At the start nothing is known of steps before. Where the clock steps back to before the start, it was ahead then. Where it is the memory that is ahead,
+      the newest block is looked at again: one call's worth, so no dearer than a poll.
     """
-    for grid in grids:
-        service, most_s = grid.service, grid.floor(now_s) + (0 if grid.has_past else grid.poll_interval_s)
-        if until_s.get(service, 0) > most_s:
-            ahead_s[service] = max(until_s[service], ahead_s.get(service, 0))
-            until_s[service] = most_s
-        elif service in ahead_s and now_s >= ahead_s[service]:
-            planned_s = ahead_s.pop(service)
-            if now_s - last_s > grid.poll_interval_s:
-                until_s[service] = max(until_s[service], planned_s)
+
+    def __init__(self, until_s: Mapping[str, int]) -> None:
+        self.until_s = dict(until_s)
+        self._begun: Leap | None = None
+        """The first call: it may have been a clock that was ahead."""
+        self._leaps: list[Leap] = []
+        """Of those not taken back yet, the oldest first."""
+        self._behind_s = 0.0
+        self._planned_s: dict[str, int] = {}
+        """While the clock is behind: until when windows were planned, and looked at when they were due."""
+
+    def go_on_from(self, grids: Sequence[Grid], now_s: int, stepped_s: float) -> None:
+        """Have plans go on from `now_s`. `stepped_s`: by how much the clock moved more, or less, than time went by since the last call."""
+        if self._begun is None:
+            self._begin(grids, now_s)
+        elif stepped_s >= STEP_S:
+            self._leap(now_s, stepped_s)
+        elif stepped_s <= -STEP_S:
+            self._step_back(grids, now_s, -stepped_s, self._begun)
+        self._leaps = [leap for leap in self._leaps if now_s - leap.to_s < LEAP_KEPT_S]
+        self._planned_s = {
+            service: until_s for service, until_s in self._planned_s.items() if until_s > now_s
+        }
+        if not self._planned_s:
+            self._behind_s = 0.0  # it has caught up, or what is called behind was right
+
+    def _begin(self, grids: Sequence[Grid], now_s: int) -> None:
+        for grid in grids:
+            if self.until_s.get(grid.service, 0) >= now_s + STEP_S:
+                again_s = max(0, grid.block_s - grid.lookback_s) if grid.has_past else 0
+                self._cut(grid, grid.newest_s(now_s) - again_s)
+        self._begun = Leap(0.0, now_s, dict(self.until_s))
+
+    def _leap(self, now_s: int, by_s: float) -> None:
+        before = dict(self.until_s)
+        made_up_s = min(by_s, self._behind_s)
+        self._behind_s -= made_up_s
+        if by_s - made_up_s >= STEP_S:
+            self._leaps.append(Leap(by_s - made_up_s, now_s, before))
+            if len(self._leaps) > LEAPS_MAX:
+                first, second, *others = self._leaps
+                self._leaps = [replace(second, by_s=first.by_s + second.by_s, until_s=first.until_s), *others]
+        for service, planned_s in self._planned_s.items():
+            if planned_s <= now_s:
+                self.until_s[service] = max(self.until_s.get(service, 0), planned_s)
+
+    def _step_back(self, grids: Sequence[Grid], now_s: int, by_s: float, begun: Leap) -> None:
+        since: Leap | None = None
+        while self._leaps and by_s >= STEP_S:
+            since = self._leaps.pop()
+            if since.by_s - by_s >= STEP_S:
+                self._leaps.append(replace(since, by_s=since.by_s - by_s))
+            by_s -= since.by_s
+        if by_s >= STEP_S and now_s < begun.to_s:
+            since, by_s = begun, 0.0
+        behind = by_s >= STEP_S
+        self._behind_s += by_s if behind else 0.0
+        for grid in grids:
+            service, newest_s = grid.service, grid.newest_s(now_s)
+            if since is not None and grid.has_past:
+                # What had no plan then has a first start now.
+                self._cut(grid, since.until_s.get(service))
+            if behind and self.until_s.get(service, 0) > newest_s:
+                self._planned_s[service] = max(self.until_s[service], self._planned_s.get(service, 0))
+            self._cut(grid, newest_s)
+
+    def _cut(self, grid: Grid, at_s: int | None) -> None:
+        """Nothing is planned past `at_s`; None: nothing at all."""
+        if at_s is None:
+            self.until_s.pop(grid.service, None)
+        elif grid.service in self.until_s:
+            self.until_s[grid.service] = min(self.until_s[grid.service], at_s)
 
 
 def due(

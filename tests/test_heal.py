@@ -263,6 +263,40 @@ def test_the_rest_grows_to_an_hour_and_no_longer() -> None:
             assert len(decide(known, patient).asks) == asks
 
 
+def test_what_a_clock_that_was_ahead_wrote_is_no_reason_to_rest_and_counts_as_an_attempt() -> None:
+    ahead_s = LATER_S + 3600
+    w = window()
+    block = [attempt(w, 1, ahead_s - ZERO_S)]
+    [task] = asked(decide(situation(w, attempts=block), RULES))
+    assert task.attempt == 2
+    # One that was made just now rests all the same.
+    block.append(attempt(w, 2, LATER_S - ZERO_S))
+    assert decide(situation(w, attempts=block), RULES).waiting == {Wait.BACKOFF: 1}
+    block.append(attempt(w, 3, ahead_s - ZERO_S))
+    assert [d.reason for d in decide(situation(w, attempts=block), RULES).declared] == [Reason.ABANDONED]
+
+    task = task_of(w)
+    waits = situation(w, pending=[Pending(task, ahead_s)])
+    assert [t.task_id for t in decide(waits, RULES).again] == [task.task_id]
+    told = replace(waits, announced={task.task_id: Announced(1, ahead_s)})
+    assert [t.task_id for t in decide(told, RULES).again] == [task.task_id]
+
+    archived = situation(w, unlanded=[unlanded(w)], announced={task.task_id: Announced(1, ahead_s)})
+    assert [t.task_id for t in decide(archived, RULES).replays] == [task.task_id]
+    used_up = replace(archived, announced={task.task_id: Announced(REPLAYS_MAX, ahead_s)})
+    assert decide(used_up, RULES).replays == ()
+
+
+def test_rows_that_a_clock_that_was_ahead_landed_once_more_are_landed_again_before_the_source_is_asked() -> (
+    None
+):
+    w = window(landed_s=LATER_S, unbalanced=True)
+    look = replace(unlanded(w), look_id=7)
+    known = situation(w, unlanded=[look], announced={look.task.task_id: Announced(1, LATER_S + 3600)})
+    decision = decide(known, RULES)
+    assert (decision.relanded, len(decision.replays), decision.asks) == ((7,), 1, ())
+
+
 def test_a_window_that_comes_into_a_block_that_was_just_asked_rests_with_it_and_both_are_asked_for_at_once() -> (
     None
 ):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ingest.model import Target, Task, TaskItem, TaskKind
-from ingest.schedule import BLOCK_POINTS_MAX, Grid, blocks, due, grids_of, horizon
+from ingest.schedule import BLOCK_POINTS_MAX, LEAPS_MAX, Grid, Progress, blocks, due, grids_of, horizon
 from shard_config.load import loads
 from shard_config.model import Account, Config, ExpositionJob, ServiceProfile
 
@@ -132,6 +132,124 @@ def test_stretched_polls_cover_every_window_of_the_same_grid_and_once_more_after
         if e + grid.lookback_s < planned - max(rungs) * grid.poll_interval_s
     }
     assert all(look_s >= end_s + grid.settling_s for end_s, look_s in left.items())
+
+
+class Planner:
+    """One that plans by a clock which may be wrong, and what it looked at by real time."""
+
+    def __init__(self, grid: Grid, real_s: int, off_s: int = 0, until_s: int | None = None) -> None:
+        self.grid = grid
+        self.real_s = real_s
+        self.off_s = self.last_off_s = off_s
+        self.progress = Progress({} if until_s is None else {grid.service: until_s})
+        self.looks: dict[int, list[int]] = defaultdict(list)
+        """By a window's end, when it was looked at."""
+
+    def tick(self, seconds: int = 0) -> list[Task]:
+        self.real_s += seconds
+        now_s = self.real_s + self.off_s
+        self.progress.go_on_from([self.grid], now_s, self.off_s - self.last_off_s)
+        self.last_off_s = self.off_s
+        tasks = plan([self.grid], self.progress.until_s, now_s)
+        for item in items_of(tasks, self.grid.service):
+            for window in item.windows():
+                self.looks[window.end_s].append(self.real_s)
+        return tasks
+
+    def run(self, seconds: int, each_s: int) -> list[Task]:
+        return [task for _ in range(0, seconds, each_s) for task in self.tick(each_s)]
+
+    @property
+    def asked(self) -> int:
+        return sum(map(len, self.looks.values()))
+
+
+@given(data=st.data())
+def test_a_clock_that_steps_costs_no_window_and_what_is_asked_again_is_bounded(data: st.DataObject) -> None:
+    poll_s = data.draw(st.sampled_from([10, 60, 300]))
+    grid = Grid("s", poll_s, 10, data.draw(st.integers(0, 4 * poll_s)))
+    off_s = st.sampled_from([0, 0, 3, poll_s, 3600, 3601, 7200, 10_000, -60, -3600])
+    each_s = poll_s // 2
+    ahead_s = data.draw(st.sampled_from([0, 3600]))
+    planner = Planner(grid, NOON_S, ahead_s)
+    planner.tick()
+    planner.run(data.draw(st.integers(0, 10)) * poll_s, each_s)
+    steps, worst_s = 0, abs(ahead_s)
+    # One that started ahead is right again before the time at which it started.
+    planner.off_s = 0
+    planner.tick(1)
+    for planner.off_s in [*data.draw(st.lists(off_s, max_size=8)), 0]:
+        steps += planner.off_s != planner.last_off_s
+        worst_s = max(worst_s, abs(planner.off_s))
+        # Now and then it does not plan for a while, because Kafka is away: no step.
+        planner.tick(data.draw(st.sampled_from([0, 1, poll_s, 4000])))
+        planner.run(data.draw(st.integers(0, 10)) * poll_s, each_s)
+    planner.run(grid.lookback_s + 4 * poll_s, each_s)
+    ended = range(grid.floor(NOON_S), planner.real_s - grid.lookback_s - 2 * poll_s, poll_s)
+    assert [e for e in ended if max(planner.looks[e], default=0) < e + grid.settling_s] == []
+    run_s = planner.real_s - NOON_S + LOOKBACK_S
+    polled = (run_s // poll_s + 1) * (grid.lookback_s // poll_s + 2)
+    again = (run_s + 2 * worst_s + grid.block_s) // poll_s + grid.lookback_s // poll_s + 2
+    assert planner.asked <= polled + steps * 2 * again
+
+
+def test_what_was_planned_by_a_clock_that_was_an_hour_ahead_for_three_is_in_the_next_look() -> None:
+    planner = Planner(EC2, NOON_S)
+    planner.run(3600, 60)
+    planner.off_s = 3600
+    planner.run(3 * 3600, 60)
+    planner.off_s = 0
+    [live] = planner.tick(300)
+    assert live.kind == TaskKind.LIVE
+    assert live.items[0].start_s == NOON_S + 3600 - EC2.lookback_s
+    assert live.items[0].end_s == NOON_S + 4 * 3600 + 300
+    assert [t.kind for t in planner.run(3600, 60)] == [TaskKind.LIVE] * 12
+
+
+@pytest.mark.parametrize("back_s", [1, 30, 600])
+def test_after_an_outage_a_step_back_plans_no_hours_again(back_s: int) -> None:
+    planner = Planner(EC2, NOON_S)
+    planner.tick()
+    planner.run(3600, 60)
+    planner.tick(6 * 3600)  # Kafka was away
+    before = planner.asked
+    planner.off_s = -back_s
+    planner.run(900, 60)
+    assert planner.asked - before <= 5 * (EC2.lookback_s // EC2.poll_interval_s + 1)
+
+
+def test_a_restart_whose_memory_is_of_a_clock_that_was_ahead_looks_at_one_block_again_at_the_price_of_a_poll() -> (
+    None
+):
+    planner = Planner(EC2, NOON_S + 10, until_s=NOON_S + 3600)
+    [live] = planner.tick()
+    assert (live.kind, live.items[0].start_s, live.items[0].end_s) == (
+        TaskKind.LIVE,
+        NOON_S - EC2.block_s,
+        NOON_S,
+    )
+    assert [t.kind for t in planner.run(7200, 60)] == [TaskKind.LIVE] * 24
+
+
+def test_one_that_started_while_its_clock_was_ahead_goes_on_from_its_memory_when_it_steps_back() -> None:
+    planner = Planner(EC2, NOON_S, off_s=3600, until_s=NOON_S - 1800)
+    planner.run(600, 60)
+    planner.off_s = 0
+    [live] = planner.tick(300)
+    assert live.items[0].start_s == NOON_S - 1800 - EC2.lookback_s
+    assert live.items[0].end_s == NOON_S + 900
+
+
+def test_leaps_that_are_not_taken_back_are_bounded_and_the_oldest_is_kept() -> None:
+    planner = Planner(EC2, NOON_S)
+    planner.tick()
+    for n in range(1, 3 * LEAPS_MAX):
+        planner.off_s = n * 60
+        planner.tick(300)
+    planner.off_s = 0
+    [live, *_] = tasks = planner.tick(300)
+    assert min(i.start_s for t in tasks for i in t.items) <= NOON_S
+    assert live.items[0].end_s == EC2.floor(planner.real_s)
 
 
 def test_relaxing_a_stretch_is_one_look_though_it_is_more_than_a_calls_worth() -> None:

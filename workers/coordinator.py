@@ -35,7 +35,7 @@ from ingest.log import Outgoing, Producer, Sender
 from ingest.model import Target, Task, TaskKind
 from ingest.pauses import Pauses, split
 from ingest.reassign import Planned
-from ingest.schedule import Grid, divide, due, go_on_from, grids_of, horizon
+from ingest.schedule import Grid, Progress, divide, due, grids_of, horizon
 from ingest.spending import payers_of
 from ingest.weights import weights_of
 from shard_config.load import load
@@ -87,10 +87,9 @@ class Coordinator:
         self._stepping = asyncio.Lock()
         """Held by a step and by a change of the configuration, so that neither meets the other half done."""
         self._memory = memory
-        self._until_s: dict[Target, dict[str, int]] = {}
-        self._ahead_s: dict[Target, dict[str, int]] = {}
-        """What was planned when somebody's clock was ahead of ours now: see `ingest.schedule.go_on_from`."""
-        self._stepped_s = 0
+        self._progress: dict[Target, Progress] = {}
+        self._ahead_s: float | None = None
+        """Of the wall clock before the monotonic one, at the last plan: what changes it is a step."""
         self.weights: dict[str, float] = {}
         """Metrics asked a minute, by unit (`shard_config.units`), as far as the ledger has learned."""
         self.slots: dict[str, int] = dict(memory.slots)
@@ -120,14 +119,13 @@ class Coordinator:
         dropped: nobody has heard of it. A target that comes back goes on where its plan ended, windows missed meanwhile included.
         """
         self._config = config
-        self._revision = (
-            config.revision
-        )  # not at each tick for each target: it is milliseconds with hundreds of accounts
+        # Not at each tick for each target: it is milliseconds with hundreds of accounts.
+        self._revision = config.revision
         self._grids: Mapping[Target, tuple[Grid, ...]] = grids_of(config)
         once = config.run.horizon_s is not None
         for t in self._grids:
             before = {} if once else self._memory.planned_until_s.get(str(t), {})
-            self._until_s.setdefault(t, dict(before))
+            self._progress.setdefault(t, Progress(before))
         self._replan()
         for waiting in (self._to_ledger, self._to_collect, self._recalled, self._taken_over):
             waiting[:] = [task for task in waiting if task.target in self._grids]
@@ -159,20 +157,19 @@ class Coordinator:
 
     def plan_due(self) -> int:
         """Plan what is due now; returns how many tasks that are. They are announced by `announce`."""
-        now_s = self._clock.now_s()
+        now_s, stepped_s = self._clock.now_s(), self._stepped_s()
         tasks: list[Task] = []
         first: list[Task] = []
         for target, grids in self._grids.items():
-            until_s = self._until_s[target]
+            until_s = self._progress[target].until_s
             if self._config.run.horizon_s is None:
-                go_on_from(until_s, self._ahead_s.setdefault(target, {}), grids, now_s, self._stepped_s)
+                self._progress[target].go_on_from(grids, now_s, stepped_s)
             whole = self._found(target, grids, now_s)
             found = [part for task in whole for part in divide(task, self._places)]
             for item in (item for task in found for item in task.items):
                 until_s[item.service] = max(until_s.get(item.service, 0), item.end_s)
             tasks += (t for t in found if t.task_id not in self._known)
             first += whole
-        self._stepped_s = now_s
         if self._first_plan is None and tasks:
             start_s = min(i.start_s for t in first for i in t.items)
             self._first_plan = _FirstPlan(now_s, start_s, frozenset(t.task_id for t in first))
@@ -185,6 +182,12 @@ class Coordinator:
         asked = (t for t in (*tasks, *heals) if t.kind not in ASKED_OF_NOBODY)
         self._to_collect = _live_first([*self._to_collect, *asked])
         return len(planned)
+
+    def _stepped_s(self) -> float:
+        """By how much the wall clock has stepped since the last call."""
+        ahead_s = self._clock.now_ms() / 1000 - self._clock.monotonic_s()
+        before_s, self._ahead_s = self._ahead_s, ahead_s
+        return 0.0 if before_s is None else ahead_s - before_s
 
     @property
     def planned(self) -> Planned:
@@ -201,7 +204,7 @@ class Coordinator:
         self._taken_over += (t for t in tasks if t.target in self._grids)
 
     def _found(self, target: Target, grids: tuple[Grid, ...], now_s: int) -> list[Task]:
-        config, until_s = self._config, self._until_s[target]
+        config, until_s = self._config, self._progress[target].until_s
         if config.run.horizon_s is None:
             stretch = {g.service: self.polling.of(target.account, g.service) for g in grids if g.has_past}
             return due(
