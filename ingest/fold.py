@@ -53,7 +53,10 @@ WHERE v.target = $1 AND v.service = $2 AND v.window_start >= $3 AND v.window_sta
         OR (v.landed_version, v.landed_as_of, v.points, v.digest) < ($6, $5, coalesce(c.points, 0), coalesce(c.digest, 0))
         -- Published whole, a look may have points put aside that were not known to be dead.
         OR v.unbalanced IS NOT NULL AND (v.landed_version, v.landed_as_of) = ($6, $5))
-    AND w.target = v.target AND w.service = v.service AND w.window_start = v.window_start"""
+    AND w.target = v.target AND w.service = v.service AND w.window_start = v.window_start
+    AND w.window_start >= $3 AND w.window_start < $4"""
+"""The span stands twice: of an equality the planner carries constants over, not ranges, and without it a table that was not analyzed yet
+(a first run, a backfill) is walked per window: 3.8 s for 200 of 78,804."""
 
 
 async def fold_landed(
