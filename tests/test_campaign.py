@@ -6,16 +6,21 @@ import json
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ingest.model import Series, SeriesKey
+from ingest.sources.columns import SeriesTable
+from ingest.sources.metric_data import QUERIES_PER_CALL_MAX, Call
 from tests.faults.campaign import Play, again_options, all_kinds, arguments, main
-from tests.faults.checks import Verdict, memory_complaints
+from tests.faults.checks import Verdict, memory_complaints, noted
 from tests.faults.field import open_field
 from tests.faults.kinds import Kind
 from tests.faults.schedule import HEALING_S, MIX_MAX, MIX_S, STRIKE_S, Planned, Schedule, schedule
 from tests.faults.setting import merged
 from tests.faults.table import BEGIN, END, Run, Strike, quantile, replaced, table
+from tests.faults.worker import QUERIES_MAX, Points
 
 ROWS = (
     "exporter killed before/after S3 PUT, Kafka ack, receipt, commit",
@@ -188,6 +193,51 @@ def test_faults_of_the_source_stand_side_by_side() -> None:
 def test_a_worker_above_the_charts_limit_is_a_complaint() -> None:
     assert memory_complaints({"consumer-2": 200 << 20, "kafka": 900 << 20}) == []
     assert memory_complaints({"consumer-2": 900 << 20}) != []
+
+
+# --- what a worker notes of what it asks --------------------------------------------------------------------------
+
+
+TABLE = SeriesTable(
+    tuple(Series(SeriesKey("1" * 12, "eu-west-1", "N", f"m{i}", (), "Sum", 60)) for i in range(4))
+)
+
+
+def request_of(*rows: int, start_s: int = 0, token: str = "") -> dict[str, Any]:
+    request = Call(TABLE, 0, 4, start_s, start_s + 60).request(rows)
+    return request | {"NextToken": token} if token else request
+
+
+def test_what_a_run_asks_again_for_itself_is_noted_metric_by_metric(tmp_path: Path) -> None:
+    (tmp_path / "exporter-1").mkdir()
+    points = Points(tmp_path / "exporter-1")
+    points.asked("a", request_of(0, 1, 2, 3))
+    points.asked("a", request_of(0, 1, start_s=60))
+    points.asked("a", request_of(0, 1, 2, 3, token="page 2"))
+    points.asked("b", request_of(0, 1))
+    assert noted(tmp_path) == (0, 0)
+    points.asked("a", request_of(1, 3))
+    points.asked("a", request_of(1))
+    assert noted(tmp_path) == (0, 3)
+    points.refused("a", request_of(1))
+    assert noted(tmp_path) == (0, 2)
+
+
+def test_a_row_of_any_call_is_counted() -> None:
+    assert QUERIES_MAX >= QUERIES_PER_CALL_MAX
+
+
+def test_what_was_asked_again_is_noted_of_runs_that_were_cut_off_and_of_no_others(tmp_path: Path) -> None:
+    (tmp_path / "exporter-1").mkdir()
+    points = Points(tmp_path / "exporter-1")
+    for task_id in ("archived", "ended", "handed back", "killed"):
+        points.asked(task_id, request_of(0, 1))
+        points.asked(task_id, request_of(1))
+    points.told("archived")
+    points.ended("archived", 3)
+    points.ended("ended", 2)
+    points.ended("handed back", None)
+    assert noted(tmp_path) == (1 + 3, 2)
 
 
 # --- a run --------------------------------------------------------------------------------------------------------

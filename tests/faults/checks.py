@@ -4,7 +4,8 @@
 * I2 the dead letters are those of the bad records that were published, once by identity.
 * I3 no committed position is past what has landed.
 * I5 memory below the chart's limits.
-* I7 every window that configuration and time plan is sealed, or declared; and ledger ≤ bill ≤ ledger + in doubt.
+* I7 every window that configuration and time plan is sealed, or declared; and ledger ≤ bill ≤ ledger + in doubt + what runs
+  that were cut off had asked again for themselves: nobody can know that but the workers here, who note it.
 * *Paid twice*: what was billed beyond one run of each task and service that has a receipt is at most what was in flight at the
   kills and pauses, what was handed back unfinished, and the answers that were lost on their way (which the workers themselves have noted).
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import struct
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -39,6 +39,7 @@ from tests.faults.oracle import Oracle, complaints_of_dead, complaints_of_landed
 from tests.faults.setting import ACCOUNTS, POLL_S, REGIONS, SERVICES, SETTLING_S
 from tests.faults.truth import Published, Sample, Table, Truth, greatest
 from tests.faults.watch import archive_complaints
+from tests.faults.worker import ASKED
 from workers.servers import local_environment
 from workers.stack import CHECKOUT
 from workers.verify import landed_points, verify
@@ -58,9 +59,7 @@ _FOLDED = """SELECT target, service, extract(epoch FROM lower(span))::bigint AS 
 FROM sealed_days, unnest(covered) AS span"""
 _BUSY = """SELECT (SELECT count(*) FROM looks) AS looks, (SELECT sum(metrics_billed) FROM charges)::bigint AS billed,
     (SELECT sum(next) FROM positions)::bigint AS positions, (SELECT count(*) FROM landed) AS landed"""
-_MONEY = (
-    "SELECT sum(metrics_billed)::bigint AS billed, sum(metrics_in_doubt)::bigint AS in_doubt FROM charges"
-)
+_MONEY = "SELECT sum(metrics_billed)::bigint, sum(metrics_in_doubt)::bigint FROM charges"
 _MONEY_OF = """SELECT split_part(target, '/', 2) AS account, sum(metrics_billed)::bigint AS billed FROM charges GROUP BY 1"""
 _LOOKS = """SELECT task_id, service, target, shard, started_at, finished_at, window_start, window_end, status, detail, series,
     metrics_billed, metrics_in_doubt, requests::text FROM looks ORDER BY started_at"""
@@ -348,7 +347,8 @@ async def _money(field: Field, verdict: Verdict) -> None:
     bill = (await field.aws("/billing"))["accounts"]
     verdict.billed = sum(account["metrics_requested"] for account in bill.values())
     [(billed, in_doubt)] = await field.sql(_MONEY)
-    if not billed <= verdict.billed <= billed + in_doubt:
+    unanswered, again = noted(field.points)
+    if not billed <= verdict.billed <= billed + in_doubt + again:
         of = {account: one["metrics_requested"] for account, one in bill.items()}
         ledger = {row["account"]: row["billed"] for row in await field.sql(_MONEY_OF)}
         differ = [
@@ -357,11 +357,12 @@ async def _money(field: Field, verdict: Verdict) -> None:
             if of.get(a) != ledger.get(a)
         ]
         verdict.complaints.append(
-            f"I7 the bill is {verdict.billed}, the ledger {billed} + {in_doubt} in doubt; {', '.join(differ)}"
+            f"I7 the bill is {verdict.billed}, the ledger {billed} + {in_doubt} in doubt, and {again} were asked again by runs that were cut off; "
+            + ", ".join(differ)
         )
     [(once,)] = await field.sql(_ONCE)
     verdict.paid_twice = verdict.billed - once
-    verdict.may_twice = sum(one.in_flight for one in field.interruptions) + unanswered(field.points)
+    verdict.may_twice = sum(one.in_flight for one in field.interruptions) + unanswered
     if verdict.paid_twice > verdict.may_twice:
         verdict.complaints.append(
             f"paid twice: {verdict.paid_twice} metrics, and only {verdict.may_twice} were in flight or lost"
@@ -372,13 +373,12 @@ async def _money(field: Field, verdict: Verdict) -> None:
         (field.stack.logs / "looks.json").write_bytes(orjson.dumps(looks, option=orjson.OPT_APPEND_NEWLINE))
 
 
-def unanswered(points: Path) -> int:
-    """Metrics asked for by tasks that were handed back, and in requests whose answer was lost; by all processes so far."""
-    found = 0
-    for path in points.glob("*/*.asked"):
-        _, abandoned, lost = struct.unpack("qqq", path.read_bytes()[:24])
-        found += abandoned + lost
-    return found
+def noted(points: Path) -> tuple[int, int]:
+    """By all processes so far: metrics of tasks that were handed back, and of requests whose answer was lost; and those that runs that were
+    cut off had asked for beyond once each.
+    """
+    rows = [ASKED.unpack(path.read_bytes()) for path in points.glob("*/*.asked")]
+    return sum(abandoned + lost for _, abandoned, lost, _ in rows), sum(again for *_, again in rows)
 
 
 def memory_complaints(seen: Mapping[str, int]) -> list[str]:

@@ -5,8 +5,9 @@ What is planted lies in the stack's home (`points/<worker>/`, see `tests.faults.
 * a file named after one of POINTS holds a signal's number: whoever reaches the point takes the file, notes `<point>.hit`, and sends itself that;
 * `clock` is the offset of the wall clock, in seconds;
 * `kafka.json` is the broker's port and the one to connect to instead; `headgate.yaml` stands for the configuration of the command line;
-* `<pid>.asked`, which is written here, is three numbers: how many metrics were asked for by tasks that have no receipt yet, by tasks that ended
-  without one, and in requests whose answer was lost.
+* `<pid>.asked`, which is written here, is four numbers: how many metrics were asked for by tasks that have no receipt yet, by tasks that ended
+  without one, and in requests whose answer was lost; and of tasks that neither archived nor told what they cost, how many were asked for again,
+  beyond the first time that the run asked for the same metric and time.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import os
 import struct
 import sys
 import time
+from array import array
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -45,8 +47,44 @@ POINTS = {
 """By kind of worker: where it can be struck."""
 
 CLOCK_READ_S = 0.2
+QUERIES_MAX = 500
+"""Of a call (`ingest.sources.metric_data.QUERIES_PER_CALL_MAX`)."""
+ASKED = struct.Struct("qqqq")
+"""Of `<pid>.asked`."""
 
 Async = Callable[..., Awaitable[Any]]
+
+
+class Repeats:
+    """How often one run of a task has asked for each metric and time. Continuation pages are not billed in a field, and not counted."""
+
+    def __init__(self) -> None:
+        self.again = 0
+        """Metrics beyond the first time that each was asked for."""
+        self._times: dict[object, array[int]] = {}
+
+    def add(self, request: Mapping[str, Any]) -> None:
+        for times, row in self._rows(request):
+            self.again += times[row] > 0
+            times[row] += 1
+
+    def take_back(self, request: Mapping[str, Any]) -> None:
+        """One asking of these was not billed."""
+        for times, row in self._rows(request):
+            times[row] -= 1
+            self.again -= times[row] > 0
+
+    def _rows(self, request: Mapping[str, Any]) -> Iterator[tuple[array[int], int]]:
+        """(times by row, row) of each metric. What is asked again may be some of a call's rows: those are what is counted, not requests."""
+        if request.get("NextToken"):
+            return
+        queries = request["MetricDataQueries"]
+        call = (queries._table.series[queries._first].key, request["StartTime"], request["EndTime"])
+        times = self._times.setdefault(
+            call, array("H", bytes(2 * QUERIES_MAX))
+        )  # a Counter has 40 times that
+        for row in queries._rows:
+            yield times, row
 
 
 class Points:
@@ -55,10 +93,12 @@ class Points:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._asked = (folder / f"{os.getpid()}.asked").open("w+b")
-        self._asked.truncate(24)
-        self._map = mmap.mmap(self._asked.fileno(), 24)  # outlives a SIGKILL
+        self._asked.truncate(ASKED.size)
+        self._map = mmap.mmap(self._asked.fileno(), ASKED.size)  # outlives a SIGKILL
         self._by_task: Counter[str] = Counter()
+        self._repeats: dict[str, Repeats] = {}
         self._abandoned = 0
+        self._abandoned_again = 0
         self._lost = 0
         self._offset_ms = 0
         self._read_s = 0.0
@@ -73,26 +113,35 @@ class Points:
             armed.unlink()
         except FileNotFoundError:
             return  # another one of this name was quicker
-        said = {"signal": number, "in_flight": struct.unpack_from("q", self._map)[0]}
+        said = {"signal": number, "in_flight": ASKED.unpack_from(self._map)[0]}
         new = self.folder / f"{point}.new"
         new.write_text(json.dumps(said))
         new.replace(self.folder / f"{point}.hit")
         os.kill(os.getpid(), number)
 
-    def asked(self, task_id: str, metrics: int) -> None:
-        self._by_task[task_id] += metrics
+    def asked(self, task_id: str, request: Mapping[str, Any]) -> None:
+        self._by_task[task_id] += len(request["MetricDataQueries"])
+        self._repeats.setdefault(task_id, Repeats()).add(request)
         self._write()
 
-    def refused(self, task_id: str, metrics: int) -> None:
+    def refused(self, task_id: str, request: Mapping[str, Any]) -> None:
         """AWS said no: it bills nothing."""
-        self._by_task[task_id] -= metrics
+        self._by_task[task_id] -= len(request["MetricDataQueries"])
+        if (repeats := self._repeats.get(task_id)) is not None:
+            repeats.take_back(request)
+        self._write()
+
+    def told(self, task_id: str) -> None:
+        """What the task has cost is archived, or in its receipt, and so is what it asked again."""
+        self._repeats.pop(task_id, None)
         self._write()
 
     def ended(self, task_id: str, billed: int | None) -> None:
         """The task is over; `billed` is what its receipt says was answered, None where it has none."""
-        asked = self._by_task.pop(task_id, 0)
+        asked, repeats = self._by_task.pop(task_id, 0), self._repeats.pop(task_id, None)
         if billed is None:
             self._abandoned += asked
+            self._abandoned_again += repeats.again if repeats else 0
         else:
             self._lost += max(0, asked - billed)
         self._write()
@@ -109,7 +158,8 @@ class Points:
         return self._offset_ms
 
     def _write(self) -> None:
-        self._map[:24] = struct.pack("qqq", self._by_task.total(), self._abandoned, self._lost)
+        again = self._abandoned_again + sum(repeats.again for repeats in self._repeats.values())
+        self._map[:] = ASKED.pack(self._by_task.total(), self._abandoned, self._lost, again)
 
 
 def around(
@@ -142,6 +192,11 @@ def of_topic(points: Mapping[str, str]) -> Callable[..., str]:
     return lambda _, topic, __: points.get(topic.rpartition(".")[2], "")
 
 
+def of_object(_: Any, key: str, *__: Any) -> str:
+    """Of the archive's puts: of a task's objects, not of the marks of its runs."""
+    return "" if "begun/v1/" in key else "after_object"
+
+
 def of_commit(topic: str, point: str) -> Callable[..., str]:
     """Of a consumer's commits that move something."""
 
@@ -157,12 +212,30 @@ def plant_exporter(points: Points) -> None:
     from ingest.archive import S3Archive
     from ingest.collect import Answer, Collector
     from ingest.group import Consumer
-    from ingest.log import Producer
+    from ingest.log import Outgoing, Producer
     from ingest.model import Task
+    from ingest.ports import ArchivedTask
     from ingest.sources.transport import Calls
 
+    # Whose task this is; and by when what it costs is told: before the points that come after that.
+    now: ContextVar[str] = ContextVar("task")
+    put, send = S3Archive.put, Producer.send
+
+    async def archived(self: S3Archive, task: ArchivedTask) -> ArchivedTask:
+        there = await put(self, task)
+        if there.receipt == task.receipt:
+            points.told(task.receipt.task_id)
+        return there
+
+    async def sent_off(self: Producer, topic: str, records: Sequence[Outgoing]) -> None:
+        await send(self, topic, records)
+        if topic.endswith(".ledger"):
+            points.told(now.get(""))
+
+    setattr(S3Archive, "put", archived)  # noqa: B010
+    setattr(Producer, "send", sent_off)  # noqa: B010
     around(S3Archive, "put", always("before_put"), always("after_put"), points)
-    around(S3Archive, "_put", nowhere, always("after_object"), points)
+    around(S3Archive, "_put", nowhere, of_object, points)
     sent = {"raw": "before_raw_ack", "ledger": "before_receipt"}
     acked = {"raw": "after_raw_ack", "ledger": "after_receipt"}
     around(Producer, "send", of_topic(sent), of_topic(acked), points)
@@ -175,7 +248,6 @@ def plant_exporter(points: Points) -> None:
     )
 
     # How much was asked without a receipt.
-    now: ContextVar[str] = ContextVar("task")
     answer, publish, ask = Collector.answer, Collector.publish, Calls.get_metric_data
 
     async def answered(self: Collector, task: Task, *, maybe_second_try: bool) -> Answer:
@@ -188,6 +260,7 @@ def plant_exporter(points: Points) -> None:
 
     async def published(self: Collector, one: Answer) -> None:
         task_id = one.archived.receipt.task_id
+        now.set(task_id)
         try:
             await publish(self, one)
         except asyncio.CancelledError:
@@ -196,12 +269,12 @@ def plant_exporter(points: Points) -> None:
         points.ended(task_id, sum(item.outcome.metrics_billed for item in one.own.items) if one.own else 0)
 
     async def asking(self: Calls, access: Any, request: Mapping[str, Any]) -> Any:
-        task_id, metrics = now.get(""), len(request["MetricDataQueries"])
-        points.asked(task_id, metrics)
+        task_id = now.get("")
+        points.asked(task_id, request)
         try:
             return await ask(self, access, request)
         except ClientError:
-            points.refused(task_id, metrics)
+            points.refused(task_id, request)
             raise
 
     setattr(Collector, "answer", answered)  # noqa: B010
