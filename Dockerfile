@@ -5,10 +5,10 @@
 # Nothing but the installer runs while it is built: no compiler is needed, for every dependency has a wheel. The final stage has no
 # installer. It runs as 65532, writes nothing, and takes SIGTERM itself: a worker is its own process 1 and starts no others.
 
-# Any image with Python 3.11 or 3.12, for both stages: what is installed in the first runs with the Python of the second. Pin it by digest where
-# builds have to be the same: --build-arg BASE=python:3.12-slim-bookworm@sha256:... (`docker buildx imagetools inspect` prints it). A tag stands here, for
-# a digest in a file that nobody renews is a base without its security updates.
-ARG BASE=python:3.12-slim-bookworm
+# Any image with Python 3.11 or 3.12, for both stages: what is installed in the first runs with the Python of the second. The digest is that of the index
+# (amd64 and arm64) of October 2026. Renew it with each release, for a digest stands still while the tag gets security updates:
+# `docker buildx imagetools inspect python:3.12-slim-bookworm` prints the newest.
+ARG BASE=python:3.12-slim-bookworm@sha256:54c85f3c47607a77f32adec749d3c81d1348bf25833671f512b26a9b6d778cb3
 
 FROM ${BASE} AS build
 # A mirror, where there is no way out.

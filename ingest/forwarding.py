@@ -46,7 +46,7 @@ IN_ORDER_S: Final = 3600
 PLACES_MAX: Final = 4_096
 """Batches whose series' rows are remembered, 8 kB each."""
 LABELS_MAX: Final = 500_000
-"""Series whose labels are kept, about 1 kB each; those of more are made anew for each write."""
+"""Series whose labels are kept, a third of a kilobyte each; those of more are made anew for each write."""
 FORGET_INTERVAL_S: Final = 60
 SAID_MAX: Final = 1_000
 """Kinds of series without a name that the log is told of."""

@@ -52,6 +52,7 @@ def test_what_is_installed_here_is_what_is_pinned() -> None:
 
 def test_the_image_is_made_of_pinned_wheels_only_and_its_last_stage_has_no_installer() -> None:
     dockerfile = (ROOT / "Dockerfile").read_text()
+    assert re.search(r"^ARG BASE=\S+@sha256:[0-9a-f]{64}$", dockerfile, re.MULTILINE)
     [install] = re.findall(r"pip --python.*?\n(?: {6}.*\n)*", dockerfile)
     wanted = ("--require-hashes", "--only-binary :all:", "-r /tmp/base.txt")
     assert [option for option in wanted if option not in install] == []
