@@ -252,6 +252,40 @@ def test_leaps_that_are_not_taken_back_are_bounded_and_the_oldest_is_kept() -> N
     assert live.items[0].end_s == EC2.floor(planner.real_s)
 
 
+def test_a_clock_that_is_behind_now_and_then_has_no_hour_planned_twice() -> None:
+    planner = Planner(EC2, NOON_S)
+    planner.run(3600, 60)
+    for back_s in (3600, 3600, 1800):
+        for planner.off_s in (-back_s // 2, -back_s, 0):
+            tasks = planner.run(60, 60)
+        planned_s = EC2.floor(planner.real_s - 180)
+        assert all(i.start_s >= planned_s - EC2.lookback_s for t in tasks for i in t.items)
+        [live] = planner.tick(300)
+        assert live.items[0].start_s >= planned_s - EC2.lookback_s
+
+
+def test_one_that_was_ahead_since_its_start_remembers_the_next_leap_all_the_same() -> None:
+    planner = Planner(EC2, NOON_S, off_s=3600)
+    planner.run(7200, 60)
+    planner.off_s = 0  # of that it knows nothing: healing does the rest
+    planner.run(7200, 60)
+    right_s = planner.real_s
+    for planner.off_s in (3600, 0):
+        tasks = planner.run(900, 60)
+    assert min(i.start_s for t in tasks for i in t.items) == right_s - EC2.lookback_s
+
+
+def test_a_leap_that_was_not_taken_back_for_a_day_was_none() -> None:
+    planner = Planner(EC2, NOON_S)
+    planner.run(3600, 60)
+    planner.off_s = 3600
+    planner.run(25 * 3600, 300)
+    planner.off_s = 0
+    before_s = planner.real_s
+    tasks = planner.run(3600, 60)
+    assert min(i.start_s for t in tasks for i in t.items) >= before_s - EC2.lookback_s
+
+
 def test_relaxing_a_stretch_is_one_look_though_it_is_more_than_a_calls_worth() -> None:
     grid = Grid("ec2", poll_interval_s=1800, period_s=60, settling_s=600)
     until_s = {"ec2": NOON_S - 11 * 1800}
