@@ -60,17 +60,16 @@ _LOOK = """INSERT INTO looks (task_id, service, finished_at, target, shard, star
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22)
 ON CONFLICT DO NOTHING"""
 
-_COUNTED = """UPDATE windows SET attempts = attempts + 1
-WHERE target = $1 AND service = $2 AND window_start >= $3 AND window_start < $4"""
-
-_ATTEMPTED = """UPDATE windows SET last_status = $5, last_detail = $6, last_finished_at = $7
+_TRIED = """UPDATE windows SET attempts = attempts + $8,
+    last_finished_at = CASE WHEN coalesce((last_finished_at, last_status, last_detail) < ($7, $5, $6), true) THEN $7 ELSE last_finished_at END,
+    last_status = CASE WHEN coalesce((last_finished_at, last_status, last_detail) < ($7, $5, $6), true) THEN $5 ELSE last_status END,
+    last_detail = CASE WHEN coalesce((last_finished_at, last_status, last_detail) < ($7, $5, $6), true) THEN $6 ELSE last_detail END,
+    collected_as_of = greatest(collected_as_of, $9),
+    declared = CASE WHEN $10 AND declared IN ('expired', 'budget') THEN NULL ELSE declared END,
+    declared_at = CASE WHEN $10 AND declared IN ('expired', 'budget') THEN NULL ELSE declared_at END
 WHERE target = $1 AND service = $2 AND window_start >= $3 AND window_start < $4
-    AND (last_finished_at IS NULL OR (last_finished_at, last_status, last_detail) < ($7, $5, $6))"""
-
-_COLLECTED = """UPDATE windows SET collected_as_of = greatest(collected_as_of, $5),
-    declared = CASE WHEN declared NOT IN ('expired', 'budget') THEN declared END,
-    declared_at = CASE WHEN declared NOT IN ('expired', 'budget') THEN declared_at END
-WHERE target = $1 AND service = $2 AND window_start >= $3 AND window_start < $4"""
+    AND ($8 > 0 OR $10 OR coalesce((last_finished_at, last_status, last_detail) < ($7, $5, $6), true))"""
+"""One statement for all that a receipt says: each would write every row of its span again."""
 
 _EXPIRED = """UPDATE windows SET declared = 'expired', declared_at = $5
 WHERE target = $1 AND service = $2 AND window_start >= $3 AND window_start < $4
@@ -376,14 +375,15 @@ async def _receipt(connection: asyncpg.Connection, receipt: Receipt, done: Recei
         _counts(done.whole) if done.whole else None,
         list(done.held),
     )
-    if written == "INSERT 0 1":
-        await connection.execute(_COUNTED, *span)
+    counted = written == "INSERT 0 1"
+    if counted:
         await charges.add(connection, receipt, done)
         await settling.learn(connection, receipt, done)
-    await connection.execute(_ATTEMPTED, *span, outcome.status, outcome.detail, finished_at)
-    if outcome.status is LookStatus.COMPLETE:
-        await connection.execute(_COLLECTED, *span, observed_at)
-    elif outcome.status is LookStatus.EXPIRED and receipt.target.source == SourceName.EXPOSITION:
+    complete = outcome.status is LookStatus.COMPLETE
+    said = (outcome.status, outcome.detail, finished_at)
+    collected_as_of = observed_at if complete else None
+    await connection.execute(_TRIED, *span, *said, int(counted), collected_as_of, complete)
+    if outcome.status is LookStatus.EXPIRED and receipt.target.source == SourceName.EXPOSITION:
         await connection.execute(_EXPIRED, *span, finished_at)
 
 
