@@ -138,8 +138,9 @@ class Progress:
     * A step back that takes back a leap: what was planned since was looked at before it had ended or settled, so all of it is planned again.
     * One that takes back more than ever leapt: the clock is behind now. Plans go on from now, tick by tick; when it leaps past
       what was planned before, that was looked at when it was due, and is not asked for again.
-    * At the start nothing is known of steps before. Where the clock steps back to before the start, it was ahead then. Where it is the memory that is ahead,
-      the newest block is looked at again: one call's worth, so no dearer than a poll.
+    * At the start nothing is known of steps before. Where the clock steps back to before the start, it was ahead then, and plans go on from the memory;
+      where the memory itself is ahead, the newest block is looked at again: one call's worth, so no dearer than a poll. What that does not reach, and what
+      a clock planned that was ahead since the start for longer than it was ahead by, is left to healing.
     """
 
     def __init__(self, until_s: Mapping[str, int]) -> None:
@@ -169,9 +170,7 @@ class Progress:
 
     def _begin(self, grids: Sequence[Grid], now_s: int) -> None:
         for grid in grids:
-            if self.until_s.get(grid.service, 0) >= now_s + STEP_S:
-                again_s = max(0, grid.block_s - grid.lookback_s) if grid.has_past else 0
-                self._cut(grid, grid.newest_s(now_s) - again_s)
+            self._cut(grid, _right_until_s(grid, self.until_s.get(grid.service), now_s))
         self._begun = Leap(0.0, now_s, dict(self.until_s))
 
     def _leap(self, now_s: int, by_s: float) -> None:
@@ -202,7 +201,8 @@ class Progress:
             service, newest_s = grid.service, grid.newest_s(now_s)
             if since is not None and grid.has_past:
                 # What had no plan then has a first start now.
-                self._cut(grid, since.until_s.get(service))
+                until_s = since.until_s.get(service)
+                self._cut(grid, until_s if behind else _right_until_s(grid, until_s, now_s))
             if behind and self.until_s.get(service, 0) > newest_s:
                 self._planned_s[service] = max(self.until_s[service], self._planned_s.get(service, 0))
             self._cut(grid, newest_s)
@@ -213,6 +213,13 @@ class Progress:
             self.until_s.pop(grid.service, None)
         elif grid.service in self.until_s:
             self.until_s[grid.service] = min(self.until_s[grid.service], at_s)
+
+
+def _right_until_s(grid: Grid, until_s: int | None, now_s: int) -> int | None:
+    """Until when it may be taken for planned by a clock that was right, where windows are planned until `until_s`."""
+    if until_s is None or until_s < now_s + STEP_S:
+        return until_s
+    return grid.newest_s(now_s) - (max(0, grid.block_s - grid.lookback_s) if grid.has_past else 0)
 
 
 def due(

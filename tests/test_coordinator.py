@@ -233,6 +233,27 @@ async def test_a_clock_that_was_an_hour_ahead_and_stepped_back_costs_no_poll() -
     assert ticks == list(range(NOON_S + 300, NOON_S + 24 * 300 + 1, 300))
 
 
+async def test_what_had_not_settled_when_the_clock_leapt_ahead_is_looked_at_when_it_has_stepped_back() -> (
+    None
+):
+    world = World()
+    await world.coordinator.step()
+    world.clock.step(3600)
+    await world.coordinator.step()
+    for _ in range(6):
+        world.clock.advance(300)
+        await world.coordinator.step()
+    before = len(world.planned)
+    world.clock.step(-3600)
+    world.clock.advance(5)
+    await world.coordinator.step()
+    found = world.planned[before:]
+    assert {t.kind for t in found} == {TaskKind.LIVE}
+    # What ended in the settling time before the leap, and all since.
+    assert {(i.start_s, i.end_s) for t in found for i in t.items} == {(NOON_S - 600, NOON_S + 1800)}
+    assert len(found) == len(ACCOUNTS)
+
+
 async def test_a_clock_that_was_an_hour_behind_has_no_hour_planned_twice() -> None:
     world = World()
     await world.coordinator.step()

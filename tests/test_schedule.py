@@ -231,6 +231,19 @@ def test_a_restart_whose_memory_is_of_a_clock_that_was_ahead_looks_at_one_block_
     assert [t.kind for t in planner.run(7200, 60)] == [TaskKind.LIVE] * 24
 
 
+def test_a_restart_amid_an_hour_that_the_clock_is_ahead_costs_no_window_either() -> None:
+    before = Planner(EC2, NOON_S)
+    before.run(3600, 60)
+    before.off_s = 3600
+    before.run(900, 60)
+    planner = Planner(EC2, before.real_s, off_s=3600, until_s=before.progress.until_s["ec2"])
+    planner.run(900, 60)
+    planner.off_s = 0
+    [live] = planner.tick(60)
+    assert live.items[0].start_s == EC2.floor(planner.real_s) - EC2.block_s < NOON_S + 3600 - EC2.lookback_s
+    assert [t.kind for t in planner.run(3600, 60)] == [TaskKind.LIVE] * 12
+
+
 def test_one_that_started_while_its_clock_was_ahead_goes_on_from_its_memory_when_it_steps_back() -> None:
     planner = Planner(EC2, NOON_S, off_s=3600, until_s=NOON_S - 1800)
     planner.run(600, 60)
