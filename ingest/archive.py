@@ -150,12 +150,11 @@ class S3Archive:
         """Put the next mark of a task; how many runs of it may have begun before. Raises Transient after MARK_S, Rejected where the key is bad.
 
         One PUT for a second run, two for a third: 0.0005 cent each, and what is in doubt is a look. Counted from above: a mark whose answer was
-        lost, or that another run puts at the same time, counts as another run's.
+        lost counts as another run's.
         """
-        checked_key(archive_key)
         async with self._translated(archive_key, MARK_S):
             for before in range(1, BEGUN_MAX + 1):
-                if await self._put(begun_key(archive_key, before), b""):
+                if await self._mark(begun_key(archive_key, before)):
                     return before
         self._log.warning("more_runs_than_marks", key=archive_key, runs_at_least=BEGUN_MAX + 1)
         return BEGUN_MAX + 1
@@ -276,6 +275,16 @@ class S3Archive:
                 return False
             raise
         return True
+
+    async def _mark(self, key: str) -> bool:
+        """Whether the mark was put; False where there is one. Raises Transient where it is neither put nor there."""
+        for attempt in range(1, ATTEMPTS + 1):
+            if await self._put(key, b""):
+                return True
+            if await self._read(key, 0) is not None:
+                return False
+            await self._clock.sleep(0.2 * 2**attempt)  # 409, as in `put`
+        raise Transient(self._name(key), "put lost to another one that is not there yet")
 
     async def _read_task(self, key: str) -> ArchivedTask | None:
         """What is archived. What broke on its way is read again; what is spoilt where it lies stays Rejected."""

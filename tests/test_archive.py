@@ -529,10 +529,7 @@ async def test_of_many_marks_at_once_each_is_told_another_number(s3: S3) -> None
     async with open_archive(s3, ManualClock(TICK_S), SESSION) as archive, asyncio.TaskGroup() as group:
         marks = [group.create_task(archive.mark_begun(key)) for _ in range(5)]
 
-    # A number is passed over where two met: more is counted then, never less.
-    told = sorted(mark.result() for mark in marks)
-    assert len(set(told)) == 5
-    assert all(number >= least for number, least in zip(told, range(1, 6), strict=True))
+    assert sorted(mark.result() for mark in marks) == [1, 2, 3, 4, 5]
 
 
 async def test_no_listing_of_the_archive_meets_a_mark(s3: S3) -> None:
@@ -700,6 +697,21 @@ async def test_a_conflict_with_a_put_that_never_ends_well_is_bounded_and_transie
             await archive.put(archived(b"one"))
 
     assert asked == ["PUT", "GET"] * archive_module.ATTEMPTS
+
+
+async def test_a_mark_in_conflict_is_put_again_and_its_number_is_not_passed_over(no_backoff: None) -> None:
+    puts = iter(
+        [_error("409 Conflict", "ConditionalRequestConflict")] * 2
+        + [b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"]
+    )
+
+    def answer(method: str) -> bytes:
+        return next(puts) if method == "PUT" else _error("404 Not Found", "NoSuchKey")
+
+    async with answering(answer) as (s3, asked), open_archive(s3, ManualClock(TICK_S), SESSION) as archive:
+        assert await archive.mark_begun(archived().receipt.archive_key) == 1
+
+    assert asked == ["PUT", "GET", "PUT", "GET", "PUT"]
 
 
 async def test_a_server_that_never_answers_is_transient_at_the_deadline() -> None:
