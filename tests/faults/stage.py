@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -23,9 +25,9 @@ from ingest import wire
 from ingest.log import Outgoing, Producer
 from shard_config.model import S3, Config, Kafka, Postgres, Run
 from tests.conftest import eventually
+from tests.faults import victim
 from tests.faults.oracle import Oracle
 from tests.faults.truth import SERVICE, Published, Truth
-from workers.servers import _die_with_parent
 from workers.setup import setup
 
 FILE_KEYS = {"accounts", "kafka", "postgres", "s3"}
@@ -33,30 +35,23 @@ Wave = Iterable[tuple[Outgoing, Published]]
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+# Each victim is forked from a process that has imported all a consumer needs: a second of CPU, paid once and not for each.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload([victim.__name__])
+
+
 class Victim:
     """A consumer process. What it logs is in `log`; leaving the context kills it, whatever state it is in."""
 
     def __init__(self, config: Config, name: str, home: Path, failpoint: str = "none") -> None:
         self.name = name
-        path = home / f"{name}.{time.monotonic_ns()}"
-        path.with_suffix(".json").write_text(config.model_dump_json())
-        self.log = path.with_suffix(".log")
-        command = [
-            sys.executable,
-            "-m",
-            "tests.faults.victim",
-            str(path.with_suffix(".json")),
-            name,
-            failpoint,
-        ]
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [*_die_with_parent(signal.SIGKILL), *command],
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+        self.log = home / f"{name}.{time.monotonic_ns()}.log"
+        self.log.touch()
+        args = (config.model_dump_json(), name, failpoint, self.log)
+        self._process = _FORKS.Process(target=victim.run, args=args, daemon=True)
+        self._process.start()
+        assert self._process.pid is not None
+        self._pid = self._process.pid
 
     def __enter__(self) -> Self:
         return self
@@ -65,12 +60,13 @@ class Victim:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._process.kill()
-        self._process.wait()
+        self._process.join()
         if error is not None:
             print(f"--- {self.name}\n{self.log.read_text()[-4000:]}")
 
     def signal(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
+        if self._process.is_alive():
+            os.kill(self._pid, number)
 
     def events(self) -> list[dict[str, Any]]:
         """What it logged, as far as the lines are JSON and whole."""
@@ -86,7 +82,7 @@ class Victim:
         found: list[dict[str, Any]] = []
 
         async def logged_it() -> bool:
-            ended = self._process.poll() is not None
+            ended = not self._process.is_alive()
             found[:] = [e for e in self.events() if e["event"] == event]
             assert found or not ended, f"{self.name} ended without {event}"
             return bool(found)
@@ -98,13 +94,14 @@ class Victim:
         """Wait until it ends by itself."""
 
         async def ended() -> bool:
-            return self._process.poll() is not None
+            return not self._process.is_alive()
 
         await eventually(ended, timeout_s)
-        return int(self._process.returncode)
+        assert self._process.exitcode is not None
+        return self._process.exitcode
 
     def rss_bytes(self) -> int:
-        return int(psutil.Process(self._process.pid).memory_info().rss)
+        return int(psutil.Process(self._pid).memory_info().rss)
 
 
 class Stage:

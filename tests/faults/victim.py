@@ -1,11 +1,12 @@
-"""The real consumer in a process of its own, with a point at which it stops: `python -m tests.faults.victim CONFIG NAME FAILPOINT`.
+"""The real consumer in a process of its own, with a point at which it stops.
 
-FAILPOINT is a name and which time it is reached, as `before_commit:3`, or `none`. The points are planted here, from outside.
+A failpoint is a name and which time it is reached, as `before_commit:3`, or `none`. The points are planted here, from outside.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
 
@@ -27,6 +28,7 @@ from workers.lifecycle import Lifecycle, run_worker
 
 _log = structlog.get_logger()
 
+PR_SET_PDEATHSIG = 1
 SESSION_TIMEOUT_S = 3
 """Shorter than a configuration may be, for tests do not wait."""
 
@@ -104,15 +106,17 @@ FAILPOINTS = {
 }
 
 
-def main(config_path: str, name: str, failpoint: str) -> int:
-    config = Config.model_validate_json(Path(config_path).read_bytes())
+def run(config_json: str, name: str, failpoint: str, log: Path) -> NoReturn:
+    """What a forked process does: logs into the file, and ends with the worker's exit code, or with the process that it was forked from."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    with log.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    config = Config.model_validate_json(config_json)
     kafka = config.kafka.model_copy(update={"session_timeout_s": SESSION_TIMEOUT_S})
     config = config.model_copy(update={"kafka": kafka})
     point, _, nth = failpoint.partition(":")
     if point != "none":
         FAILPOINTS[point](int(nth))
-    return run_worker(name, partial(consumer.serve, config, name))
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(run_worker(name, partial(consumer.serve, config, name)))
