@@ -1,6 +1,8 @@
 """When which fault strikes: a pure function of a seed, after Jepsen's harnesses.
 
 * A fault every STRIKE_S, drawn from a mix of up to MIX_MAX kinds that rotates every MIX_S, and that may be empty: then the system has rest.
+* Mixes are dealt from a shuffled deck of all kinds, HAND a seed: of seeds that follow each other each goes on where the one before ended, so that
+  a campaign meets every kind about as often. What has not struck in a run goes before what has.
 * Several at once where their needs do not overlap; kinds with a common need never do.
 * One `alone` kind a run, at half-time, when nothing else strikes; seeds that follow each other take turns.
 """
@@ -8,12 +10,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from tests.faults.kinds import Kind
 
 STRIKE_S, MIX_S, MIX_MAX = 10.0, 30.0, 4
+HAND = 8
 SECOND_SHARE = 0.5
 """How often a second one of the mix strikes with the first, where it can."""
 HEALING_S = 5.0
@@ -57,8 +61,9 @@ def schedule(seed: int, minutes: float, kinds: Sequence[Kind]) -> Schedule:
     rng = random.Random(f"schedule {seed}")
     mixed, alone = [k for k in kinds if not k.alone], [k for k in kinds if k.alone]
     half_s = minutes * 60 / 2
-    first = _half(rng, half_s, mixed, 0)
-    second = _half(rng, half_s, mixed, len(first))
+    cards = _dealt(seed, mixed)
+    first = _half(rng, half_s, cards, 0)
+    second = _half(rng, half_s, cards, len(first))
     at_half_time = None
     if alone:
         kind = alone[seed % len(alone)]
@@ -66,7 +71,17 @@ def schedule(seed: int, minutes: float, kinds: Sequence[Kind]) -> Schedule:
     return Schedule(half_s, first, at_half_time, second)
 
 
-def _half(rng: random.Random, length_s: float, kinds: Sequence[Kind], number: int) -> tuple[Planned, ...]:
+def _dealt(seed: int, kinds: Sequence[Kind]) -> Iterator[Kind]:
+    """The kinds that mixes get, one by one, without end."""
+    at = seed * HAND
+    while kinds:
+        turn, card = divmod(at, len(kinds))
+        deck = random.Random(f"deck {turn}").sample(kinds, len(kinds))
+        yield from deck[card:]
+        at += len(kinds) - card
+
+
+def _half(rng: random.Random, length_s: float, cards: Iterator[Kind], number: int) -> tuple[Planned, ...]:
     found: list[Planned] = []
     mix: list[Kind] = []
     ticks = int(length_s // STRIKE_S)
@@ -76,8 +91,7 @@ def _half(rng: random.Random, length_s: float, kinds: Sequence[Kind], number: in
         at_s = tick * STRIKE_S
         if tick % rotates == 0:
             # A system that is never left in peace would hide what only comes of peace.
-            size = rng.randint(0 if tick else 1, min(MIX_MAX, len(kinds))) if kinds else 0
-            mix = rng.sample(kinds, size)
+            mix = list(islice(cards, rng.randint(0 if tick else 1, MIX_MAX)))
         for _ in range(1 + (rng.random() < SECOND_SHARE)):
             taken = frozenset[str]().union(*(needs for until_s, needs in busy if until_s > at_s))
             free = [
@@ -85,7 +99,8 @@ def _half(rng: random.Random, length_s: float, kinds: Sequence[Kind], number: in
             ]
             if not free:
                 continue
-            kind = rng.choice(free)
+            struck = {p.kind for p in found}
+            kind = rng.choice([k for k in free if k not in struck] or free)
             lasts_s = min(rng.uniform(*kind.lasts_s), length_s - at_s)
             found.append(Planned(number + len(found), at_s, lasts_s, kind))
             busy.append((at_s + lasts_s + HEALING_S, kind.needs))
