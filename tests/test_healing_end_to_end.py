@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -135,20 +136,49 @@ async def test_a_gap_appears_is_asked_again_with_rests_and_is_sealed_when_the_so
     assert billed == sum(account["metrics_requested"] for account in bill.values())
 
 
-@pytest.mark.parametrize(("days", "period_s"), [(20, 300), (70, 3600)])
-async def test_a_backfill_of_old_windows_lands_the_finest_period_that_cloudwatch_still_keeps(
-    running: Running, days: int, period_s: int
+async def test_backfills_of_old_windows_land_the_finest_period_that_cloudwatch_still_keeps(
+    running: Running,
 ) -> None:
-    from_s = (int(time.time()) - days * 86_400) // 3600 * 3600
-    to_s = from_s + 4 * 3600
-    region, stretch = SCENE.truth.regions[0], ("--from", str(from_s), "--to", str(to_s))
-    where = ("--account", GRANTED, "--region", region)
+    stretches = {300: four_hours(days_ago=20), 3600: four_hours(days_ago=70)}
+    where = ("--account", GRANTED, "--region", SCENE.truth.regions[0])
 
-    done = await asyncio.to_thread(
-        headgate, running.stack.home, "backfill", *stretch, *where, "--yes", "--json"
+    done = await both(running, "backfill", stretches.values(), *where, "--yes", "--json")
+
+    assert [one.returncode for one in done] == [0, 0], [one.stderr for one in done]
+    for period_s, stretch in stretches.items():
+        await landed_as_the_source_says(running, period_s, *stretch)
+
+    async def sealed() -> bool:
+        return not await running.sql.fetchval(
+            "SELECT count(*) FROM windows WHERE window_start < to_timestamp($1) AND sealed_at IS NULL",
+            max(to_s for _, to_s in stretches.values()),
+        )
+
+    await eventually(sealed, timeout_s=30)
+    audits = await both(running, "audit", stretches.values())
+    assert [one.returncode for one in audits] == [0, 0], [one.stdout for one in audits]
+
+
+def four_hours(days_ago: int) -> tuple[int, int]:
+    from_s = (int(time.time()) - days_ago * 86_400) // 3600 * 3600
+    return from_s, from_s + 4 * 3600
+
+
+async def both(
+    running: Running, command: str, stretches: Iterable[tuple[int, int]], *options: str
+) -> list[subprocess.CompletedProcess[str]]:
+    """A command over each of two stretches, at the same time."""
+    return await asyncio.gather(
+        *(
+            asyncio.to_thread(
+                headgate, running.stack.home, command, "--from", str(from_s), "--to", str(to_s), *options
+            )
+            for from_s, to_s in stretches
+        )
     )
 
-    assert done.returncode == 0, done.stderr
+
+async def landed_as_the_source_says(running: Running, period_s: int, from_s: int, to_s: int) -> None:
     rows = await running.sql.fetch(
         "SELECT s.*, extract(epoch FROM ts)::bigint AS ts_s, value FROM samples JOIN series s ON s.id = series"
         " WHERE ts >= to_timestamp($1) AND ts < to_timestamp($2)", from_s, to_s,
@@ -159,15 +189,7 @@ async def test_a_backfill_of_old_windows_lands_the_finest_period_that_cloudwatch
         dimensions = tuple(sorted(json.loads(r["dimensions"]).items()))
         asked = Question(r["namespace"], r["metric"], dimensions, r["stat"], r["period_s"])
         found[asked][r["ts_s"]] = r["value"]
+    region = SCENE.truth.regions[0]
     truth = SCENE.truth.answers(GRANTED, region, list(found), from_s, to_s, SETTLED)
     assert found == {q: dict(zip(*answer, strict=True)) for q, answer in zip(found, truth, strict=True)}
     assert len(found) > 10
-
-    async def sealed() -> bool:
-        return not await running.sql.fetchval(
-            "SELECT count(*) FROM windows WHERE window_start < to_timestamp($1) AND sealed_at IS NULL", to_s
-        )
-
-    await eventually(sealed, timeout_s=30)
-    audit = await asyncio.to_thread(headgate, running.stack.home, "audit", *stretch)
-    assert audit.returncode == 0, audit.stdout

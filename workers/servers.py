@@ -173,7 +173,8 @@ class KafkaServer(Server):
         _run(self.name, [*java, *format_, *self._format_options()], cwd=self.dir)
 
     def command(self) -> Sequence[str]:
-        return [*self._java(), "kafka.Kafka", str(self.dir / "server.properties")]
+        # C1 only, as for a tool: a third of the CPU of a start goes into compiling for a long life, which no broker here has.
+        return [*self._java("-XX:TieredStopAtLevel=1"), "kafka.Kafka", str(self.dir / "server.properties")]
 
     def ready(self) -> bool:
         """An ApiVersions request is answered, without an error."""
