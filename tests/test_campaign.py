@@ -14,7 +14,7 @@ from ingest.model import Series, SeriesKey
 from ingest.sources.columns import SeriesTable
 from ingest.sources.metric_data import QUERIES_PER_CALL_MAX, Call
 from tests.faults.campaign import Play, again_options, all_kinds, arguments, main
-from tests.faults.checks import Verdict, memory_complaints, noted
+from tests.faults.checks import Noted, Verdict, memory_complaints, noted
 from tests.faults.field import open_field
 from tests.faults.kinds import Kind
 from tests.faults.schedule import HEALING_S, MIX_MAX, MIX_S, STRIKE_S, Planned, Schedule, schedule
@@ -215,12 +215,12 @@ def test_what_a_run_asks_again_for_itself_is_noted_metric_by_metric(tmp_path: Pa
     points.asked("a", request_of(0, 1, start_s=60))
     points.asked("a", request_of(0, 1, 2, 3, token="page 2"))
     points.asked("b", request_of(0, 1))
-    assert noted(tmp_path) == (0, 0)
+    assert noted(tmp_path) == Noted()
     points.asked("a", request_of(1, 3))
     points.asked("a", request_of(1))
-    assert noted(tmp_path) == (0, 3)
+    assert noted(tmp_path) == Noted(again=3)
     points.refused("a", request_of(1))
-    assert noted(tmp_path) == (0, 2)
+    assert noted(tmp_path) == Noted(again=2)
 
 
 def test_a_row_of_any_call_is_counted() -> None:
@@ -237,7 +237,9 @@ def test_what_was_asked_again_is_noted_of_runs_that_were_cut_off_and_of_no_other
     points.ended("archived", 3)
     points.ended("ended", 2)
     points.ended("handed back", None)
-    assert noted(tmp_path) == (1 + 3, 2)
+    points.asked("raced", request_of(0, 1, 2))
+    points.ended("raced", 7, raced=True)
+    assert noted(tmp_path) == Noted(unanswered=1 + 3, again=2, raced=7)
 
 
 # --- a run --------------------------------------------------------------------------------------------------------

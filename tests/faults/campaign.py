@@ -147,6 +147,7 @@ class Play:
                 for need in sorted(kind.needs):
                     await self._turns[need].acquire()
                     held.append(self._turns[need])
+            self.field.group_was_hurt |= "kafka" in kind.needs and kind.may_pay_twice
             bound_s = ALONE_BOUND_S if kind.alone else BOUND_S
             began_s = time.time()
             rng = random.Random(f"{self.field.seed} {planned.number} {kind.name}")

@@ -347,8 +347,8 @@ async def _money(field: Field, verdict: Verdict) -> None:
     bill = (await field.aws("/billing"))["accounts"]
     verdict.billed = sum(account["metrics_requested"] for account in bill.values())
     [(billed, in_doubt)] = await field.sql(_MONEY)
-    unanswered, again = noted(field.points)
-    if not billed <= verdict.billed <= billed + in_doubt + again:
+    asked = noted(field.points)
+    if not billed <= verdict.billed <= billed + in_doubt + asked.again:
         of = {account: one["metrics_requested"] for account, one in bill.items()}
         ledger = {row["account"]: row["billed"] for row in await field.sql(_MONEY_OF)}
         differ = [
@@ -357,12 +357,15 @@ async def _money(field: Field, verdict: Verdict) -> None:
             if of.get(a) != ledger.get(a)
         ]
         verdict.complaints.append(
-            f"I7 the bill is {verdict.billed}, the ledger {billed} + {in_doubt} in doubt, and {again} were asked again by runs that were cut off; "
+            f"I7 the bill is {verdict.billed}, the ledger {billed} + {in_doubt} in doubt, and {asked.again} were asked again by runs that were cut off; "
             + ", ".join(differ)
         )
     [(once,)] = await field.sql(_ONCE)
     verdict.paid_twice = verdict.billed - once
-    verdict.may_twice = sum(one.in_flight for one in field.interruptions) + unanswered
+    verdict.may_twice = sum(one.in_flight for one in field.interruptions) + asked.unanswered
+    if field.group_was_hurt:
+        # Whom the broker does not hear is as good as paused: its successor may ask for what it has in flight.
+        verdict.may_twice += asked.raced
     if verdict.paid_twice > verdict.may_twice:
         verdict.complaints.append(
             f"paid twice: {verdict.paid_twice} metrics, and only {verdict.may_twice} were in flight or lost"
@@ -373,12 +376,25 @@ async def _money(field: Field, verdict: Verdict) -> None:
         (field.stack.logs / "looks.json").write_bytes(orjson.dumps(looks, option=orjson.OPT_APPEND_NEWLINE))
 
 
-def noted(points: Path) -> tuple[int, int]:
-    """By all processes so far: metrics of tasks that were handed back, and of requests whose answer was lost; and those that runs that were
-    cut off had asked for beyond once each.
-    """
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """Metrics that workers have noted as asked for, by all processes so far."""
+
+    unanswered: int = 0
+    """Of tasks that were handed back, and of requests whose answer was lost."""
+    again: int = 0
+    """Those that runs that were cut off had asked for beyond once each."""
+    raced: int = 0
+    """Of runs whose task another had archived meanwhile."""
+
+
+def noted(points: Path) -> Noted:
     rows = [ASKED.unpack(path.read_bytes()) for path in points.glob("*/*.asked")]
-    return sum(abandoned + lost for _, abandoned, lost, _ in rows), sum(again for *_, again in rows)
+    return Noted(
+        sum(abandoned + lost for _, abandoned, lost, *_ in rows),
+        sum(again for _, _, _, again, _ in rows),
+        sum(raced for *_, raced in rows),
+    )
 
 
 def memory_complaints(seen: Mapping[str, int]) -> list[str]:

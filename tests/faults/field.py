@@ -92,6 +92,8 @@ class Field:
     stack: LocalStack
     interruptions: list[Interruption] = field(default_factory=list)
     """Kills and pauses so far: what was in flight then may be paid twice."""
+    group_was_hurt: bool = False
+    """Whether Kafka, or the way to it, was struck: exporters may have been out of their group without knowing it."""
     memory_bytes: dict[str, int] = field(default_factory=dict)
     """The most resident memory that each worker was seen with."""
     advanced_s: float = 0.0

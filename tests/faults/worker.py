@@ -5,9 +5,9 @@ What is planted lies in the stack's home (`points/<worker>/`, see `tests.faults.
 * a file named after one of POINTS holds a signal's number: whoever reaches the point takes the file, notes `<point>.hit`, and sends itself that;
 * `clock` is the offset of the wall clock, in seconds;
 * `kafka.json` is the broker's port and the one to connect to instead; `headgate.yaml` stands for the configuration of the command line;
-* `<pid>.asked`, which is written here, is four numbers: how many metrics were asked for by tasks that have no receipt yet, by tasks that ended
-  without one, and in requests whose answer was lost; and of tasks that neither archived nor told what they cost, how many were asked for again,
-  beyond the first time that the run asked for the same metric and time.
+* `<pid>.asked`, which is written here, is five numbers: how many metrics were asked for by tasks that have no receipt yet, by tasks that ended
+  without one, and in requests whose answer was lost; of tasks that neither archived nor told what they cost, how many were asked for again,
+  beyond the first time that the run asked for the same metric and time; and how many were asked for by runs whose task another had archived meanwhile.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ POINTS = {
 CLOCK_READ_S = 0.2
 QUERIES_MAX = 500
 """Of a call (`ingest.sources.metric_data.QUERIES_PER_CALL_MAX`)."""
-ASKED = struct.Struct("qqqq")
+ASKED = struct.Struct("5q")
 """Of `<pid>.asked`."""
 
 Async = Callable[..., Awaitable[Any]]
@@ -100,6 +100,7 @@ class Points:
         self._abandoned = 0
         self._abandoned_again = 0
         self._lost = 0
+        self._raced = 0
         self._offset_ms = 0
         self._read_s = 0.0
 
@@ -136,14 +137,15 @@ class Points:
         self._repeats.pop(task_id, None)
         self._write()
 
-    def ended(self, task_id: str, billed: int | None) -> None:
-        """The task is over; `billed` is what its receipt says was answered, None where it has none."""
+    def ended(self, task_id: str, billed: int | None, *, raced: bool = False) -> None:
+        """The task is over; `billed` is what its receipt says was answered, None where it has none. `raced`: another was the first to archive it."""
         asked, repeats = self._by_task.pop(task_id, 0), self._repeats.pop(task_id, None)
         if billed is None:
             self._abandoned += asked
             self._abandoned_again += repeats.again if repeats else 0
         else:
             self._lost += max(0, asked - billed)
+            self._raced += billed if raced else 0
         self._write()
 
     def offset_ms(self) -> int:
@@ -159,7 +161,7 @@ class Points:
 
     def _write(self) -> None:
         again = self._abandoned_again + sum(repeats.again for repeats in self._repeats.values())
-        self._map[:] = ASKED.pack(self._by_task.total(), self._abandoned, self._lost, again)
+        self._map[:] = ASKED.pack(self._by_task.total(), self._abandoned, self._lost, again, self._raced)
 
 
 def around(
@@ -266,7 +268,8 @@ def plant_exporter(points: Points) -> None:
         except asyncio.CancelledError:
             points.ended(task_id, None)
             raise
-        points.ended(task_id, sum(item.outcome.metrics_billed for item in one.own.items) if one.own else 0)
+        billed = sum(item.outcome.metrics_billed for item in one.own.items) if one.own else 0
+        points.ended(task_id, billed, raced=one.own is not None and not (one.ours or one.refused))
 
     async def asking(self: Calls, access: Any, request: Mapping[str, Any]) -> Any:
         task_id = now.get("")
