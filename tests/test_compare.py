@@ -563,10 +563,22 @@ async def test_the_report_is_there_for_people_and_machines(
     machine = json.loads(to_json(report))
     assert machine["both"] == report.both
     assert machine["ok"] is False
+    state.db.execute("INSERT INTO theirs VALUES (1, 0, '=cmd()', '-1', '@x', '+y', 0, 0, 1, 1, 1)")
     write_lists(state, report, tmp_path)
     with (tmp_path / "series.csv").open(newline="") as file:
-        sides = [row["side"] for row in csv.DictReader(file)]
-    assert sides.count("missing") == 4
+        rows = list(csv.DictReader(file))
+    assert [row for row in rows if row["name"].endswith("=cmd()")] == [
+        {
+            "side": "missing",
+            "account": "'-1",
+            "region": "'@x",
+            "service": "",
+            "name": "'=cmd()",
+            "series": "'+y",
+        }
+    ]
+    sides = [row["side"] for row in rows]
+    assert sides.count("missing") == 4 + 1
     assert sides.count("extra") == sum(g.series for g in report.extra)
     assert len((tmp_path / "values.csv").read_text().splitlines()) == len(report.values) + 1
 

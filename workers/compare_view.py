@@ -18,6 +18,7 @@ from ingest.clock import rfc3339
 from ingest.compare.lines import Verdict
 from ingest.compare.report import DAYS_A_MONTH, Bill, Report
 from ingest.compare.state import State
+from ingest.report.tables import cell
 
 FORMS: Final = ("table", "json", "csv")
 ROWS_MAX: Final = 30
@@ -244,7 +245,7 @@ def write_lists(state: State, report: Report, folder: Path) -> None:
 def _series(state: State, file: IO[str]) -> None:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(SERIES_COLUMNS)
-    writer.writerows(state.rows(_SIDES))
+    writer.writerows([cell(value) for value in row] for row in state.rows(_SIDES))
 
 
 def _rows(file: IO[str], rows: Iterable[dict[str, Any]]) -> None:
@@ -252,4 +253,4 @@ def _rows(file: IO[str], rows: Iterable[dict[str, Any]]) -> None:
     if some:
         writer = csv.DictWriter(file, list(some[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(some)
+        writer.writerows({name: cell(value) for name, value in row.items()} for row in some)
