@@ -61,9 +61,9 @@ STANDSTILL_S = 60
 MEMORY_CAP_BYTES = 256 * 1024**2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Standstill:
-    """A consumer whose sink stands still, and what waits for it in Kafka."""
+    """A consumer whose sink stands still, and what waits for it in Kafka. Of 114 MB a repr takes half a minute, and pytest asks for one."""
 
     stage: Stage
     proxy: Proxy
