@@ -32,6 +32,8 @@ S3_ROW = "S3 409, 412, 503, truncated GET"
 PLACES: tuple[Part, ...] = ("kafka", "postgres", "s3", "aws")
 NARROW_BYTES_PER_S = 20_000
 RESET_EACH_S = 0.3
+RESET_S3_EACH_S = 0.03
+"""Its server ends a connection with each answer: one is there for some hundredths of a second."""
 DISK_BYTES = 2 * 1024**3
 """Before it fills; it takes as much memory as lies on it."""
 LEFT_BYTES = 64 * 1024
@@ -181,7 +183,7 @@ async def _resets(field: Field, rng: random.Random, part: Part) -> AsyncIterator
     async def again_and_again() -> None:
         while True:
             struck.notes["connections"] += sum(link.reset() for link in links)
-            await asyncio.sleep(RESET_EACH_S)
+            await asyncio.sleep(RESET_S3_EACH_S if part == "s3" else RESET_EACH_S)
 
     work = asyncio.create_task(again_and_again())
     try:
