@@ -19,9 +19,10 @@ from ingest.forwarded import Note, Tally
 from ingest.forwarding import Forwarder
 from ingest.model import Batch, RecordPosition, Series, SeriesKey, Target, series_ids
 from ingest.ports import EncodedLabels, LabelSet, Record, RefusedSamples, SeriesSamples, Written
-from ingest.sinks.prompb import decoded_labels, encoded_labels
+from ingest.sinks.prompb import encoded_labels
 from shard_config.model import Limits
 from tests.fake_log import FakeBroker, FakeSender
+from tests.written_labels import decoded_labels
 
 NOON_S = 1_767_268_800
 TARGET = Target("cloudwatch", "123456789012", "eu-west-1")

@@ -27,7 +27,6 @@ from ingest.ports import LabelSet, Receiving, SeriesSamples, Written
 from ingest.sinks import remote_write
 from ingest.sinks.prompb import (
     WriteRequest,
-    decoded_labels,
     encoded_labels,
     encoded_request,
     encoded_samples,
@@ -37,6 +36,7 @@ from ingest.sinks.remote_requests import REQUEST_BYTES_MAX, Piece, chains_of, sa
 from ingest.sinks.remote_write import RemoteWrite
 from shard_config.remote_write import Receiver
 from tests.prometheus_server import PrometheusServer, needs_prometheus
+from tests.written_labels import decoded_labels
 
 NOW_S = int(time.time()) // 60 * 60
 M = 60

@@ -193,12 +193,18 @@ def test_a_clock_that_steps_costs_no_window_and_what_is_asked_again_is_bounded(d
     assert planner.asked <= polled + steps * 2 * again
 
 
-def test_what_was_planned_by_a_clock_that_was_an_hour_ahead_for_three_is_in_the_next_look() -> None:
+def after_an_hour_ahead(for_s: int, each_s: int) -> Planner:
+    """Its clock was right for an hour, then an hour ahead for so long, and is right again."""
     planner = Planner(EC2, NOON_S)
     planner.run(3600, 60)
     planner.off_s = 3600
-    planner.run(3 * 3600, 60)
+    planner.run(for_s, each_s)
     planner.off_s = 0
+    return planner
+
+
+def test_what_was_planned_by_a_clock_that_was_an_hour_ahead_for_three_is_in_the_next_look() -> None:
+    planner = after_an_hour_ahead(3 * 3600, 60)
     [live] = planner.tick(300)
     assert live.kind == TaskKind.LIVE
     assert live.items[0].start_s == NOON_S + 3600 - EC2.lookback_s
@@ -289,11 +295,7 @@ def test_one_that_was_ahead_since_its_start_remembers_the_next_leap_all_the_same
 
 
 def test_a_leap_that_was_not_taken_back_for_a_day_was_none() -> None:
-    planner = Planner(EC2, NOON_S)
-    planner.run(3600, 60)
-    planner.off_s = 3600
-    planner.run(25 * 3600, 300)
-    planner.off_s = 0
+    planner = after_an_hour_ahead(25 * 3600, 300)
     before_s = planner.real_s
     tasks = planner.run(3600, 60)
     assert min(i.start_s for t in tasks for i in t.items) >= before_s - EC2.lookback_s

@@ -22,14 +22,13 @@ from numpy.typing import NDArray
 
 from ingest.errors import Rejected
 from ingest.ports import EncodedLabels, LabelSet
-from ingest.sinks.remote_answers import Refusal
+from ingest.sinks.remote_answers import SAID_CHARACTERS_MAX, Refusal
 from ingest.validate import printable
 
 LABELS_MAX = 256
 """Of one series. AWS has at most 50 tags and 30 dimensions; receivers may have smaller limits of their own."""
 LABEL_NAME_BYTES_MAX = 1_024
 LABEL_VALUE_BYTES_MAX = 16 * 1024
-_SAID_CHARACTERS_MAX = 200
 KEPT_NAMES_MAX = 4_096
 """Sets of label names that were looked at and are not looked at again."""
 
@@ -86,15 +85,10 @@ def encoded_labels(labels: LabelSet) -> EncodedLabels:
     """The labels as they begin a TimeSeries. Raises Rejected (invalid_labels) where a receiver should not be given them."""
     problem = labels_problem(labels)
     if problem is not None:
-        raise Rejected("labels", Refusal.INVALID_LABELS, printable(problem, _SAID_CHARACTERS_MAX))
+        raise Rejected("labels", Refusal.INVALID_LABELS, printable(problem, SAID_CHARACTERS_MAX))
     series = TimeSeries(labels=[{"name": name, "value": value} for name, value in labels])
     encoded: bytes = series.SerializeToString()
     return encoded
-
-
-def decoded_labels(labels: EncodedLabels) -> LabelSet:
-    """The inverse of `encoded_labels`."""
-    return tuple((label.name, label.value) for label in TimeSeries.FromString(labels).labels)
 
 
 # --- samples and requests -----------------------------------------------------------------------------------------

@@ -39,6 +39,8 @@ class Refusal(StrEnum):
     """In a refused request, and not looked at further: the bound on requests was reached."""
 
 
+SAID_CHARACTERS_MAX = 200
+"""Of what is said of refused samples."""
 SURE = frozenset(
     {
         Refusal.OUT_OF_ORDER,

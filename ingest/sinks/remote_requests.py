@@ -26,7 +26,6 @@ from ingest.sinks.remote_answers import Refusal
 
 REQUEST_BYTES_MAX = 8 * 1024 * 1024
 """Before compression, of a request with more than one series. Receivers refuse more than 32 MiB (Prometheus), 20 MiB (Thanos)."""
-SAID_CHARACTERS_MAX = 200
 
 
 class Piece(NamedTuple):

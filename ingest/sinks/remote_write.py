@@ -32,6 +32,7 @@ from ingest.sinks.prompb import (
 )
 from ingest.sinks.remote_answers import (
     MISCONFIGURED_RETRY_S,
+    SAID_CHARACTERS_MAX,
     SURE,
     Answer,
     Refusal,
@@ -41,7 +42,7 @@ from ingest.sinks.remote_answers import (
     retry_after_s,
     verdict_of,
 )
-from ingest.sinks.remote_requests import SAID_CHARACTERS_MAX, Chain, Job, halve, job_of, samples_in
+from ingest.sinks.remote_requests import Chain, Job, halve, job_of, samples_in
 from ingest.validate import printable, without
 from shard_config.remote_write import Receiver
 

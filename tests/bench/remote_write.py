@@ -20,11 +20,12 @@ import numpy as np
 
 from ingest.clock import SystemClock
 from ingest.ports import SeriesSamples
-from ingest.sinks.prompb import WriteRequest, decoded_labels, encoded_labels
+from ingest.sinks.prompb import WriteRequest, encoded_labels
 from ingest.sinks.remote_requests import job_of
 from ingest.sinks.remote_write import RemoteWrite
 from shard_config.remote_write import Receiver
 from tests.bench.run import Report
+from tests.written_labels import decoded_labels
 from workers.prometheus import PrometheusServer, prometheus_program
 
 SAMPLES_PER_REQUEST = 2_000
